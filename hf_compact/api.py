@@ -1,0 +1,593 @@
+"""The functions behind the command line: compress, plan, evaluate, inspect."""
+
+import json
+import logging
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from . import distributed, verify
+from .arch import Architecture, dense_shape, describe
+from .calibration import Calibration, builtin_text, from_batches, read_texts, sample, tokenize
+from .capture import BlockRunner, Progress, probe_inputs
+from .checkpoint import QUANT_METHOD, REPORT_NAME, Journal, TensorSource, check_finite, check_output, hash_files, write_text
+from .config import Recipe
+from .errors import CalibrationError, ConfigError, FormatError, UnsupportedModel, VerificationError
+from .hf.card import model_card, plot_layers
+from .hf.quantizer import CompactConfig, attach_
+from .methods import METHODS
+from .report import Report, peak_memory_bytes
+from .scoring import perplexity
+from .select import select_names
+
+logger = logging.getLogger(__name__)
+
+#: What imports and buffers of the libraries themselves take, beside tensors of the model.
+RUNTIME_BYTES = 400_000_000
+
+
+@dataclass
+class Dense:
+    """A dense model that was opened for compression: in memory, or a skeleton with a source of tensors."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    source: TensorSource | None
+    fingerprint: str
+    folder: Path | None
+
+
+def compress(
+    model: str | Path | PreTrainedModel, recipe: Recipe | Mapping[str, Any] | str | Path, *, output: str | Path | None = None,
+    calibration: Sequence[str | Path] | Calibration = (), tokenizer: PreTrainedTokenizerBase | None = None,
+    seed: int | None = None, progress: Progress = lambda unit, done, total: None,
+) -> Report:  # fmt: skip
+    """Compress a model and, with an output folder, verify it in a fresh process.
+
+    A model given by name is read block by block where its files allow it, needs `output`, and can be killed and run
+    again: it goes on from the last finished block. A model given as an object is compressed in place; it stays the
+    same class and is saved by `save_pretrained`.
+
+    Args:
+        model: Hub id, folder, `.gguf` file, or a model in memory.
+        recipe: a `Recipe`, its dict, or a YAML file.
+        output: folder to create.
+        calibration: text files, or ready batches; without any, the documentation text that Python ships.
+        tokenizer: for a model in memory with calibration from text.
+        seed: replaces the recipe's.
+        progress: called with the unit, finished and all units.
+
+    Returns:
+        The report; for an output folder it is also written there.
+
+    Raises:
+        CompactError: bad input, before anything is written; or a failed verification, after which the folder is
+            marked as unverified.
+    """
+    recipe = as_recipe(recipe, seed)
+    if isinstance(model, PreTrainedModel):
+        return _compress_in_memory(model, recipe, output, calibration, tokenizer, progress)
+    if output is None:
+        raise ConfigError("output must name a folder when the model is given by name, got None")
+    if distributed.world_size() > 1:
+        raise ConfigError("compressing to a folder runs in one process; under torchrun give compress() a model in memory")
+    output = Path(output)
+    check_output_or_resume(output)
+    started = time.perf_counter()
+    dense = open_dense(model, recipe.dtype)
+    arch = describe(dense.model)
+    prepared = prepare_calibration(calibration, tokenizer or dense.tokenizer, recipe)
+    if dense.source is None:
+        _check_model_finite(dense.model)
+    else:
+        dense.source.check_finite()
+    report = new_report(dense.name, dense.model, arch, recipe, prepared)
+    report.seconds["open"] = time.perf_counter() - started
+    fingerprint = {
+        "recipe": recipe.to_dict(),
+        "source": dense.fingerprint,
+        "calibration": prepared.fingerprint,
+        "versions": {name: value for name, value in report.versions.items() if name != "python"},
+    }
+    stages = [(METHODS[stage.method], stage) for stage in recipe.stages]
+    select_all(arch, recipe)  # a glob that matches nothing is found before a folder is made
+    journal = Journal(output, fingerprint, num_units=1 + len(arch.blocks))
+    runner = BlockRunner(dense.model, arch, stages, prepared, report, dense.source, journal)
+    logits = runner.run(progress)
+    table = _ordered(runner.table, dense.model)
+    config = _final_config(dense.model, table, recipe)
+    report.file_bytes = journal.finish(lambda folder: _write_side_files(folder, dense, config, recipe))
+    try:
+        _verify(output, prepared, logits, report, is_causal_lm(dense.model))
+    finally:
+        if (output / REPORT_NAME).exists():
+            journal.close()
+    return report
+
+
+def plan(model: str | Path, recipe: Recipe | Mapping[str, Any] | str | Path, seed: int | None = None) -> dict[str, Any]:
+    """A dry run: what `compress` would do, without reading or writing weights where the files allow it.
+
+    Returns:
+        `layers` (name, role, shape, method, dense and compressed bytes), `skipped` (name, reason), and totals: bytes
+        before and after, expected peak memory and minutes on this machine.
+    """
+    recipe = as_recipe(recipe, seed)
+    dense = open_dense(model, recipe.dtype)
+    arch = describe(dense.model)
+    width = _element_size(dense.model)
+    layers, skipped = [], []
+    chosen = select_all(arch, recipe)
+    outside = [(name, role) for name, role in ((arch.embedding, "embedding"), (arch.head, "head")) if name]
+    for name, role in [*outside, *arch.roles.items()]:
+        old = dense.model.get_submodule(name)
+        stage, new = None, None
+        for candidate, names in zip(recipe.stages, chosen, strict=True):
+            method = METHODS[candidate.method]
+            if (name, role) in outside:
+                new = method.compress_embedding(old, candidate, solve=False) or new
+            elif name in names:
+                new = method.compress_linear(_on_meta(old), None, candidate, solve=False)
+            stage = candidate if new is not None else stage
+        if new is None:
+            reason = "the recipe leaves it in the model's dtype" if (name, role) in outside else "excluded by the recipe"
+            skipped.append({"name": name, "reason": reason})
+            continue
+        layers.append(
+            {
+                "name": name,
+                "role": role,
+                "shape": list(dense_shape(old)),
+                "method": stage.method,
+                "dense_bytes": old.weight.numel() * width,
+                "compressed_bytes": sum(buffer.nbytes for buffer in new.buffers()),
+            }
+        )
+    handled = {layer["name"] for layer in layers} | {entry["name"] for entry in skipped} | set(arch.tied)
+    rest = [name for name, _ in dense.model.named_parameters() if name.rpartition(".")[0] not in handled]
+    skipped += [{"name": name, "reason": "not a Linear of a block: stays in the model's dtype"} for name in rest]
+    num_parameters = count_parameters(dense.model)
+    before = num_parameters * width
+    after = before - sum(layer["dense_bytes"] - layer["compressed_bytes"] for layer in layers)
+    memory = peak_memory_estimate(dense, arch, recipe)
+    return {
+        "model": dense.name,
+        "family": arch.family,
+        "is_known_family": arch.is_known,
+        "is_streamed": dense.source is not None,
+        "recipe": recipe.to_dict(),
+        "layers": layers,
+        "skipped": skipped,
+        "num_parameters": num_parameters,
+        "bytes_before": before,
+        "bytes_after": after,
+        "body_bits_per_weight": _body_bits(layers, width),
+        "peak_memory_bytes": memory,
+        "minutes": minutes_estimate(dense.model, arch, recipe),
+    }
+
+
+def evaluate(
+    models: Sequence[str | Path], texts: Sequence[str | Path], num_windows: int | None = 40, window_length: int = 1024,
+    progress: Callable[[str, int], None] = lambda name, done: None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Perplexity of each model on each text, with the protocol of `scoring`.
+
+    A model given as float32 is scored in bfloat16, the dtype of the protocol. Ratios are to the first model.
+
+    Returns:
+        One dict per model and text: `model`, `text`, `file_bytes`, `dtype`, `seconds`, `ratio`, and what `scoring.perplexity` returns.
+
+    Raises:
+        CompactError: a model cannot be opened or a text cannot be read.
+    """
+    contents = {str(path): read_texts([path]) for path in texts}
+    rows: list[dict[str, Any]] = []
+    first: dict[str, float] = {}
+    for name in models:
+        model, tokenizer, file_bytes = open_for_scoring(name)
+        for path, text in contents.items():
+            started = time.perf_counter()
+            score = perplexity(
+                model, tokenize(tokenizer, text), window_length, num_windows, lambda done, name=name: progress(str(name), done)
+            )
+            first.setdefault(path, score["perplexity"])
+            rows.append(
+                {
+                    "model": str(name),
+                    "text": path,
+                    "file_bytes": file_bytes,
+                    "dtype": str(model.dtype).removeprefix("torch."),
+                    "ratio": score["perplexity"] / first[path],
+                    "seconds": time.perf_counter() - started,
+                    **score,
+                }
+            )
+        del model
+    return rows
+
+
+def inspect_folder(folder: str | Path) -> dict[str, Any]:
+    """What a compressed folder holds, read from safetensors headers and JSON files only.
+
+    Returns:
+        `layers` (name, layer, settings, shape, bytes, bits per weight) and totals; `is_verified` from the report.
+
+    Raises:
+        FormatError: the folder is not a complete compressed model.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    quantization = getattr(config, "quantization_config", None)
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
+        raise FormatError(f"{folder} is not compressed by hf_compact: its config.json has no quantization_config of ours")
+    table = CompactConfig(**quantization).modules
+    del config.quantization_config
+    skeleton = build_skeleton(config, torch.bfloat16)
+    source = TensorSource.in_folder(folder).rename_for(skeleton)
+    headers = source.headers()
+    layers = []
+    for name, spec in table.items():
+        if "tied_to" in spec:
+            continue
+        num_weights = skeleton.get_submodule(name).weight.numel()
+        shape = list(skeleton.get_submodule(name).weight.shape)
+        size = sum(nbytes for key, (_, _, nbytes) in headers.items() if key.rpartition(".")[0] == name and not key.endswith(".bias"))
+        layers.append({"name": name, **spec, "shape": shape, "bytes": size, "bits_per_weight": 8 * size / num_weights})
+    file_bytes = sum(path.stat().st_size for path in source.files)
+    num_parameters = count_parameters(skeleton)
+    outside = {name for name in table if not any(name.startswith(b + ".") for b in describe(skeleton).blocks)}
+    body = [layer for layer in layers if layer["name"] not in outside]
+    weights = sum(torch.Size(layer["shape"]).numel() for layer in body)
+    report = folder / REPORT_NAME
+    return {
+        "folder": str(folder),
+        "format_version": quantization["format_version"],
+        "layers": layers,
+        "num_parameters": num_parameters,
+        "file_bytes": file_bytes,
+        "file_bits_per_weight": 8 * file_bytes / num_parameters,
+        "body_bits_per_weight": 8 * sum(layer["bytes"] for layer in body) / weights if weights else 0.0,
+        "share_of_fp32": file_bytes / (4 * num_parameters),
+        "share_of_bf16": file_bytes / (2 * num_parameters),
+        "is_verified": report.exists() and Report.read(report).is_verified,
+    }
+
+
+# Opening.
+
+
+def as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path, seed: int | None = None) -> Recipe:
+    """A recipe from any of its forms, with another seed if one is given."""
+    if isinstance(recipe, str | Path):
+        recipe = Recipe.from_yaml(recipe)
+    elif not isinstance(recipe, Recipe):
+        recipe = Recipe.from_dict(dict(recipe))
+    return recipe if seed is None else Recipe.from_dict({**recipe.to_dict(), "seed": seed})
+
+
+def open_dense(model: str | Path, dtype: str = "auto") -> Dense:
+    """Open a dense model by Hub id, folder or `.gguf` file.
+
+    Raises:
+        UnsupportedModel: it is compressed already, or its class is not in transformers.
+        ConfigError: it is neither a folder nor a file nor a Hub id that can be reached.
+    """
+    name = str(model)
+    if name.endswith(".gguf"):
+        return _open_gguf(Path(name), torch.bfloat16 if dtype == "auto" else getattr(torch, dtype))
+    folder = local_folder(name)
+    config = _read_config(folder)
+    if getattr(config, "quantization_config", None):
+        quantization = config.quantization_config
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        raise UnsupportedModel(f"model {name!r} is compressed already (quant_method {method!r}): give the dense model")
+    source = TensorSource.in_folder(folder)
+    stored = {kind for kind, _, _ in source.headers().values()}
+    auto = config.dtype or (torch.bfloat16 if "BF16" in stored else torch.float16 if "F16" in stored else torch.float32)
+    chosen = auto if dtype == "auto" else getattr(torch, dtype)
+    skeleton = build_skeleton(config, chosen)
+    try:
+        source.rename_for(skeleton)
+    except FormatError as error:
+        logger.info("%s; the model is loaded whole", error)
+        skeleton, source = verify.load_model(folder, dtype=chosen), None
+    skeleton.eval()
+    fingerprint = hash_files([*sorted(folder.glob("*.safetensors")), folder / "config.json"])
+    return Dense(name, skeleton, _tokenizer(folder), source, fingerprint, folder)
+
+
+def open_for_scoring(model: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, int]:
+    """A dense or compressed model ready to be scored, its tokenizer and the bytes of its weight files."""
+    name = str(model)
+    if name.endswith(".gguf"):
+        dense = _open_gguf(Path(name), torch.bfloat16)
+        return dense.model, dense.tokenizer, Path(name).stat().st_size
+    folder = local_folder(name)
+    config = _read_config(folder)
+    dtype = torch.bfloat16 if config.dtype in (None, torch.float32) else config.dtype
+    loaded = verify.load_model(folder, dtype=dtype).eval()
+    if not is_causal_lm(loaded):
+        raise UnsupportedModel(f"model {name!r} is a {type(loaded).__name__}: perplexity needs a causal language model")
+    tokenizer = _tokenizer(folder)
+    if tokenizer is None:
+        raise ConfigError(f"model {name!r} has no tokenizer in its folder, which scoring text needs")
+    return loaded, tokenizer, sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def local_folder(name: str) -> Path:
+    """The folder of a model: itself, or the local copy of a Hub repository.
+
+    Raises:
+        ConfigError: neither exists, or the Hub cannot be reached.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"model {name!r} is no folder or .gguf file here, and not a Hub id that can be fetched: {reason}") from error
+
+
+def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model that a config describes, parameters on meta, buffers real.
+
+    Raises:
+        UnsupportedModel: the config names no class of transformers.
+    """
+    names = config.architectures or []
+    cls = getattr(transformers, names[0], None) if names else None
+    if cls is None:
+        raise UnsupportedModel(f"config.architectures must name a class of transformers, got {names}")
+    with init_empty_weights(include_buffers=False):
+        return cls._from_config(config, dtype=dtype)
+
+
+def prepare_calibration(
+    calibration: Sequence[str | Path] | Calibration, tokenizer: PreTrainedTokenizerBase | None, recipe: Recipe
+) -> Calibration:
+    """Calibration batches from text files, from ready batches, or from Python's own documentation text.
+
+    Raises:
+        CalibrationError: no tokenizer, or a text that is missing, empty or too short.
+    """
+    if isinstance(calibration, Calibration):
+        return calibration
+    if calibration and isinstance(calibration[0], Mapping):
+        return from_batches(calibration)
+    if tokenizer is None:
+        raise CalibrationError("calibration from text needs a tokenizer, and the model's folder has none: pass tokenizer or batches")
+    text = read_texts(calibration) if calibration else builtin_text("calibration")
+    names = [Path(path).name for path in calibration] or ["pydoc_data.topics (calibration part)"]
+    return sample(tokenizer, text, recipe.calibration, recipe.seed, names)
+
+
+def select_all(arch: Architecture, recipe: Recipe) -> list[set[str]]:
+    """The targets of every stage."""
+    return [set(select_names(arch.roles, stage.include, stage.exclude)) for stage in recipe.stages]
+
+
+def check_output_or_resume(output: Path) -> None:
+    """Raise OutputError unless the output can be created or belongs to an unfinished run."""
+    if not Journal.is_unfinished(output):
+        check_output(output)
+
+
+def is_causal_lm(model: PreTrainedModel) -> bool:
+    """Whether perplexity means something for the model."""
+    return model.get_output_embeddings() is not None and not model.config.is_encoder_decoder and model.can_generate()
+
+
+def count_parameters(model: PreTrainedModel) -> int:
+    """Parameters of a dense model, tied ones once."""
+    tied = model.get_expanded_tied_weights_keys(all_submodels=True).keys()
+    return sum(p.numel() for name, p in model.named_parameters() if name not in tied)
+
+
+def new_report(name: str, model: PreTrainedModel, arch: Architecture, recipe: Recipe, calibration: Calibration) -> Report:
+    """A report with everything that is known before the first block."""
+    report = Report(
+        model=name,
+        family=arch.family,
+        recipe=recipe.to_dict(),
+        calibration={
+            "sources": list(calibration.sources),
+            "num_tokens": calibration.num_tokens,
+            "sha256": calibration.fingerprint,
+        },
+        num_parameters=count_parameters(model),
+        versions={
+            "hf_compact": version("hf_compact"),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    )
+    if not arch.is_known:
+        report.notes.append(f"model_type {arch.family!r} is not in the table of families: blocks were found by structure")
+    return report
+
+
+# Estimates.
+
+
+def peak_memory_estimate(dense: Dense, arch: Architecture, recipe: Recipe) -> int:
+    """Expected peak resident bytes: what stays resident, two dense blocks, the activations, the libraries."""
+    width = _element_size(dense.model)
+    inside = {block: sum(p.numel() for p in dense.model.get_submodule(block).parameters()) for block in arch.blocks}
+    outside = count_parameters(dense.model) - sum(inside.values())
+    resident = 2 * max(inside.values()) if dense.source is not None else sum(inside.values())
+    hidden = recipe.calibration.num_sequences * recipe.calibration.sequence_length * dense.model.config.get_text_config().hidden_size
+    return width * (outside + resident + hidden) + RUNTIME_BYTES
+
+
+def minutes_estimate(model: PreTrainedModel, arch: Architecture, recipe: Recipe) -> float:
+    """Expected minutes on this machine, from the speed of one matrix product in the model's dtype and in float32."""
+    tokens = recipe.calibration.num_sequences * recipe.calibration.sequence_length
+    shapes = [dense_shape(model.get_submodule(name)) for name in arch.roles]
+    forward = 2 * tokens * sum(rows * columns for rows, columns in shapes)
+    needs = any(stage.needs_calibration for stage in recipe.stages)
+    grams = 2 * tokens * sum(columns**2 for _, columns in shapes) / 2 if needs else 0
+    solve = sum(columns * (4e-4 + 2e-8 * rows * columns / 100) for rows, columns in shapes) if needs else 0
+    passes = 5.0 if needs else 2.0  # attention and elementwise work take about as long as the products of small models
+    seconds = passes * forward / _speed(model.dtype) + grams / _speed(torch.float32) + solve
+    return seconds / 60
+
+
+def _speed(dtype: torch.dtype) -> float:
+    """Floating point operations per second of a matrix product of a usual size."""
+    a, b = torch.ones(1024, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+    a @ b
+    started = time.perf_counter()
+    for _ in range(4):
+        a @ b
+    return 4 * 2 * 1024**3 / (time.perf_counter() - started)
+
+
+# Inside compress.
+
+
+def _compress_in_memory(
+    model: PreTrainedModel, recipe: Recipe, output: str | Path | None, calibration: Sequence[str | Path] | Calibration,
+    tokenizer: PreTrainedTokenizerBase | None, progress: Progress,
+) -> Report:  # fmt: skip
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise UnsupportedModel(f"model is quantized already ({model.hf_quantizer.quantization_config.quant_method}): give the dense model")
+    if output is not None:
+        check_output(Path(output))
+    arch = describe(model)
+    select_all(arch, recipe)
+    prepared = prepare_calibration(calibration, tokenizer, recipe)
+    _check_model_finite(model)
+    report = new_report(model.config.name_or_path or type(model).__name__, model, arch, recipe, prepared)
+    stages = [(METHODS[stage.method], stage) for stage in recipe.stages]
+    runner = BlockRunner(model, arch, stages, prepared, report)
+    logits = runner.run(progress)
+    attach_(model, _ordered(runner.table, model), recipe.stages)
+    if output is not None and distributed.rank() == 0:
+        model.save_pretrained(output)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(output)
+        report.file_bytes = sum(path.stat().st_size for path in Path(output).glob("*.safetensors"))
+        _verify(Path(output), prepared, logits, report, is_causal_lm(model))
+    distributed.barrier()
+    return report
+
+
+def _verify(output: Path, calibration: Calibration, logits: torch.Tensor, report: Report, is_causal: bool) -> None:
+    """Verify, then write report, card and plot whatever the outcome; raise if it failed."""
+    failure: VerificationError | None = None
+    try:
+        held_out = calibration.held_out if is_causal else None
+        report.verification = verify.verify(output, probe_inputs(calibration), logits, held_out)
+        report.seconds["verify"] = report.verification.pop("seconds")
+    except VerificationError as error:
+        failure = error
+        report.verification = {"verified": False, "reason": str(error)}
+    report.peak_memory_bytes = max(report.peak_memory_bytes, peak_memory_bytes())
+    write_text(output / REPORT_NAME, json.dumps(report.to_dict(), indent=2) + "\n")
+    write_text(output / "README.md", model_card(report))
+    plot_layers(report, output / "layers.png")
+    if failure is not None:
+        raise failure
+
+
+def _final_config(model: PreTrainedModel, table: Mapping[str, Any], recipe: Recipe) -> PreTrainedConfig:
+    config = model.config
+    config.quantization_config = CompactConfig(modules=table, stages=recipe.stages)
+    config.dtype = model.dtype
+    config.architectures = [type(model).__name__]
+    return config
+
+
+def _write_side_files(folder: Path, dense: Dense, config: PreTrainedConfig, recipe: Recipe) -> None:
+    """Config, generation config, tokenizer, recipe and, if wanted, the stub."""
+    if recipe.auto_map:
+        name = config.architectures[0]
+        auto = "AutoModelForCausalLM" if is_causal_lm(dense.model) else "AutoModel"
+        config.auto_map = {auto: f"modeling_hf_compact.{name}"}
+        stub = f'"""Imports the library that reads this checkpoint."""\n\nimport hf_compact\nfrom transformers import {name}\n'
+        write_text(folder / "modeling_hf_compact.py", stub)
+    config.save_pretrained(folder)
+    if dense.model.can_generate():
+        dense.model.generation_config.save_pretrained(folder)
+    if dense.tokenizer is not None:
+        dense.tokenizer.save_pretrained(folder)
+    write_text(folder / "recipe.json", json.dumps(recipe.to_dict(), indent=2) + "\n")
+
+
+def _ordered(table: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any]:
+    """The table in the order of the model, sources of ties before what is tied to them."""
+    order = {name: position for position, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
+    return dict(sorted(table.items(), key=lambda item: ("tied_to" in item[1], order[item[0]])))
+
+
+def _check_model_finite(model: PreTrainedModel) -> None:
+    for name, parameter in model.named_parameters():
+        check_finite(name, parameter)
+
+
+def _open_gguf(path: Path, dtype: torch.dtype) -> Dense:
+    if not path.is_file():
+        raise ConfigError(f"model {str(path)!r} does not exist")
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
+    )
+    # What is left of the GGUF loader would make save_pretrained refuse.
+    for name in ("hf_quantizer", "quantization_method"):
+        model.__dict__.pop(name, None)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.is_quantized = False
+    model.config.architectures = config.architectures or [type(model).__name__]
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    return Dense(str(path), model.eval(), tokenizer, None, hash_files([path]), None)
+
+
+def _read_config(folder: Path) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{folder} has no config.json that transformers can read: {str(error).splitlines()[0]}") from error
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+    return AutoTokenizer.from_pretrained(folder) if any((folder / name).exists() for name in names) else None
+
+
+def _element_size(model: PreTrainedModel) -> int:
+    return torch.empty(0, dtype=model.dtype).element_size()
+
+
+def _on_meta(module: torch.nn.Module) -> torch.nn.Linear:
+    out_features, in_features = dense_shape(module)
+    return torch.nn.Linear(in_features, out_features, bias=module.bias is not None, device="meta")
+
+
+def _body_bits(layers: Sequence[Mapping[str, Any]], width: int) -> float:
+    body = [layer for layer in layers if layer["role"] not in ("embedding", "head")]
+    weights = sum(layer["dense_bytes"] for layer in body) / width
+    return 8 * sum(layer["compressed_bytes"] for layer in body) / weights if weights else 0.0

@@ -1,0 +1,454 @@
+"""The block runner: blocks in order, their inputs taken through the already compressed prefix.
+
+The skeleton outside the blocks is run once per batch with stand-ins for the blocks, which records what the model
+hands to each block beside the hidden state (masks, rotary tables, an encoder's output). From then on only blocks run,
+one at a time, so a checkpoint larger than memory goes through the same loop as a model in memory.
+
+Inside a block the Linears are grouped by the tensor they read (q, k and v share one gram matrix) and compressed group
+by group, so that the inputs of `down_proj` already come through the compressed `up_proj`.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from . import distributed
+from .arch import Architecture, as_linear
+from .calibration import Calibration
+from .checkpoint import Journal, TensorSource, check_finite, rebuild_, share_buffers_
+from .config import MethodConfig
+from .errors import FormatError, NumericalError
+from .functional.gram import add_gram_, output_energy
+from .report import LayerReport, Report, peak_memory_bytes
+from .select import replace_modules, select_names
+
+logger = logging.getLogger(__name__)
+
+_PROBE_TOKENS = 64
+Progress = Callable[[str, int, int], None]
+"""Called as `progress(unit, finished units, all units)` before each unit and once at the end."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a slice gives to the runner."""
+
+    config: type[MethodConfig]
+    """Its settings."""
+    layers: Mapping[str, type[nn.Module]]
+    """Name in the modules table -> class with `empty_like(old, **spec)`, `to_dense()` and `spec()`."""
+    compress_linear: Callable[..., nn.Module]
+    """`(linear, gram [in, in] | None, config, solve=True) -> module`; without a gram matrix the inputs are unknown.
+    With `solve=False` it returns the empty module, which another rank's solution fills."""
+    compress_embedding: Callable[..., nn.Module | None]
+    """`(embedding or head, config, solve=True) -> module`, or None to leave it."""
+    tied_layer: str
+    """Name in `layers` of the Linear that shares the tensors of a compressed embedding."""
+
+    def table_entry(self, module: nn.Module) -> dict[str, Any]:
+        """The modules-table entry of a module that this method made."""
+        name = next(name for name, cls in self.layers.items() if type(module) is cls)
+        return {"layer": name, **module.spec()}
+
+
+class _StopForward(Exception):
+    """Ends a forward pass early once it has given what it was run for."""
+
+
+@dataclass
+class _Call:
+    """What the model passes to one block for one batch, without the hidden state."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class BlockRunner:
+    """Runs the recipe over a model, block by block; see the module header.
+
+    Args:
+        model: in memory, or a skeleton with meta tensors if `source` is given.
+        arch: where its blocks are.
+        stages: methods with their configs, in order.
+        calibration: model inputs; each rank of a process group works on its share.
+        report: filled as blocks finish.
+        source: dense tensors of a model that is not in memory, under the model's own names.
+        journal: where finished units are written; without it nothing is written.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, arch: Architecture, stages: Sequence[tuple[Method, MethodConfig]],
+        calibration: Calibration, report: Report, source: TensorSource | None = None, journal: Journal | None = None,
+    ) -> None:  # fmt: skip
+        """Resolve the targets of every stage."""
+        self.model, self.arch, self.stages = model, arch, list(stages)
+        self.report, self.source, self.journal = report, source, journal
+        self.layers = {name: cls for method, _ in stages for name, cls in method.layers.items()}
+        self.targets = [set(select_names(arch.roles, config.include, config.exclude)) for _, config in stages]
+        batches = distributed.share(calibration.batches)
+        self.batches = [*batches, probe_inputs(calibration)]
+        self.table: dict[str, dict[str, Any]] = {}
+        self.hidden: list[Tensor] = []
+        self.outputs: list[list[Tensor]] = []
+        self.is_tuple: bool | None = None
+        self.resident: set[int] = set()
+        self.num_resumed = 0 if journal is None else len(journal.entries)
+
+    @torch.no_grad()
+    def run(self, progress: Progress = lambda unit, done, total: None) -> Tensor:
+        """Compress everything.
+
+        Returns:
+            Output of the compressed model for the probe, the first `_PROBE_TOKENS` tokens of the first sequence.
+
+        Raises:
+            NumericalError: a weight or a block's output is not finite.
+            OutputError: the journal cannot be written.
+        """
+        started = time.perf_counter()
+        training = self.model.training
+        self.model.eval()
+        units = ["embeddings", *self.arch.blocks]
+        with _without_cache(self.model):
+            progress(units[0], 0, len(units))
+            self._prepare(0, self._outside_blocks())
+            self._compress(0, units[0], self._compress_outside)
+            for stack in self.arch.stacks:
+                first = units.index(stack[0])
+                self._prepare(first, self._inside(stack[0]))
+                calls = self._record(stack)
+                for position, block in enumerate(stack, start=first):
+                    progress(block, position, len(units))
+                    self._prepare(position, self._inside(block))
+                    self._compress(position, block, lambda: self._compress_block(block, calls[block]))  # noqa: B023
+                    self._advance(block, calls.pop(block))
+                    if self.source is not None:
+                        self.model.get_submodule(block).to("meta")
+                self.outputs.append(self.hidden)
+            logits = self._probe_output()
+            progress("finished", len(units), len(units))
+        self.model.train(training)
+        self.report.seconds["compress"] = time.perf_counter() - started
+        self.report.peak_memory_bytes = peak_memory_bytes()
+        return logits
+
+    # Units: what is loaded, compressed and written together.
+
+    def _inside(self, block: str) -> list[str]:
+        return [name for name in self.model.state_dict() if name.startswith(block + ".")]
+
+    def _outside_blocks(self) -> list[str]:
+        prefixes = tuple(block + "." for block in self.arch.blocks)
+        return [name for name in self.model.state_dict() if not name.startswith(prefixes)]
+
+    def _prepare(self, position: int, names: list[str]) -> None:
+        """Make a unit resident: as an earlier run has compressed it, or dense from the source."""
+        if position in self.resident:
+            return
+        self.resident.add(position)
+        if self.journal is not None and position < self.num_resumed:
+            entry = self.journal.entries[position]
+            rebuild_(self.model, entry["modules"], self.layers)
+            self.table |= entry["modules"]
+            self.report.layers += [LayerReport(**layer) for layer in entry["layers"]]
+            self.report.notes += entry["notes"]
+            shard = TensorSource([self.journal.folder / entry["file"]])
+            assign_(self.model, shard.read(shard.file_of))
+            for name, spec in entry["modules"].items():
+                if "tied_to" in spec:
+                    share_buffers_(self.model.get_submodule(name), self.model.get_submodule(spec["tied_to"]))
+            self.model.tie_weights()
+        elif self.source is not None:
+            assign_(self.model, self.source.read(name for name in names if name in self.source.file_of))
+            self.model.tie_weights()
+            missing = [name for name in names if self.model.get_parameter_or_buffer(name).is_meta]
+            if missing:
+                raise FormatError(f"the checkpoint lacks {missing[0]}, which {type(self.model).__name__} needs")
+
+    def _compress(self, position: int, unit: str, work: Callable[[], dict[str, LayerReport | None]]) -> None:
+        """Compress a resident unit and write it, unless an earlier run has."""
+        if position < self.num_resumed:
+            return
+        notes = len(self.report.notes)
+        modules = work()
+        self.report.layers += [layer for layer in modules.values() if layer is not None]
+        if self.journal is None:
+            return
+        names = self._outside_blocks() if position == 0 else self._inside(unit)
+        record = {
+            "modules": {name: self.table[name] for name in modules},
+            "layers": [asdict(layer) for layer in modules.values() if layer is not None],
+            "notes": self.report.notes[notes:],
+        }
+        self.journal.append(unit, self._tensors(names), record)
+
+    def _tensors(self, names: list[str]) -> dict[str, Tensor]:
+        """State of the named tensors, each storage once: the embedding's name wins over names tied to it."""
+        first = self.arch.embedding or ""
+        seen, kept = set(), {}
+        for name in sorted(names, key=lambda name: not name.startswith(first + ".")):
+            tensor = self.model.get_parameter_or_buffer(name).data
+            key = (tensor.data_ptr(), tensor.shape)
+            if key not in seen:
+                seen.add(key)
+                kept[name] = tensor
+        return kept
+
+    # Compression of one unit. Each returns module name -> its layer report, None for a module that shares another's tensors.
+
+    def _compress_outside(self) -> dict[str, LayerReport | None]:
+        found: dict[str, LayerReport | None] = {}
+        for method, config in self.stages:
+            for name, role in ((self.arch.embedding, "embedding"), (self.arch.head, "head")):
+                if name is None or name in found:
+                    continue
+                old = self.model.get_submodule(name)
+                check_finite(name + ".weight", old.weight)
+                started = time.perf_counter()
+                new = method.compress_embedding(old, config)
+                if new is None:
+                    continue
+                found[name] = self._report(name, role, config, old, new, None, started)
+                self.table[name] = method.table_entry(new)
+                self.model.set_submodule(name, new)
+                if role == "embedding":
+                    for other in self.arch.tied:
+                        linear = isinstance(self.model.get_submodule(other), nn.Linear)
+                        entry = {**self.table[name], "layer": method.tied_layer if linear else self.table[name]["layer"]}
+                        self.table[other] = {**entry, "tied_to": name}
+                        rebuild_(self.model, {other: self.table[other]}, self.layers)
+                        found[other] = None
+        return found
+
+    def _compress_block(self, block: str, calls: list[_Call]) -> dict[str, LayerReport | None]:
+        found: dict[str, LayerReport | None] = {}
+        module = self.model.get_submodule(block)
+        for (method, config), targets in zip(self.stages, self.targets, strict=True):
+            names = [name for name in self.arch.targets(block) if name in targets]
+            for name in names:
+                check_finite(name + ".weight", self.model.get_submodule(name).weight)
+            for group in self._input_groups(module, names, calls) if config.needs_calibration else [names]:
+                gram = self._gram(module, self.model.get_submodule(group[0]), calls) if config.needs_calibration else None
+                found |= self._compress_group(group, gram, method, config)
+        return found
+
+    def _compress_group(
+        self, names: list[str], gram: Tensor | None, method: Method, config: MethodConfig
+    ) -> dict[str, LayerReport | None]:
+        """Compress Linears that share one input; the ranks deal them out by cost and exchange the results."""
+        old = {name: as_linear(self.model.get_submodule(name)) for name in names}
+        owners = distributed.owners([linear.weight.numel() * linear.in_features for linear in old.values()])
+        found: dict[str, LayerReport | None] = {}
+        new: dict[str, nn.Module] = {}
+        for owner, (name, linear) in zip(owners, old.items(), strict=True):
+            started = time.perf_counter()
+            if gram is not None and not gram.diagonal().any():
+                self.report.notes.append(f"{name} never saw an input that is not zero: rounded to nearest")
+                new[name] = method.compress_linear(linear, None, config)
+            else:
+                new[name] = method.compress_linear(linear, gram, config, solve=owner == distributed.rank())
+            distributed.broadcast_(new[name].buffers(), owner)
+            found[name] = self._report(name, self.arch.roles[name], config, linear, new[name], gram, started)
+            self.table[name] = method.table_entry(new[name])
+        replace_modules(self.model, names, lambda name, _: new[name])
+        return found
+
+    def _report(
+        self, name: str, role: str, config: MethodConfig, old: nn.Module, new: nn.Module, gram: Tensor | None, started: float
+    ) -> LayerReport:  # fmt: skip
+        seconds = time.perf_counter() - started
+        return LayerReport(
+            name=name,
+            role=role,
+            method=config.method,
+            num_weights=old.weight.numel(),
+            compressed_bytes=sum(buffer.nbytes for buffer in new.buffers()),
+            relative_error=_relative_error(old.weight, new, gram),
+            seconds=seconds,
+        )
+
+    # Forward passes.
+
+    def _record(self, stack: tuple[str, ...]) -> dict[str, list[_Call]]:
+        """Run the skeleton once per batch: the hidden state that enters the stack, and each block's side inputs.
+
+        The first block really runs once; if it returns more than the hidden state (T5's position bias), it runs for
+        every batch, because later blocks take those values as inputs.
+        """
+        blocks = {name: self.model.get_submodule(name) for name in stack}
+        calls: dict[str, list[_Call]] = {name: [] for name in stack}
+        self.hidden, self.is_tuple = [], None
+        extras: tuple[Any, ...] = ()
+
+        def stand_in(name: str, *args: Any, **kwargs: Any) -> Any:
+            nonlocal extras
+            hidden, call = _split(args, kwargs)
+            calls[name].append(call)
+            if name == stack[0]:
+                self.hidden.append(hidden)
+                if self.is_tuple is not False:
+                    with _original_forward(blocks[name]):
+                        output = blocks[name](hidden, *call.args, **call.kwargs)
+                    self.is_tuple = isinstance(output, tuple)
+                    extras = output[1:] if self.is_tuple else ()
+            if name == stack[-1]:
+                raise _StopForward
+            return (hidden, *extras) if self.is_tuple else hidden
+
+        for number, batch in enumerate(self.batches):
+            forwards = {block: partial(stand_in, name) for name, block in blocks.items()} | self._replay(number)
+            with _forwards(forwards), suppress(_StopForward):
+                self.model(**batch)
+        return calls
+
+    def _replay(self, number: int) -> dict[nn.Module, Callable[..., Any]]:
+        """Stand-ins for the stacks that are finished: every block returns the stack's output that was kept.
+
+        What a block returns beside it is read by later blocks only, which are stand-ins themselves.
+        """
+        forwards: dict[nn.Module, Callable[..., Any]] = {}
+        for stack, outputs in zip(self.arch.stacks, self.outputs, strict=False):
+            output = (outputs[number], None, None) if self.is_tuple else outputs[number]
+            for name in stack:
+                forwards[self.model.get_submodule(name)] = lambda *args, output=output, **kwargs: output
+        return forwards
+
+    def _input_groups(self, block: nn.Module, names: list[str], calls: list[_Call]) -> list[list[str]]:
+        """Targets by the tensor they read, in the order they run; a target that does not run stands alone."""
+        groups: dict[tuple[Any, ...], list[str]] = {}
+        alive = []  # inputs are kept until the end, or a freed address could come back as another tensor
+
+        def note(name: str, x: Tensor) -> None:
+            alive.append(x)
+            groups.setdefault((x.data_ptr(), x.shape, x.stride()), []).append(name)
+
+        handles = [
+            self.model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
+            for name in names
+        ]
+        try:
+            _call(block, self.hidden[0], calls[0])
+        finally:
+            for handle in handles:
+                handle.remove()
+        seen = {name for group in groups.values() for name in group}
+        return [*groups.values(), *([name] for name in names if name not in seen)]
+
+    def _gram(self, block: nn.Module, target: nn.Linear, calls: list[_Call]) -> Tensor:
+        """Gram matrix of a target's inputs over all calibration batches (and ranks), padding left out."""
+        size = as_linear(target).in_features
+        gram = torch.zeros(size, size, dtype=torch.float64)
+        mask: Tensor | None = None
+
+        def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0]
+            add_gram_(gram, x[mask.bool()] if mask is not None and mask.shape == x.shape[:2] else x)
+            raise _StopForward
+
+        handle = target.register_forward_pre_hook(note)
+        try:
+            for batch, hidden, call in list(zip(self.batches, self.hidden, calls, strict=True))[:-1]:
+                mask = batch.get("attention_mask")
+                with suppress(_StopForward):
+                    _call(block, hidden, call)
+        finally:
+            handle.remove()
+        distributed.sum_([gram])
+        if not gram.isfinite().all():
+            raise NumericalError("inputs of a layer are not finite: the model overflows on the calibration text")
+        return gram
+
+    def _advance(self, block: str, calls: list[_Call]) -> None:
+        """Replace every batch's hidden state by the compressed block's output."""
+        module = self.model.get_submodule(block)
+        for number, call in enumerate(calls):
+            self.hidden[number] = _call(module, self.hidden[number], call)
+            if not self.hidden[number].isfinite().all():
+                raise NumericalError(f"{block} gives values that are not finite on calibration batch {number}")
+
+    def _probe_output(self) -> Tensor:
+        with _forwards(self._replay(len(self.batches) - 1)):
+            return self.model(**self.batches[-1])[0]
+
+
+def probe_inputs(calibration: Calibration) -> dict[str, Tensor]:
+    """The first tokens of the first sequence (or the first sample of an input that is not text)."""
+    first = calibration.batches[0]
+    return {name: value[:1, :_PROBE_TOKENS] if value.dim() == 2 else value[:1] for name, value in first.items()}
+
+
+def assign_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put tensors in the place of a skeleton's meta tensors; they take the dtype that stands there."""
+    for name, tensor in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        old = model.get_parameter_or_buffer(name)
+        if old.shape != tensor.shape:
+            raise FormatError(f"{name} has the shape {list(tensor.shape)} in the checkpoint, {list(old.shape)} in the model")
+        tensor = tensor.to(old.dtype)
+        setattr(module, leaf, nn.Parameter(tensor, requires_grad=False) if isinstance(old, nn.Parameter) else tensor)
+
+
+def _relative_error(weight: Tensor, module: nn.Module, gram: Tensor | None) -> float:
+    """Share of the output energy that is lost, row block by row block, so that an embedding needs little memory."""
+    lost = total = 0.0
+    for rows in torch.arange(len(weight)).split(4096):
+        dense = weight[rows].float()
+        total += output_energy(dense, gram)
+        lost += output_energy(dense - module.to_dense(rows=rows), gram)
+    return lost / max(total, 1e-30)
+
+
+def _call(block: nn.Module, hidden: Tensor, call: _Call) -> Tensor:
+    output = block(hidden, *call.args, **call.kwargs)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, _Call]:
+    """The hidden state, which is the first argument of every block, and the rest."""
+    if args:
+        return args[0], _Call(args[1:], dict(kwargs))
+    rest = dict(kwargs)
+    return rest.pop("hidden_states"), _Call((), rest)
+
+
+@contextmanager
+def _forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Let modules run other functions; the modules themselves stay, because models read their attributes."""
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module in forwards:
+            module.__dict__.pop("forward", None)
+
+
+@contextmanager
+def _original_forward(module: nn.Module) -> Iterator[None]:
+    """Undo `_forwards` for one module for a moment."""
+    stand_in = module.__dict__.pop("forward")
+    try:
+        yield
+    finally:
+        module.forward = stand_in
+
+
+@contextmanager
+def _without_cache(model: PreTrainedModel) -> Iterator[None]:
+    """Generation caches off while calibrating: they would keep every key and value."""
+    config = model.config.get_text_config(decoder=True)
+    before = getattr(config, "use_cache", None)
+    config.use_cache = False
+    try:
+        yield
+    finally:
+        config.use_cache = before

@@ -1,0 +1,363 @@
+"""Files: streaming reads of a dense checkpoint, shards written one by one, and the journal that makes a run resumable.
+
+A run works in `<output>.partial`. Each finished unit (everything outside the blocks, then block after block) is one
+shard, written under a temporary name, synced and renamed; then one line is appended to the journal. The folder gets
+its real name when nothing is missing, so a folder of that name is always complete.
+"""
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
+
+from .arch import as_linear
+from .errors import FormatError, NumericalError, OutputError
+
+logger = logging.getLogger(__name__)
+
+#: Version of the modules table in `config.json`.
+FORMAT_VERSION = 1
+QUANT_METHOD = "hf_compact"
+#: How torch names the dtypes of a safetensors header.
+DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+}  # fmt: skip
+REPORT_NAME = "compression_report.json"
+INDEX_NAME = "model.safetensors.index.json"
+_JOURNAL_NAME = "journal.jsonl"
+
+
+class TensorSource:
+    """Tensors of safetensors files, read one at a time; nothing stays resident.
+
+    Raises:
+        FormatError: a file is damaged.
+    """
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        """Read the headers of all files."""
+        self.files = list(files)
+        self.file_of: dict[str, Path] = {}
+        self.stored_name: dict[str, str] = {}
+        for path in self.files:
+            with _open(path) as handle:
+                self.file_of.update(dict.fromkeys(handle.keys(), path))
+        self.stored_name = {name: name for name in self.file_of}
+
+    def rename_for(self, model: PreTrainedModel) -> Self:
+        """Answer to the model's own tensor names from now on.
+
+        Raises:
+            FormatError: see `keys_by_model`.
+        """
+        stored = keys_by_model(model, self.file_of)
+        self.file_of = {new: self.file_of[old] for new, old in stored.items()}
+        self.stored_name = stored
+        return self
+
+    @classmethod
+    def in_folder(cls, folder: Path) -> Self:
+        """All safetensors files of a folder.
+
+        Raises:
+            FormatError: there is none, or one is damaged or named in the index but missing.
+        """
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise FormatError(f"{folder} holds no .safetensors file")
+        index = folder / INDEX_NAME
+        if index.exists():
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            missing = sorted(named - {path.name for path in files})
+            if missing:
+                raise FormatError(f"{folder} lacks the shard {missing[0]}, which its index names")
+        return cls(files)
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Copies of the named tensors."""
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.file_of[name], []).append(name)
+        tensors = {}
+        for path, members in by_file.items():
+            with _open(path) as handle:
+                tensors |= {name: handle.get_tensor(self.stored_name[name]).clone() for name in members}
+        return tensors
+
+    def headers(self) -> dict[str, tuple[str, list[int], int]]:
+        """Name -> (dtype, shape, bytes), without reading data."""
+        found = {}
+        for path in self.files:
+            with _open(path) as handle:
+                for name in (name for name, file in self.file_of.items() if file == path):
+                    part = handle.get_slice(self.stored_name[name])
+                    dtype, shape = part.get_dtype(), part.get_shape()
+                    found[name] = (dtype, shape, DTYPES[dtype].itemsize * torch.Size(shape).numel())
+        return found
+
+    def check_finite(self) -> None:
+        """Raise NumericalError for the first float tensor with a NaN or an infinity."""
+        for name in self.file_of:
+            check_finite(name, self.read([name])[name])
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the contents of all files."""
+        return hash_files(self.files)
+
+
+def keys_by_model(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
+    """The model's own tensor names -> names in the files, through the renamings that transformers applies on loading.
+
+    Raises:
+        FormatError: a tensor is not renamed but computed from others on loading.
+    """
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    state = model.state_dict()
+    keys = {}
+    for name in stored:
+        new, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if converted is not None:
+            raise FormatError(f"{name} is converted by transformers while loading, not only renamed")
+        keys[new] = name
+    return keys
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise NumericalError if a weight holds a NaN or an infinity."""
+    if tensor.is_floating_point() and not tensor.isfinite().all():
+        bad = int((~tensor.isfinite()).sum())
+        raise NumericalError(f"{name} holds {bad} values that are not finite: weights must be finite to be compressed")
+
+
+def hash_files(paths: Iterable[Path]) -> str:
+    """SHA-256 over the contents of files, in order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as stream:
+            while chunk := stream.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def check_layers(specs: Mapping[str, Mapping[str, Any]], layers: Mapping[str, type[nn.Module]]) -> None:
+    """Check that every spec of a modules table names a known layer.
+
+    Raises:
+        FormatError: it does not.
+    """
+    for name, spec in specs.items():
+        if spec.get("layer") not in layers:
+            raise FormatError(f"modules[{name!r}].layer must be one of {sorted(layers)}, got {spec.get('layer')!r}")
+
+
+def rebuild_(model: nn.Module, specs: Mapping[str, Mapping[str, Any]], layers: Mapping[str, type[nn.Module]]) -> None:
+    """Replace modules by the empty ones that a modules table describes, in its order, in place (also on meta).
+
+    Args:
+        specs: module name -> `{"layer": class name, **settings}`; `tied_to` names the module whose buffers it shares.
+        layers: class name -> class with `empty_like(old, **settings)`.
+
+    Raises:
+        FormatError: a spec names an unknown layer or module, or settings that the layer does not take.
+    """
+    check_layers(specs, layers)
+    for name, spec in specs.items():
+        settings = {key: value for key, value in spec.items() if key not in ("layer", "tied_to")}
+        try:
+            old = model.get_submodule(name)
+            new = layers[spec["layer"]].empty_like(as_linear(old) if isinstance(old, Conv1D) else old, **settings)
+            if "tied_to" in spec:
+                share_buffers_(new, model.get_submodule(spec["tied_to"]))
+        except (AttributeError, TypeError, KeyError) as error:
+            raise FormatError(f"modules[{name!r}] = {dict(spec)} does not fit the model: {error}") from error
+        model.set_submodule(name, new)
+
+
+def share_buffers_(target: nn.Module, source: nn.Module) -> None:
+    """Make `target` hold the very tensors of `source`, as a tied head does, and leave them out of its state.
+
+    On another device than the source it holds copies.
+    """
+    for name, buffer in source._buffers.items():
+        target._buffers[name] = buffer.to(target._buffers[name].device) if not target._buffers[name].is_meta else buffer
+        target._non_persistent_buffers_set.add(name)
+
+
+class Journal:
+    """The folder of an unfinished run: shards and one line of JSON for each.
+
+    The first line is the fingerprint of everything that decides the result. A journal with another fingerprint is
+    refused, so two runs can never mix.
+    """
+
+    def __init__(self, output: Path, fingerprint: Mapping[str, Any], num_units: int) -> None:
+        """Open or create `<output>.partial`.
+
+        Raises:
+            OutputError: the output exists and is not empty, cannot be created, or belongs to another run.
+        """
+        self.output, self.num_units = output, num_units
+        self.folder = output.with_name(output.name + ".partial")
+        self.entries: list[dict[str, Any]] = []
+        if (output / _JOURNAL_NAME).exists():  # killed after the folder got its name, before it was verified
+            output.rename(self.folder)
+        check_output(output)
+        path = self.folder / _JOURNAL_NAME
+        if path.exists():
+            self._resume(path, dict(fingerprint))
+            return
+        with _disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(path, json.dumps({"fingerprint": dict(fingerprint)}) + "\n")
+
+    def _resume(self, path: Path, fingerprint: dict[str, Any]) -> None:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+        earlier = lines[0]["fingerprint"] if lines else {}
+        for key in fingerprint:
+            if earlier.get(key) != fingerprint[key]:
+                raise OutputError(
+                    f"{self.folder} belongs to a run with another {key} ({_short(earlier.get(key))}, now {_short(fingerprint[key])}): "
+                    "finish that run, choose another --output, or delete the folder"
+                )
+        for entry in lines[1:]:
+            shard = self.folder / entry["file"]
+            if not shard.exists() or hash_files([shard]) != entry["sha256"]:
+                logger.warning("%s is damaged; going on from its unit %r", shard.name, entry["unit"])
+                break
+            self.entries.append(entry)
+        kept = [lines[0], *self.entries]
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        logger.info("resuming after %d of %d units", len(self.entries), self.num_units)
+
+    def shard_path(self, index: int) -> Path:
+        """File of the shard with this index, counted from 0."""
+        return self.folder / f"model-{index + 1:05d}-of-{self.num_units:05d}.safetensors"
+
+    def append(self, unit: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Write one finished unit: its shard by atomic rename, then its journal line.
+
+        Raises:
+            OutputError: the disk is full or cannot be written.
+        """
+        shard = self.shard_path(len(self.entries))
+        temporary = shard.with_suffix(".tmp")
+        with _disk_errors(self.folder):
+            try:
+                save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata={"format": "pt"})
+                _sync(temporary)
+                temporary.replace(shard)
+            finally:
+                temporary.unlink(missing_ok=True)
+            entry = {"unit": unit, "file": shard.name, "sha256": hash_files([shard]), **record}
+            with (self.folder / _JOURNAL_NAME).open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(entry) + "\n")
+                stream.flush()
+                os.fsync(stream.fileno())
+        self.entries.append(entry)
+
+    def finish(self, write_side_files: Callable[[Path], None]) -> int:
+        """Write the index and the side files and give the folder its real name; the journal stays until `close`.
+
+        Returns:
+            Bytes of all safetensors files.
+
+        Raises:
+            OutputError: the disk is full or cannot be written.
+        """
+        weight_map, total = {}, 0
+        for entry in self.entries:
+            path = self.folder / entry["file"]
+            with _open(path) as handle:
+                weight_map |= dict.fromkeys(handle.keys(), path.name)
+            total += path.stat().st_size
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        with _disk_errors(self.folder):
+            write_side_files(self.folder)
+            write_text(self.folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+            if self.output.exists():
+                self.output.rmdir()
+            self.folder.rename(self.output)
+        return total
+
+    def close(self) -> None:
+        """End the run: the output is scored, or marked as unverified, and is never resumed again."""
+        (self.output / _JOURNAL_NAME).unlink()
+
+    @staticmethod
+    def is_unfinished(output: Path) -> bool:
+        """Whether a run into this output was stopped before its end."""
+        return any((folder / _JOURNAL_NAME).exists() for folder in (output, output.with_name(output.name + ".partial")))
+
+
+def check_output(output: Path) -> None:
+    """Raise OutputError unless the output is absent or an empty folder below a folder that can be written."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise OutputError(f"output {str(output)!r} exists and is not an empty folder: choose another --output or delete it")
+    parent = next(path for path in output.absolute().parents if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise OutputError(f"output {str(output)!r} cannot be created: {parent} is not a folder that can be written")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file so that it is either complete or absent."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        _sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as handle:
+            yield handle
+    except SafetensorError as error:
+        raise FormatError(f"{path} is not a complete safetensors file: {error}") from error
+
+
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """Turn what the file system says into one line that names the folder."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error).lower()
+        if is_full:
+            free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
+            raise OutputError(
+                f"disk full while writing {folder} ({free / 1e6:.0f} MB free): free some space and run the same command "
+                "again, it goes on from the last finished block"
+            ) from error
+        raise OutputError(f"{folder} cannot be written: {error}") from error
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb+") as stream:
+        os.fsync(stream.fileno())
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:40] + "…" + hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,0 +1,181 @@
+"""The command `hf-compact`. It parses, shows progress and prints; all work is in `api`."""
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import transformers
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from . import api
+from .checkpoint import write_text
+from .errors import CompactError, OutputError
+from .report import format_bytes
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="Compress transformers models to smaller folders that `from_pretrained` loads and that were scored before success is reported.",
+)
+out = Console()
+err = Console(stderr=True)
+
+ModelArgument = Annotated[str, typer.Argument(help="Hub id, folder or .gguf file of a dense model.", metavar="MODEL")]
+RecipeOption = Annotated[Path, typer.Option(help="YAML file: `stages: [{method: codebook, bits: 4}]`.", metavar="FILE.yaml")]
+SeedOption = Annotated[int | None, typer.Option(help="Replaces the recipe's seed.")]
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "    hf-compact compress HuggingFaceTB/SmolLM2-135M-Instruct --recipe configs/recipes/codebook-4bit.yaml --output smol-4bit\n\n"
+    "    hf-compact compress ./my-model --recipe recipe.yaml --output small --calibration a.txt --calibration b.txt --seed 1"
+)
+def compress(
+    model: ModelArgument,
+    recipe: RecipeOption,
+    output: Annotated[Path, typer.Option(help="Folder to create; an interrupted run into it goes on.", metavar="DIR")],
+    calibration: Annotated[
+        list[Path] | None, typer.Option(help="UTF-8 text; repeat for several files. Default: Python's own documentation.", metavar="FILE")
+    ] = None,
+    seed: SeedOption = None,
+) -> None:
+    """Compress MODEL into a new folder, reload it in a fresh process, score it, and report."""
+    with _errors(), _progress("compressing") as advance:
+        report = api.compress(model, recipe, output=output, calibration=calibration or (), seed=seed, progress=advance)
+    for note in report.notes:
+        err.print(f"note: {note}", highlight=False)
+    out.print(report.to_table(f"{output}"))
+
+
+@app.command(epilog="Example:\n\n    hf-compact plan ./my-model --recipe configs/recipes/codebook-3bit.yaml")
+def plan(model: ModelArgument, recipe: RecipeOption, seed: SeedOption = None) -> None:
+    """Show what `compress` would do: layers, bytes, memory, minutes, and what is skipped. Writes nothing."""
+    with _errors():
+        found = api.plan(model, recipe, seed)
+    table = Table(title=f"{found['model']} ({found['family']})")
+    for column in ("layer", "role", "shape", "method", "before", "after"):
+        table.add_column(column, overflow="fold")
+    for layer in found["layers"]:
+        shape = "×".join(map(str, layer["shape"]))
+        sizes = (format_bytes(layer["dense_bytes"]), format_bytes(layer["compressed_bytes"]))
+        table.add_row(layer["name"], layer["role"], shape, layer["method"], *sizes)
+    out.print(table)
+    for entry in found["skipped"]:
+        out.print(f"skipped: {entry['name']} ({entry['reason']})", highlight=False)
+    if not found["is_known_family"]:
+        out.print(f"note: model_type {found['family']} is not in the table of families; blocks were found by structure")
+    before, after = found["bytes_before"], found["bytes_after"]
+    out.print(f"bytes: {format_bytes(before)} → {format_bytes(after)} ({100 * after / before:.1f} %)", highlight=False)
+    out.print(f"body: {found['body_bits_per_weight']:.3f} bits per weight", highlight=False)
+    how = "read block by block" if found["is_streamed"] else "loaded whole"
+    out.print(f"peak memory: about {format_bytes(found['peak_memory_bytes'])} ({how})", highlight=False)
+    out.print(f"time: about {found['minutes']:.1f} minutes on this machine", highlight=False)
+
+
+@app.command(
+    epilog="Example:\n\n    hf-compact evaluate ./my-model ./my-model-4bit --text wiki.test.raw --text c4.txt --json scores.json"
+)
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="Dense or compressed models; ratios are to the first.", metavar="MODEL...")],
+    text: Annotated[list[Path], typer.Option(help="UTF-8 text to score; repeat for several.", metavar="FILE")],
+    windows: Annotated[int, typer.Option(help="Windows from the start of each text.", min=1)] = 40,
+    window_length: Annotated[int, typer.Option(help="Tokens per window.", min=2)] = 1024,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the scores here too.", metavar="OUT")] = None,
+) -> None:
+    """Perplexity of each MODEL on each text: consecutive windows, no overlap, no special tokens."""
+    with _errors(), _progress("scoring") as advance:
+        rows = api.evaluate(models, text, windows, window_length, lambda name, done: advance(name, done, windows))
+        if json_file is not None:
+            _write_json(json_file, rows)
+    table = Table()
+    for column in ("model", "text", "perplexity", "× first", "MB", "tokens", "seconds"):
+        table.add_column(column, justify="left" if column in ("model", "text") else "right", overflow="fold")
+    for row in rows:
+        numbers = (f"{row['perplexity']:.3f}", f"{row['ratio']:.4f}", f"{row['file_bytes'] / 1e6:.1f}")
+        table.add_row(row["model"], Path(row["text"]).name, *numbers, str(row["num_tokens"]), f"{row['seconds']:.1f}")
+    out.print(table)
+
+
+@app.command(epilog="Example:\n\n    hf-compact inspect ./my-model-4bit --json")
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="A compressed folder.", metavar="DIR")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Show what a compressed folder holds, from file headers and JSON only."""
+    with _errors():
+        found = api.inspect_folder(folder)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    table = Table(title=str(folder))
+    for column in ("layer", "format", "shape", "kB", "bits per weight"):
+        table.add_column(column, overflow="fold")
+    for layer in found["layers"]:
+        kind = f"{layer['layer']} {layer.get('bits', '')} bit {layer.get('grid', '')}"
+        shape = "×".join(map(str, layer["shape"]))
+        table.add_row(layer["name"], kind, shape, f"{layer['bytes'] / 1e3:.1f}", f"{layer['bits_per_weight']:.3f}")
+    out.print(table)
+    out.print(f"body: {found['body_bits_per_weight']:.3f} bits per weight", highlight=False)
+    out.print(
+        f"whole file: {format_bytes(found['file_bytes'])}, {found['file_bits_per_weight']:.3f} bits per weight, "
+        f"{100 * found['share_of_fp32']:.1f} % of fp32, {100 * found['share_of_bf16']:.1f} % of bf16",
+        highlight=False,
+    )
+    out.print(f"verified: {'yes' if found['is_verified'] else 'no'}", highlight=False)
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Our own errors are one line and exit code 2; anything else is a defect and shows its traceback."""
+    try:
+        yield
+    except CompactError as error:
+        err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar with the time left on a terminal; on anything else one line per tenth."""
+    if not err.is_terminal:
+        last = -1
+
+        def report(unit: str, done: int, total: int) -> None:
+            nonlocal last
+            if 10 * done // total != last:
+                last = 10 * done // total
+                err.print(f"{title}: {done}/{total} {unit}", highlight=False)
+
+        yield report
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda unit, done, total: bar.update(task, description=f"{title} {unit}", completed=done, total=total)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    try:
+        write_text(path, json.dumps(value, indent=2) + "\n")
+    except OSError as error:
+        raise OutputError(f"--json {str(path)!r} cannot be written: {error}") from error
+
+
+def main() -> None:
+    """Entry point of `hf-compact` and `python -m hf_compact`."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""Configs and recipes, one vocabulary for Python, YAML, JSON and the command line.
+
+A method config is a frozen dataclass; a recipe is a list of them with the calibration that they share.
+Unknown keys and wrong types are errors that name the key, the value and the rule.
+"""
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import yaml
+
+from .errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """Base of every method's config. A subclass names its method and is found by that name."""
+
+    method: ClassVar[str]
+    registry: ClassVar[dict[str, type["MethodConfig"]]] = {}
+
+    include: tuple[str, ...] = ("*",)
+    """Whole-name globs of the block Linears to compress; `*` also matches dots."""
+    exclude: tuple[str, ...] = ()
+    """Whole-name globs of modules to leave alone; a glob that matches nothing is an error."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Register the subclass under its method name."""
+        super().__init_subclass__(**kwargs)
+        MethodConfig.registry[cls.method] = cls
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the method reads gram matrices of the inputs."""
+        return True
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, every default included, the method's name first."""
+        return {"method": self.method, **_plain(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationConfig:
+    """How many tokens of the calibration text are run through the model."""
+
+    num_sequences: int = 64
+    """Sequences drawn at random positions of the text."""
+    sequence_length: int = 512
+    """Tokens per sequence."""
+    batch_size: int = 4
+    """Sequences per forward pass; memory grows with it, the result does not depend on it beyond rounding."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in ("num_sequences", "sequence_length", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"calibration.{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What to do to a model: stages in order, one calibration, one seed.
+
+    >>> Recipe.from_dict({"stages": []})
+    Traceback (most recent call last):
+    hf_compact.errors.ConfigError: recipe.stages must name at least one stage, got []
+    """
+
+    stages: tuple[MethodConfig, ...]
+    """Methods, applied in this order."""
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    """Size of the calibration set."""
+    seed: int = 0
+    """Seed of the calibration positions and of every random choice."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype to compute in and to store the rest in; auto is the checkpoint's own, bfloat16 for a GGUF file."""
+    auto_map: bool = False
+    """Add a stub to the folder that imports this library under `trust_remote_code=True`."""
+
+    def __post_init__(self) -> None:
+        """Check that there is work to do."""
+        if not self.stages:
+            raise ConfigError("recipe.stages must name at least one stage, got []")
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ConfigError(f"recipe.dtype must be one of auto, float32, bfloat16, float16, got {self.dtype}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, every default included."""
+        return {
+            "stages": [stage.to_dict() for stage in self.stages],
+            "calibration": _plain(self.calibration),
+            "seed": self.seed,
+            "dtype": self.dtype,
+            "auto_map": self.auto_map,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Recipe":
+        """Inverse of `to_dict`; whatever is not given takes its default.
+
+        Raises:
+            ConfigError: an unknown key or method, a wrong type, or a value out of range.
+        """
+        if not isinstance(values, dict):
+            raise ConfigError(f"recipe must be a mapping with the key 'stages', got {type(values).__name__}")
+        _check_keys(cls, values, "recipe")
+        stages = values.get("stages")
+        if not isinstance(stages, list):
+            raise ConfigError(f"recipe.stages must be a list of mappings, got {stages!r}")
+        known = {"stages": tuple(_stage(stage, position) for position, stage in enumerate(stages))}
+        if "calibration" in values:
+            known["calibration"] = _build(CalibrationConfig, values["calibration"], "calibration")
+        hints = typing.get_type_hints(cls)
+        for name in ("seed", "dtype", "auto_map"):
+            if name in values:
+                known[name] = _typed(values[name], hints[name], f"recipe.{name}")
+        return cls(**known)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> "Recipe":
+        """Read a recipe file.
+
+        Raises:
+            ConfigError: the file is missing, is not YAML, or breaks a rule of `from_dict`.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"recipe {str(path)!r} cannot be read: {error}") from error
+        try:
+            return cls.from_dict(yaml.safe_load(text))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"recipe {str(path)!r} is not valid YAML: {error}") from error
+
+
+def _stage(values: Any, position: int) -> MethodConfig:
+    where = f"recipe.stages[{position}]"
+    if not isinstance(values, dict) or "method" not in values:
+        raise ConfigError(f"{where} must be a mapping with the key 'method', got {values!r}")
+    method = values["method"]
+    if method not in MethodConfig.registry:
+        raise ConfigError(f"{where}.method must be one of {sorted(MethodConfig.registry)}, got {method!r}")
+    return _build(MethodConfig.registry[method], {k: v for k, v in values.items() if k != "method"}, method)
+
+
+def _build(cls: type, values: Any, where: str) -> Any:
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where} must be a mapping, got {values!r}")
+    _check_keys(cls, values, where)
+    hints = typing.get_type_hints(cls)
+    return cls(**{name: _typed(value, hints[name], f"{where}.{name}") for name, value in values.items()})
+
+
+def _check_keys(cls: type, values: dict[str, Any], where: str) -> None:
+    names = [f.name for f in dataclasses.fields(cls)]
+    unknown = [key for key in values if key not in names]
+    if unknown:
+        raise ConfigError(f"{where} has the unknown key {unknown[0]!r}; known keys: {', '.join(names)}")
+
+
+def _typed(value: Any, hint: Any, where: str) -> Any:
+    """`value` as `hint`, where YAML's types allow it without guessing."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    for option in options:
+        if option is type(None) and value is None:
+            return None
+        if typing.get_origin(option) is tuple and isinstance(value, list | tuple):
+            item = typing.get_args(option)[0]
+            return tuple(_typed(v, item, where) for v in value)
+        if typing.get_origin(option) is typing.Literal and value in typing.get_args(option):
+            return value
+        if option is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if isinstance(option, type) and isinstance(value, option) and (option is bool or not isinstance(value, bool)):
+            return value
+    rule = " or ".join(_describe(option) for option in options)
+    raise ConfigError(f"{where} must be {rule}, got {value!r}")
+
+
+def _describe(option: Any) -> str:
+    if typing.get_origin(option) is typing.Literal:
+        return f"one of {', '.join(map(str, typing.get_args(option)))}"
+    if typing.get_origin(option) is tuple:
+        return f"a list of {_describe(typing.get_args(option)[0])}"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", type(None): "null"}
+    return names.get(option, str(option))
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

@@ -1,0 +1,1 @@
+"""Pure tensor math that two or more slices need. Imports torch only."""

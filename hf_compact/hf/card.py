@@ -1,0 +1,82 @@
+"""The model card and the plot of a compressed folder, made from the measured report."""
+
+from pathlib import Path
+
+import matplotlib
+from huggingface_hub import ModelCard, ModelCardData
+
+from ..report import Report, format_bytes
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+
+_USE = """```python
+import hf_compact  # registers the format with transformers
+from transformers import {auto}
+
+model = {auto}.from_pretrained("path/to/this/folder")
+```
+
+Without the import, transformers does not know the format and loading fails with a size mismatch."""
+
+
+def model_card(report: Report) -> str:
+    """Markdown with Hub metadata; every number in it was measured by the run that made the folder."""
+    is_local = Path(report.model).exists() or report.model.endswith(".gguf")
+    data = ModelCardData(
+        base_model=None if is_local else report.model,
+        library_name="transformers",
+        tags=["hf_compact", "compressed", *sorted({layer.method for layer in report.layers})],
+    )
+    auto = "AutoModelForCausalLM" if (report.verification or {}).get("perplexity") is not None else "AutoModel"
+    name = Path(report.model).name
+    state = (
+        "The folder was reloaded in a fresh process, which gave the same logits, before this card was written."
+        if report.is_verified
+        else f"**This folder failed its verification**: {(report.verification or {}).get('reason', 'not verified')}"
+    )
+    worst = sorted(report.body, key=lambda layer: -layer.relative_error)[:5]
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {name}, compressed",
+        state,
+        "## Measured",
+        report.to_markdown().replace(report.model, name),
+        "## Use",
+        _USE.format(auto=auto),
+        "## Layers with the largest error",
+        "| layer | bits per weight | relative output error |\n|---|---|---|\n"
+        + "\n".join(f"| {layer.name} | {layer.bits_per_weight:.2f} | {layer.relative_error:.2e} |" for layer in worst),
+        "![bytes and error per layer](layers.png)",
+        "## How it was made",
+        f"Recipe in `recipe.json`, every number in `compression_report.json`. "
+        f"Calibration: {', '.join(report.calibration['sources'])}, {report.calibration['num_tokens']} tokens, "
+        f"SHA-256 `{report.calibration['sha256'][:16]}…`. "
+        f"Versions: {', '.join(f'{k} {v}' for k, v in report.versions.items())}.",
+        *(["## Notes", "\n".join(f"- {note}" for note in report.notes)] if report.notes else []),
+    ]
+    text = "\n\n".join(parts) + "\n"
+    ModelCard(text)  # parses the metadata block, or says what is wrong with it
+    return text
+
+
+def plot_layers(report: Report, path: Path) -> None:
+    """A PNG: relative error and bytes of every compressed module, in the order of the model."""
+    figure, (errors, sizes) = plt.subplots(2, 1, sharex=True, figsize=(10, 6), layout="constrained")
+    roles = list(dict.fromkeys(layer.role for layer in report.layers))
+    for role in roles:
+        points = [(i, layer) for i, layer in enumerate(report.layers) if layer.role == role]
+        places = [i for i, _ in points]
+        errors.semilogy(places, [max(layer.relative_error, 1e-12) for _, layer in points], "o", ms=3, label=role)
+        sizes.bar(places, [layer.compressed_bytes / 1e3 for _, layer in points], label=role)
+    errors.set_ylabel("relative output error")
+    errors.legend(ncols=min(8, len(roles)), fontsize="small")
+    errors.grid(alpha=0.3)
+    sizes.set_ylabel("kB")
+    sizes.set_yscale("log")
+    sizes.set_xlabel("compressed module, in the order of the model")
+    total = "" if report.file_bytes is None else f", {format_bytes(report.file_bytes)} on disk"
+    errors.set_title(f"{Path(report.model).name}: {report.body_bits_per_weight:.2f} bits per block weight{total}")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

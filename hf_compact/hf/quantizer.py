@@ -1,0 +1,286 @@
+"""The transformers plugin: `quant_method: "hf_compact"` in `config.json`.
+
+Loading walks the modules table and nothing else: it builds empty modules on meta and lets transformers read their
+tensors. The files are checked against the table first, because transformers itself only warns about missing tensors
+and then fills them with random numbers.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..arch import as_linear, describe
+from ..capture import Method
+from ..checkpoint import DTYPES, FORMAT_VERSION, QUANT_METHOD, TensorSource, rebuild_, share_buffers_
+from ..config import MethodConfig, Recipe
+from ..errors import ConfigError, FormatError
+from ..methods import LAYERS, METHODS
+from ..select import select_names
+
+logger = logging.getLogger(__name__)
+
+
+@register_quantization_config(QUANT_METHOD)
+class CompactConfig(QuantizationConfigMixin):
+    """What `config.quantization_config` holds.
+
+    Args:
+        modules: module name -> `{"layer": class, **settings}`; the table that rebuilds a compressed model.
+        format_version: version of that table.
+        stages: the recipe's stages. Without a table they are applied while a dense checkpoint loads, which works for
+            stages that need no calibration.
+
+    Raises:
+        FormatError: an unknown format version or key.
+        ConfigError: stages that are not valid.
+
+    >>> config = CompactConfig(stages=[{"method": "codebook", "bits": 4, "rounding": "nearest"}])
+    >>> config.stages[0]["group_size"]
+    64
+    """
+
+    def __init__(
+        self, modules: Mapping[str, Any] | None = None, format_version: int = FORMAT_VERSION,
+        stages: Sequence[Mapping[str, Any] | MethodConfig] = (), quant_method: str = QUANT_METHOD, **unknown: Any,
+    ) -> None:  # fmt: skip
+        """Check the version and write every default of the stages out."""
+        if format_version != FORMAT_VERSION:
+            raise FormatError(
+                f"quantization_config.format_version must be {FORMAT_VERSION}, got {format_version!r}: "
+                "the folder was written by another version of hf_compact"
+            )
+        if unknown:
+            raise FormatError(f"quantization_config has the unknown key {sorted(unknown)[0]!r}")
+        self.quant_method = quant_method
+        self.format_version = format_version
+        self.modules = {name: dict(spec) for name, spec in (modules or {}).items()}
+        plain = [stage.to_dict() if isinstance(stage, MethodConfig) else dict(stage) for stage in stages]
+        self.stages = Recipe.from_dict({"stages": plain}).to_dict()["stages"] if plain else []
+        if not self.modules and not self.stages:
+            raise ConfigError("quantization_config needs modules (a compressed model) or stages (to compress while loading)")
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is written to `config.json`."""
+        return {
+            "quant_method": self.quant_method,
+            "format_version": self.format_version,
+            "stages": self.stages,
+            "modules": self.modules,
+        }
+
+
+@register_quantizer(QUANT_METHOD)
+class CompactQuantizer(HfQuantizer):
+    """Builds compressed modules before transformers reads their tensors."""
+
+    quantization_config: CompactConfig
+    requires_calibration = False
+
+    def __init__(self, quantization_config: CompactConfig, **kwargs: Any) -> None:
+        """Keep the config; what has to be quantized while loading is found when the skeleton is there."""
+        super().__init__(quantization_config, **kwargs)
+        self.pending: dict[str, _Pending] = {}
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        if self.pre_quantized or self.quantization_config.modules:
+            modules = names_in(model, self.quantization_config.modules)
+            rebuild_(model, modules, LAYERS)
+            forget_ties_(model, modules)
+            if checkpoint_files:
+                check_files(model, modules, [Path(path) for path in checkpoint_files])
+        else:
+            self._prepare_quantization(model)
+
+    def _prepare_quantization(self, model: PreTrainedModel) -> None:
+        """Put empty compressed modules into a skeleton and remember which dense weights fill them."""
+        arch = describe(model)
+        table: dict[str, dict[str, Any]] = {}
+        for stage in Recipe.from_dict({"stages": self.quantization_config.stages}).stages:
+            method = METHODS[stage.method]
+            if stage.needs_calibration:
+                raise ConfigError(
+                    f"{stage.method} with these settings needs calibration, which loading has not: "
+                    "set rounding to nearest, or use hf-compact compress"
+                )
+            names = select_names(arch.roles, stage.include, stage.exclude)
+            outer = [name for name in (arch.embedding, arch.head) if name]
+            for name in [*names, *outer]:
+                old = model.get_submodule(name)
+                make = method.compress_embedding if name in outer else None
+                new = make(old, stage, solve=False) if make else method.compress_linear(as_linear(old), None, stage, solve=False)
+                if new is None:
+                    continue
+                table[name] = method.table_entry(new)
+                model.set_submodule(name, new)
+                self.pending[f"{name}.weight"] = _Pending(method, stage, old, name in outer)
+            if arch.embedding in table:
+                for other in arch.tied:
+                    linear = isinstance(model.get_submodule(other), nn.Linear)
+                    layer = method.tied_layer if linear else table[arch.embedding]["layer"]
+                    table[other] = {**table[arch.embedding], "layer": layer, "tied_to": arch.embedding}
+                    rebuild_(model, {other: table[other]}, LAYERS)
+        self.quantization_config.modules = table
+        forget_ties_(model, table)
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        """Whether a dense weight from the checkpoint has to be quantized on its way in."""
+        return param_name in self.pending
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """The operation that does it."""
+        return _QuantizeOnLoad(self)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        self.pending.clear()
+        for name, spec in names_in(model, self.quantization_config.modules).items():
+            if "tied_to" in spec:
+                share_buffers_(model.get_submodule(name), model.get_submodule(spec["tied_to"]))
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        dtype = dtype or model.dtype
+        with torch.device("meta"):
+            skeleton = type(model)(model.config)
+        for name in self.quantization_config.modules:
+            module = model.get_submodule(name)
+            dense = module.dense_module(dtype)
+            original = skeleton.get_submodule(name)
+            if isinstance(original, Conv1D):
+                original.weight, original.bias = nn.Parameter(dense.weight.T.contiguous(), requires_grad=False), dense.bias
+                dense = original
+            elif isinstance(original, nn.Embedding):
+                original.weight = dense.weight
+                dense = original
+                if hasattr(original, "embed_scale"):
+                    original.embed_scale = torch.tensor(original.scalar_embed_scale)
+            model.set_submodule(name, dense)
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+        model.tie_weights()
+        return model
+
+    def is_serializable(self) -> bool:
+        """Saving is plain `save_pretrained`."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Gradients pass through, so adapters can be trained on top."""
+        return True
+
+
+class _Pending:
+    """How one dense weight becomes a compressed module."""
+
+    def __init__(self, method: Method, config: MethodConfig, old: nn.Module, is_outer: bool) -> None:
+        self.method, self.config, self.old, self.is_outer = method, config, old, is_outer
+
+    def solve(self, weight: Tensor) -> nn.Module:
+        self.old.weight = nn.Parameter(weight, requires_grad=False)
+        if self.is_outer:
+            return self.method.compress_embedding(self.old, self.config)
+        linear = as_linear(self.old)
+        linear.bias = None  # loaded on its own
+        return self.method.compress_linear(linear, None, self.config)
+
+
+class _QuantizeOnLoad(ConversionOps):
+    """One dense weight in, the tensors of its compressed module out."""
+
+    def __init__(self, quantizer: CompactQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Tensor]:
+        """Quantize every weight of `input_dict`."""
+        result = {}
+        for name, value in input_dict.items():
+            weight = value[0] if isinstance(value, list) else value
+            owner = name.rpartition(".")[0]
+            module = self.quantizer.pending[name].solve(weight)
+            result |= {f"{owner}.{leaf}": buffer for leaf, buffer in module.named_buffers()}
+        return result
+
+
+def attach_(model: PreTrainedModel, modules: Mapping[str, Any], stages: Sequence[Mapping[str, Any] | MethodConfig]) -> None:
+    """Make a model that was compressed in memory what a reloaded one is: `save_pretrained` then writes the table."""
+    config = CompactConfig(modules=modules, stages=stages)
+    model.config.quantization_config = config
+    model.hf_quantizer = CompactQuantizer(config, pre_quantized=True)
+    model.quantization_method = QUANT_METHOD
+    model.is_quantized = True
+    forget_ties_(model, modules)
+
+
+def forget_ties_(model: PreTrainedModel, modules: Mapping[str, Any]) -> None:
+    """Take compressed tied modules out of transformers' own tying, which knows parameters called `weight` only."""
+    ours = {f"{name}.weight" for name, spec in modules.items() if "tied_to" in spec}
+    model.all_tied_weights_keys = {key: value for key, value in model.all_tied_weights_keys.items() if key not in ours}
+
+
+def names_in(model: PreTrainedModel, modules: Mapping[str, Any]) -> dict[str, Any]:
+    """The table as another head class of the same base model names it.
+
+    `AutoModel` on a causal model's folder drops the base prefix; modules outside the base model that the class does
+    not have (a head) are left out.
+
+    Raises:
+        FormatError: a module of the base model is missing.
+    """
+    prefix = model.base_model_prefix + "."
+    known = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    is_base = model.base_model is model
+
+    def rename(name: str) -> str:
+        if name in known:
+            return name
+        return name.removeprefix(prefix) if is_base else prefix + name
+
+    renamed = {}
+    for name, spec in modules.items():
+        new = rename(name)
+        if new in known:
+            tied = {"tied_to": rename(spec["tied_to"])} if "tied_to" in spec else {}
+            renamed[new] = {**spec, **tied}
+        elif name.startswith(prefix) or (not is_base and "tied_to" not in spec):
+            raise FormatError(f"modules[{name!r}] does not exist in {type(model).__name__}")
+        else:
+            logger.info("%s has no %s; its table entry is left out", type(model).__name__, name)
+    return renamed
+
+
+def check_files(model: PreTrainedModel, modules: Mapping[str, Any], files: Sequence[Path]) -> None:
+    """Compare the headers of the files with the compressed modules that are about to be filled.
+
+    Raises:
+        FormatError: a tensor is missing, unexpected, or has another dtype or shape; or a file is damaged.
+    """
+    headers = TensorSource(files).rename_for(model).headers()
+    for name, spec in modules.items():
+        if "tied_to" in spec:
+            continue
+        module = model.get_submodule(name)
+        found = {key.rpartition(".")[2]: value for key, value in headers.items() if key.rpartition(".")[0] == name}
+        expected = dict(module.state_dict())
+        for leaf in expected.keys() - found.keys():
+            raise FormatError(f"{name}.{leaf} is missing from the files of the model")
+        for leaf in found.keys() - expected.keys():
+            raise FormatError(f"{name}.{leaf} is in the files, but a {spec['layer']} with these settings has no such tensor")
+        for leaf, (dtype, shape, _) in found.items():
+            if tuple(shape) != tuple(expected[leaf].shape):
+                raise FormatError(f"{name}.{leaf} must have the shape {list(expected[leaf].shape)}, the file has {shape}")
+            if leaf in module._buffers and DTYPES[dtype] != expected[leaf].dtype:
+                raise FormatError(f"{name}.{leaf} must be {expected[leaf].dtype}, the file has {dtype}")
+    # A head that the class adds may be new; everything below the base model must be there.
+    prefix = "" if model.base_model is model else model.base_model_prefix + "."
+    for key in model.state_dict().keys() - headers.keys() - model.all_tied_weights_keys.keys():
+        if key.startswith(prefix):
+            raise FormatError(f"{key} is missing from the files of the model")

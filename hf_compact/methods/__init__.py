@@ -1,0 +1,9 @@
+"""Every method by its name in a recipe. Adding one is a folder and one line here."""
+
+from ..capture import Method
+from . import codebook
+
+METHODS: dict[str, Method] = {
+    "codebook": codebook.METHOD,
+}
+LAYERS = {name: cls for method in METHODS.values() for name, cls in method.layers.items()}

@@ -1,0 +1,126 @@
+"""From a dense module and the gram matrix of its inputs to a codebook module."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import NumericalError, UnsupportedModel
+from ...functional.gram import inverse_factor
+from .config import CodebookConfig
+from .functional import (
+    Quantized,
+    Rounder,
+    dequantize,
+    descend_codes,
+    fixed_levels,
+    group_scale,
+    lloyd_levels,
+    refit_levels,
+    refit_scale,
+    round_with_feedback,
+    search_scale,
+    spread_groups,
+)
+from .layer import CodebookEmbedding, CodebookLinear
+
+_EMBEDDING_ROWS = 4096  # rows quantized at a time: the float32 copy of a whole embedding would not be small
+
+
+def compress_linear(linear: nn.Linear, gram: Tensor | None, config: CodebookConfig, solve: bool = True) -> CodebookLinear:
+    """Quantize one Linear; without a gram matrix, or by the recipe's wish, to the nearest level.
+
+    Raises:
+        NumericalError: the gram matrix cannot be factorised.
+    """
+    module = CodebookLinear.empty_like(
+        linear,
+        bits=config.bits,
+        grid=config.grid,
+        group_size=config.group_size,
+        symmetric=config.symmetric,
+        num_codebooks=math.ceil(linear.out_features / config.rows_per_codebook) if config.grid == "learned" else 1,
+    )
+    return module.load_quantized_(quantize(linear.weight.detach().float(), gram, config)) if solve else module
+
+
+def compress_embedding(
+    module: nn.Embedding | nn.Linear, config: CodebookConfig, solve: bool = True
+) -> CodebookEmbedding | CodebookLinear | None:
+    """Quantize a token embedding or an output head row by row, without calibration.
+
+    Eight bits use symmetric steps, four bits steps with an offset.
+
+    Raises:
+        UnsupportedModel: the embedding's class computes something of its own.
+    """
+    if config.embedding_bits is None:
+        return None
+    is_embedding = isinstance(module, nn.Embedding)
+    if is_embedding and type(module) is not nn.Embedding and not hasattr(module, "scalar_embed_scale"):
+        raise UnsupportedModel(f"embedding class {type(module).__name__} is not a plain lookup: set codebook.embedding_bits to null")
+    symmetric = config.embedding_bits == 8
+    settings = {"bits": config.embedding_bits, "grid": "uniform", "group_size": config.embedding_group_size, "symmetric": symmetric}
+    new = (CodebookEmbedding if is_embedding else CodebookLinear).empty_like(module, **settings)
+    if not solve:
+        return new
+    levels = fixed_levels("uniform", config.embedding_bits, symmetric)
+    ones = torch.ones(module.weight.shape[1])
+    parts = []
+    for rows in module.weight.detach().split(_EMBEDDING_ROWS):
+        rows = rows.float()
+        scale, zero = search_scale(rows, levels, config.embedding_group_size, symmetric, ones, config.shrink_steps)
+        parts.append(_nearest(rows, scale, zero, levels, config.embedding_group_size))
+    zero = torch.cat([part.zero for part in parts]) if not symmetric else None
+    codes, scale = (torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "scale"))
+    return new.load_quantized_(Quantized(codes, scale, zero, levels))
+
+
+def quantize(weight: Tensor, gram: Tensor | None, config: CodebookConfig) -> Quantized:
+    """Choose levels, scales and codes for a float32 weight `[out, in]`.
+
+    The order: scales by clipped search, a learned grid by Lloyd's algorithm, codes with error feedback, then rounds of
+    closed-form refit and one sweep over the codes. All errors are weighted by the gram matrix.
+
+    Raises:
+        NumericalError: the gram matrix cannot be factorised.
+    """
+    size = config.group_size
+    importance = torch.ones(weight.shape[1]) if gram is None else gram.diagonal().float().clamp_min(0)
+    if config.grid == "learned":
+        scale, zero = group_scale(weight, size), None
+        spread = spread_groups(scale, size, weight.shape[1])
+        levels = lloyd_levels(
+            weight / spread, importance * spread.square(), 2**config.bits, math.ceil(len(weight) / config.rows_per_codebook)
+        )
+    else:
+        levels = fixed_levels(config.grid, config.bits, config.symmetric)
+        symmetric = config.symmetric or config.grid == "nf4"
+        scale, zero = search_scale(weight, levels, size, symmetric, importance, config.shrink_steps)
+    if gram is None or config.rounding == "nearest":
+        return _nearest(weight, scale, zero, levels, size)
+    order = gram.diagonal().argsort(descending=True) if config.act_order else torch.arange(len(gram))
+    try:
+        factor = inverse_factor(gram[order][:, order], config.damp)
+    except ValueError as error:
+        raise NumericalError(str(error)) from error
+    rounder = Rounder(levels, len(weight))
+    codes, dense = round_with_feedback(weight, rounder, scale, zero, size, factor, order)
+    damped = gram.float()
+    damped.diagonal().add_(config.damp * damped.diagonal().mean())
+    for _ in range(config.refit_rounds):
+        if config.grid == "learned":
+            levels = refit_levels(weight, codes, scale, levels, size, damped).sort(1).values
+            rounder = Rounder(levels, len(weight))
+        ones = torch.ones_like(scale)
+        scale = refit_scale(weight, dequantize(Quantized(codes, ones, zero, levels), size), scale, size, damped)
+        dense = dequantize(Quantized(codes, scale, zero, levels), size)
+        codes, dense = descend_codes(weight, dense, rounder, scale, zero, size, damped, order)
+    return Quantized(codes, scale, zero, levels)
+
+
+def _nearest(weight: Tensor, scale: Tensor, zero: Tensor | None, levels: Tensor, group_size: int | None) -> Quantized:
+    columns = weight.shape[1]
+    spread_zero = None if zero is None else spread_groups(zero, group_size, columns)
+    codes, _ = Rounder(levels, len(weight))(weight, spread_groups(scale, group_size, columns), spread_zero)
+    return Quantized(codes, scale, zero, levels)

@@ -1,0 +1,69 @@
+"""Settings of codebook quantization."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from ...config import MethodConfig
+from ...errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodebookConfig(MethodConfig):
+    """Quantize block Linears to `bits` per weight, and the token embedding with its tied head beside them.
+
+    >>> CodebookConfig(bits=5)
+    Traceback (most recent call last):
+    hf_compact.errors.ConfigError: codebook.bits must be one of 2, 3, 4, 8, got 5
+    """
+
+    method: ClassVar[str] = "codebook"
+
+    bits: Literal[2, 3, 4, 8] = 4
+    """Bits of a code."""
+    grid: Literal["uniform", "nf4", "learned"] = "uniform"
+    """Where the levels come from: equal steps, NormalFloat-4, or Lloyd's algorithm on the weights."""
+    group_size: int | None = 64
+    """Inputs that share a scale; null is one scale per row. The last group of a row may be shorter."""
+    symmetric: bool = False
+    """Uniform grid only: levels around zero, without a stored offset."""
+    rows_per_codebook: int = 32
+    """Learned grid only: rows that share a table of levels."""
+    rounding: Literal["gptq", "nearest"] = "gptq"
+    """Error feedback through the gram matrix of the inputs, or plain nearest, which needs no calibration."""
+    damp: float = 0.01
+    """GPTQ only: ridge as a fraction of the mean diagonal of the gram matrix."""
+    act_order: bool = True
+    """GPTQ only: round the inputs with the largest second moment first, with static groups."""
+    shrink_steps: int = 16
+    """Clipping candidates per group in the scale search; 1 keeps the full range."""
+    refit_rounds: int = 2
+    """GPTQ only: rounds of closed-form refit of scales and codebooks, each followed by a sweep over the codes."""
+    embedding_bits: Literal[4, 8] | None = 8
+    """Bits of the token embedding (and of a head tied to it); null leaves it in the model's dtype."""
+    embedding_group_size: int | None = None
+    """Embedding columns that share a scale; null is one per row."""
+
+    def __post_init__(self) -> None:
+        """Check ranges and combinations."""
+        choices = {"bits": (2, 3, 4, 8), "grid": ("uniform", "nf4", "learned"), "rounding": ("gptq", "nearest"),
+                   "embedding_bits": (4, 8, None)}  # fmt: skip
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                rule = ", ".join("null" if value is None else str(value) for value in allowed)
+                raise ConfigError(f"codebook.{name} must be one of {rule}, got {getattr(self, name)}")
+        for name, lowest in {"shrink_steps": 1, "refit_rounds": 0, "rows_per_codebook": 1, "damp": 0}.items():
+            if getattr(self, name) < lowest:
+                raise ConfigError(f"codebook.{name} must be at least {lowest}, got {getattr(self, name)}")
+        for name in ("group_size", "embedding_group_size"):
+            size = getattr(self, name)
+            if size is not None and size < 8:
+                raise ConfigError(f"codebook.{name} must be null or at least 8, got {size}")
+        if self.grid == "nf4" and self.bits != 4:
+            raise ConfigError(f"codebook.grid nf4 has 16 levels, so codebook.bits must be 4, got {self.bits}")
+        if self.symmetric and self.grid != "uniform":
+            raise ConfigError(f"codebook.symmetric belongs to the uniform grid, got grid {self.grid}")
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the solver reads gram matrices of the inputs."""
+        return self.rounding == "gptq"

@@ -1,0 +1,166 @@
+"""The modules that hold a quantized matrix: a Linear, an Embedding, and the head that shares the embedding's tensors.
+
+Storage: `weight` holds the packed codes as `[out, 1, row bytes]` uint8. The unit axis makes its shape differ from a
+dense weight at every width, so that loading without this library fails instead of reading codes as numbers.
+`scale` is float16 whatever the model's dtype is; casting the model leaves it alone.
+"""
+
+import math
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...functional.packing import pack_bits, packed_row_bytes, unpack_bits
+from .functional import Quantized, dequantize, fixed_levels, num_groups
+
+
+class CodebookModule(nn.Module):
+    """State and accounting that the Linear and the Embedding share.
+
+    Buffers: `weight [out, 1, row bytes]` uint8; `scale [out, G]` float16; `zero [out, 1, row bytes]` uint8, the packed
+    offsets of an asymmetric grid; `levels [tables, 2**bits]` float16, the tables of a learned grid.
+    """
+
+    def __init__(
+        self, out_features: int, in_features: int, *, bits: int, grid: str, group_size: int | None, symmetric: bool,
+        num_codebooks: int, device: torch.device | str | None = None,
+    ) -> None:  # fmt: skip
+        """Allocate zeroed buffers for a matrix `[out_features, in_features]`."""
+        super().__init__()
+        self.out_features, self.in_features = out_features, in_features
+        self.bits, self.grid, self.group_size, self.symmetric = bits, grid, group_size, symmetric
+        self.num_codebooks = num_codebooks
+        groups = num_groups(in_features, group_size)
+
+        def buffer(name: str, *shape: int, dtype: torch.dtype) -> None:
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
+
+        buffer("weight", out_features, 1, packed_row_bytes(in_features, bits), dtype=torch.uint8)
+        buffer("scale", out_features, groups, dtype=torch.float16)
+        if grid == "uniform" and not symmetric:
+            buffer("zero", out_features, 1, packed_row_bytes(groups, bits), dtype=torch.uint8)
+        if grid == "learned":
+            buffer("levels", num_codebooks, 2**bits, dtype=torch.float16)
+
+    def spec(self) -> dict[str, Any]:
+        """The settings that rebuild the empty module, as stored in the modules table."""
+        return {
+            "bits": self.bits,
+            "grid": self.grid,
+            "group_size": self.group_size,
+            "symmetric": self.symmetric,
+            "num_codebooks": self.num_codebooks,
+        }
+
+    @torch.no_grad()
+    def load_quantized_(self, quantized: Quantized) -> Self:
+        """Pack a solver's result into the buffers."""
+        self.weight.copy_(pack_bits(quantized.codes, self.bits)[:, None])
+        self.scale.copy_(quantized.scale)
+        if quantized.zero is not None:
+            self.zero.copy_(pack_bits(quantized.zero.to(torch.uint8), self.bits)[:, None])
+        if self.grid == "learned":
+            self.levels.copy_(quantized.levels)
+        return self
+
+    def to_dense(self, dtype: torch.dtype = torch.float32, rows: Tensor | None = None) -> Tensor:
+        """The dequantized matrix `[out, in]`, or only the given `rows`; computed in `dtype`."""
+        learned = self.grid == "learned"
+
+        def take(buffer: Tensor) -> Tensor:
+            return buffer if rows is None else buffer[rows]
+
+        groups = self.scale.shape[1]
+        zero = unpack_bits(take(self.zero)[:, 0], self.bits, groups) if "zero" in self._buffers else None
+        codes = unpack_bits(take(self.weight)[:, 0], self.bits, self.in_features)
+        if learned:
+            levels = self.levels
+            tables = torch.arange(self.out_features, device=codes.device) // math.ceil(self.out_features / len(levels))
+            levels = levels[take(tables)] if len(levels) > 1 else levels
+        else:
+            levels = fixed_levels(self.grid, self.bits, self.symmetric).to(codes.device)
+        return dequantize(Quantized(codes, take(self.scale).to(dtype), zero, levels), self.group_size, self.grid == "uniform")
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Move to a device but keep every stored dtype: a cast sees bytes, which no float cast touches."""
+        for name, buffer in self._buffers.items():
+            self._buffers[name] = fn(buffer.view(torch.uint8)).view(buffer.dtype)
+        for name, parameter in self._parameters.items():
+            if parameter is not None:
+                self._parameters[name] = nn.Parameter(fn(parameter.data), requires_grad=parameter.requires_grad)
+        return self
+
+    def extra_repr(self) -> str:
+        """Shape and settings, for `print(model)`."""
+        return f"{self.in_features}, {self.out_features}, " + ", ".join(f"{k}={v}" for k, v in self.spec().items())
+
+
+class CodebookLinear(CodebookModule):
+    """`y = x W^T + b` with `W` dequantized on the fly.
+
+    >>> layer = CodebookLinear.empty_like(nn.Linear(8, 4), bits=4, grid="nf4", group_size=None, symmetric=False)
+    >>> layer(torch.ones(2, 8)).shape
+    torch.Size([2, 4])
+    """
+
+    def __init__(self, out_features: int, in_features: int, *, bias: nn.Parameter | None, **settings: Any) -> None:
+        """Allocate the buffers; the bias is taken over as it is."""
+        super().__init__(out_features, in_features, **settings)
+        self.register_parameter("bias", bias)
+
+    @classmethod
+    def empty_like(cls, linear: nn.Linear, *, num_codebooks: int = 1, **settings: Any) -> Self:
+        """An empty module of the Linear's shape on its device (also meta); takes over the bias."""
+        out_features, in_features = linear.weight.shape
+        return cls(
+            out_features, in_features, bias=linear.bias, num_codebooks=num_codebooks, device=linear.weight.device, **settings
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[..., in]` to `[..., out]` in the dtype of `x`, or autocast's."""
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return F.linear(x.to(dtype), self.to_dense(dtype), bias)
+
+    def dense_module(self, dtype: torch.dtype) -> nn.Linear:
+        """An ordinary Linear with the same values."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(self.to_dense(dtype), requires_grad=False)
+        linear.bias = self.bias
+        return linear
+
+
+class CodebookEmbedding(CodebookModule):
+    """Row lookup in a quantized table; only the rows that are asked for are dequantized."""
+
+    def __init__(
+        self, out_features: int, in_features: int, *, factor: float, dtype: torch.dtype, **settings: Any
+    ) -> None:
+        """Allocate the buffers; returned rows are multiplied by `factor` and have the `dtype`."""
+        super().__init__(out_features, in_features, **settings)
+        self.factor, self.dtype = factor, dtype
+
+    @classmethod
+    def empty_like(cls, embedding: nn.Embedding, *, num_codebooks: int = 1, **settings: Any) -> Self:
+        """An empty module of the Embedding's shape on its device (also meta)."""
+        rows, columns = embedding.weight.shape
+        return cls(
+            rows, columns, factor=getattr(embedding, "scalar_embed_scale", 1.0), dtype=embedding.weight.dtype,
+            num_codebooks=num_codebooks, device=embedding.weight.device, **settings,
+        )  # fmt: skip
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Rows `[..., in]` of the ids `[...]`."""
+        rows = self.to_dense(self.dtype, rows=ids.flatten()).unflatten(0, ids.shape)
+        return rows if self.factor == 1 else rows * torch.tensor(self.factor, dtype=self.dtype)
+
+    def dense_module(self, dtype: torch.dtype) -> nn.Embedding:
+        """An ordinary Embedding with the same values; only for a table without a factor."""
+        return nn.Embedding.from_pretrained(self.to_dense(dtype), freeze=True)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """As in the base; a cast changes the dtype of the returned rows."""
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
+        return super()._apply(fn, recurse)

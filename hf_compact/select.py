@@ -1,0 +1,65 @@
+"""Which modules a method touches: whole-name globs, and replacement that keeps shared modules shared."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from torch import nn
+
+from .errors import NothingMatched
+
+
+def glob_matches(name: str, glob: str) -> bool:
+    """Whether the whole `name` matches: `*` any run of characters, dots too, `?` any one character.
+
+    >>> glob_matches("model.layers.11.mlp", "model.layers.1.*"), glob_matches("model.layers.1.mlp", "model.layers.1.*")
+    (False, True)
+    """
+    pattern = re.escape(glob).replace(r"\*", ".*").replace(r"\?", ".")
+    return re.fullmatch(pattern, name) is not None
+
+
+def select_names(names: Iterable[str], include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> list[str]:
+    """Names that match a glob of `include` and none of `exclude`, in their order.
+
+    Raises:
+        NothingMatched: a glob matches no name, or no name is left.
+
+    >>> select_names(["a.q", "a.k", "b.q"], include=["*.q"], exclude=["b.*"])
+    ['a.q']
+    """
+    names = list(names)
+    for field, globs in (("include", include), ("exclude", exclude)):
+        for glob in globs:
+            if not any(glob_matches(name, glob) for name in names):
+                shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+                raise NothingMatched(f"{field} glob {glob!r} matches none of {len(names)} modules ({shown})")
+    chosen = [
+        name
+        for name in names
+        if any(glob_matches(name, glob) for glob in include) and not any(glob_matches(name, glob) for glob in exclude)
+    ]
+    if not chosen:
+        raise NothingMatched(f"include {list(include)} without exclude {list(exclude)} leaves none of {len(names)} modules")
+    return chosen
+
+
+def named_modules(model: nn.Module, kind: type[nn.Module] | tuple[type[nn.Module], ...]) -> Iterator[tuple[str, nn.Module]]:
+    """Every name of every module of a kind, aliases included."""
+    return ((name, module) for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, kind))
+
+
+def replace_modules(model: nn.Module, names: Iterable[str], build: Callable[[str, nn.Module], nn.Module]) -> dict[str, nn.Module]:
+    """Replace the named modules by `build(name, old)`; a module known by several names is built once and stays shared.
+
+    Returns:
+        Every replaced name, aliases included, with its new module.
+    """
+    built = {}
+    for name in names:
+        old = model.get_submodule(name)
+        if old not in built:
+            built[old] = build(name, old)
+    replaced = {name: built[old] for name, old in model.named_modules(remove_duplicate=False) if old in built}
+    for name, new in replaced.items():
+        model.set_submodule(name, new)
+    return replaced
