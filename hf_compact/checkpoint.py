@@ -170,7 +170,9 @@ def check_layers(specs: Mapping[str, Mapping[str, Any]], layers: Mapping[str, ty
 
 
 def rebuild_(model: nn.Module, specs: Mapping[str, Mapping[str, Any]], layers: Mapping[str, type[nn.Module]]) -> None:
-    """Replace modules by the empty ones that a modules table describes, in its order, in place (also on meta).
+    """Replace modules by the empty ones that a modules table describes, in place (also on meta).
+
+    The order is the table's, but tied modules come last: `config.json` sorts its keys, and they share what is there.
 
     Args:
         specs: module name -> `{"layer": class name, **settings}`; `tied_to` names the module whose buffers it shares.
@@ -180,7 +182,7 @@ def rebuild_(model: nn.Module, specs: Mapping[str, Mapping[str, Any]], layers: M
         FormatError: a spec names an unknown layer or module, or settings that the layer does not take.
     """
     check_layers(specs, layers)
-    for name, spec in specs.items():
+    for name, spec in sorted(specs.items(), key=lambda item: "tied_to" in item[1]):
         settings = {key: value for key, value in spec.items() if key not in ("layer", "tied_to")}
         try:
             old = model.get_submodule(name)
