@@ -97,7 +97,7 @@ class BlockRunner:
         self.batches = [*batches, probe_inputs(calibration)]
         self.table: dict[str, dict[str, Any]] = {}
         self.hidden: list[Tensor] = []
-        self.outputs: list[list[Tensor]] = []
+        self.outputs: list[list[Any]] = []
         self.is_tuple: bool | None = None
         self.resident: set[int] = set()
         self.num_resumed = 0 if journal is None else len(journal.entries)
@@ -132,7 +132,7 @@ class BlockRunner:
                     self._advance(block, calls.pop(block))
                     if self.source is not None:
                         self.model.get_submodule(block).to("meta")
-                self.outputs.append(self.hidden)
+                self.outputs.append([(hidden, None, None) for hidden in self.hidden] if self.is_tuple else self.hidden)
             logits = self._probe_output()
             progress("finished", len(units), len(units))
         self.model.train(training)
@@ -316,9 +316,8 @@ class BlockRunner:
         """
         forwards: dict[nn.Module, Callable[..., Any]] = {}
         for stack, outputs in zip(self.arch.stacks, self.outputs, strict=False):
-            output = (outputs[number], None, None) if self.is_tuple else outputs[number]
             for name in stack:
-                forwards[self.model.get_submodule(name)] = lambda *args, output=output, **kwargs: output
+                forwards[self.model.get_submodule(name)] = lambda *args, output=outputs[number], **kwargs: output
         return forwards
 
     def _input_groups(self, block: nn.Module, names: list[str], calls: list[_Call]) -> list[list[str]]:

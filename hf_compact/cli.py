@@ -48,7 +48,7 @@ def compress(
     seed: SeedOption = None,
 ) -> None:
     """Compress MODEL into a new folder, reload it in a fresh process, score it, and report."""
-    with _errors(), _progress("compressing") as advance:
+    with _errors(), progress_bar("compressing") as advance:
         report = api.compress(model, recipe, output=output, calibration=calibration or (), seed=seed, progress=advance)
     for note in report.notes:
         err.print(f"note: {note}", highlight=False)
@@ -91,7 +91,7 @@ def evaluate(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the scores here too.", metavar="OUT")] = None,
 ) -> None:
     """Perplexity of each MODEL on each text: consecutive windows, no overlap, no special tokens."""
-    with _errors(), _progress("scoring") as advance:
+    with _errors(), progress_bar("scoring") as advance:
         rows = api.evaluate(models, text, windows, window_length, lambda name, done: advance(name, done, windows))
         if json_file is not None:
             _write_json(json_file, rows)
@@ -143,7 +143,7 @@ def _errors() -> Iterator[None]:
 
 
 @contextmanager
-def _progress(title: str) -> Iterator[Callable[[str, int, int], None]]:
+def progress_bar(title: str) -> Iterator[Callable[[str, int, int], None]]:
     """A bar with the time left on a terminal; on anything else one line per tenth."""
     if not err.is_terminal:
         last = -1
