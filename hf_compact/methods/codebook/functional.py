@@ -116,7 +116,7 @@ def search_scale(
     best_error = torch.full_like(full, math.inf)
     best_scale, best_zero = full, torch.zeros_like(full)
     for step in range(shrink_steps):
-        scale = _half_precision(full * (1 - 0.5 * step / shrink_steps))
+        scale = _half_scale(full * (1 - 0.5 * step / shrink_steps))
         zero = torch.zeros_like(full) if symmetric else (-low / full).round_().clamp_(0, levels.shape[1] - 1)
         value = rounder(groups, scale, zero)[1]
         error = ((value - groups).square_() * importance).sum(-1, keepdim=True)
@@ -132,7 +132,7 @@ def group_scale(weight: Tensor, group_size: int | None) -> Tensor:
     groups = torch.nn.functional.pad(weight, (0, padding)).reshape(len(weight), num_groups(weight.shape[1], group_size), -1)
     counts = torch.full((groups.shape[1],), groups.shape[2], dtype=weight.dtype)
     counts[-1] -= padding
-    return _half_precision((groups.square().sum(-1) / counts).sqrt().clamp_min(1e-7))
+    return _half_scale((groups.square().sum(-1) / counts).sqrt())
 
 
 class Rounder:
@@ -166,7 +166,7 @@ class Rounder:
         return codes, chosen * scale
 
 
-def lloyd_levels(unit: Tensor, importance: Tensor, num_levels: int, tables: int, iterations: int = 30) -> Tensor:
+def lloyd_levels(unit: Tensor, importance: Tensor, num_levels: int, tables: int, iterations: int = 100) -> Tensor:
     """One-dimensional weighted k-means of the rows of `unit`, one table for every `ceil(out / tables)` rows.
 
     The values are sorted once; an iteration then only moves `num_levels - 1` borders over cumulative sums.
@@ -194,7 +194,8 @@ def lloyd_levels(unit: Tensor, importance: Tensor, num_levels: int, tables: int,
     zeros = mass.new_zeros(tables, 1)
     mass_below = torch.cat([zeros, mass.cumsum(1)], 1)
     moment_below = torch.cat([zeros, (mass * values).cumsum(1)], 1)
-    # The optimal density of levels goes with the cube root of the density of values: start from spread quantiles.
+    # Quantiles put a level into every cluster, but too few into the tails, which take their time: at four bits, 30
+    # iterations still leave 12 % more error on normal values than 100.
     positions = torch.linspace(0, 1, num_levels + 2, dtype=torch.float64, device=unit.device)[1:-1]
     levels = values.gather(1, (positions * (values.shape[1] - 1)).long().expand(tables, -1)).double()
     ends = torch.full((tables, 1), values.shape[1], device=unit.device)
@@ -280,11 +281,12 @@ def refit_scale(weight: Tensor, unit: Tensor, scale: Tensor, group_size: int | N
     """Scales that minimise the output error for codes that stay as they are, in closed form.
 
     A row is `sum_g scale_g b_g` with `b_g` its unit values inside group g; the normal equations are G x G per row.
+    A row whose error rounding to float16 or a scale that is not positive would raise keeps all its scales.
 
     Args:
         weight: `[out, in]` float32. Not written to.
         unit: `[out, in]` float32, the dequantized values at scale 1.
-        scale: `[out, G]`, kept where the solution would not be positive and finite.
+        scale: `[out, G]` float16 values, kept where the solution would not be positive and finite.
         gram: `[in, in]` float32.
 
     Returns:
@@ -302,9 +304,15 @@ def refit_scale(weight: Tensor, unit: Tensor, scale: Tensor, group_size: int | N
     target = torch.stack([response[:, span].sum(1) for span in spans], 1).double()
     ridge = 1e-6 * normal.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
     normal.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
-    solution = torch.linalg.solve(normal, target + ridge[:, None] * scale).float()
-    solution = torch.where(solution.isfinite() & (solution > 0), solution, scale)
-    return _half_precision(solution)
+    target += ridge[:, None] * scale
+    solution = torch.linalg.solve(normal, target).float()
+    solution = _half_scale(torch.where(solution.isfinite() & (solution > 0), solution, scale))
+
+    def loss(candidate: Tensor) -> Tensor:
+        candidate = candidate.double()
+        return (candidate * ((normal @ candidate[..., None])[..., 0] - 2 * target)).sum(1, keepdim=True)
+
+    return torch.where(loss(solution) <= loss(scale), solution, scale)
 
 
 def refit_levels(weight: Tensor, codes: Tensor, scale: Tensor, levels: Tensor, group_size: int | None, gram: Tensor) -> Tensor:
@@ -356,12 +364,14 @@ def spread_groups(per_group: Tensor, group_size: int | None, columns: int) -> Te
 
 
 def _half_precision(values: Tensor) -> Tensor:
-    """Round to what float16 storage keeps, without losing a positive scale to underflow or overflow."""
-    limits = torch.finfo(torch.float16)
-    sign = torch.where(values < 0, -1.0, 1.0)
-    kept = values.abs().clamp(max=limits.max)
-    kept = torch.where(kept > 0, kept.clamp_min(limits.smallest_normal), kept)
-    return (sign * kept).half().float()
+    """Round to what float16 storage keeps, without overflow."""
+    limit = torch.finfo(torch.float16).max
+    return values.clamp(-limit, limit).half().float()
+
+
+def _half_scale(values: Tensor) -> Tensor:
+    """The same for scales, which stay positive."""
+    return _half_precision(values.clamp_min(torch.finfo(torch.float16).smallest_normal))
 
 
 def _columns(scale: Tensor, zero: Tensor | None, group_size: int | None, order: Tensor):
