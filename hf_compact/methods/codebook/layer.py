@@ -1,7 +1,8 @@
 """The modules that hold a quantized matrix: a Linear, an Embedding, and the head that shares the embedding's tensors.
 
-Storage: `weight` holds the packed codes as `[out, 1, row bytes]` uint8. The unit axis makes its shape differ from a
-dense weight at every width, so that loading without this library fails instead of reading codes as numbers.
+Storage: `weight` holds the packed codes as `[out, 1, row bytes]` int8. The unit axis makes its shape differ from a
+dense weight at every width, so that loading without this library fails instead of reading codes as numbers. The bytes
+are called int8 because T5 and others cast a layer's input to the dtype of its weight unless that is int8.
 `scale` is float16 whatever the model's dtype is; casting the model leaves it alone.
 """
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...errors import UnsupportedModel
 from ...functional.packing import pack_bits, packed_row_bytes, unpack_bits
 from .functional import Quantized, dequantize, fixed_levels, num_groups
 
@@ -19,8 +21,8 @@ from .functional import Quantized, dequantize, fixed_levels, num_groups
 class CodebookModule(nn.Module):
     """State and accounting that the Linear and the Embedding share.
 
-    Buffers: `weight [out, 1, row bytes]` uint8; `scale [out, G]` float16; `zero [out, 1, row bytes]` uint8, the packed
-    offsets of an asymmetric grid; `levels [tables, 2**bits]` float16, the tables of a learned grid.
+    Buffers: `weight [out, 1, row bytes]` int8, the packed codes; `scale [out, G]` float16; `zero [out, 1, row bytes]`
+    uint8, the packed offsets of an asymmetric grid; `levels [tables, 2**bits]` float16, the tables of a learned grid.
     """
 
     def __init__(
@@ -37,7 +39,7 @@ class CodebookModule(nn.Module):
         def buffer(name: str, *shape: int, dtype: torch.dtype) -> None:
             self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
 
-        buffer("weight", out_features, 1, packed_row_bytes(in_features, bits), dtype=torch.uint8)
+        buffer("weight", out_features, 1, packed_row_bytes(in_features, bits), dtype=torch.int8)
         buffer("scale", out_features, groups, dtype=torch.float16)
         if grid == "uniform" and not symmetric:
             buffer("zero", out_features, 1, packed_row_bytes(groups, bits), dtype=torch.uint8)
@@ -57,7 +59,7 @@ class CodebookModule(nn.Module):
     @torch.no_grad()
     def load_quantized_(self, quantized: Quantized) -> Self:
         """Pack a solver's result into the buffers."""
-        self.weight.copy_(pack_bits(quantized.codes, self.bits)[:, None])
+        self.weight.copy_(pack_bits(quantized.codes, self.bits)[:, None].view(torch.int8))
         self.scale.copy_(quantized.scale)
         if quantized.zero is not None:
             self.zero.copy_(pack_bits(quantized.zero.to(torch.uint8), self.bits)[:, None])
@@ -74,7 +76,7 @@ class CodebookModule(nn.Module):
 
         groups = self.scale.shape[1]
         zero = unpack_bits(take(self.zero)[:, 0], self.bits, groups) if "zero" in self._buffers else None
-        codes = unpack_bits(take(self.weight)[:, 0], self.bits, self.in_features)
+        codes = unpack_bits(take(self.weight)[:, 0].view(torch.uint8), self.bits, self.in_features)
         if learned:
             levels = self.levels
             tables = torch.arange(self.out_features, device=codes.device) // math.ceil(self.out_features / len(levels))
@@ -119,7 +121,13 @@ class CodebookLinear(CodebookModule):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map `[..., in]` to `[..., out]` in the dtype of `x`, or autocast's."""
+        """Map `[..., in]` to `[..., out]` in the dtype of `x`, or autocast's.
+
+        Raises:
+            UnsupportedModel: the model has cast `x` to the dtype of the packed bytes.
+        """
+        if not x.is_floating_point():
+            raise UnsupportedModel(f"the input of a compressed layer must be floating point, got {x.dtype}: exclude the layer")
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
         return F.linear(x.to(dtype), self.to_dense(dtype), bias)
