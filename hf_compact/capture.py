@@ -443,11 +443,16 @@ def _original_forward(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _without_cache(model: PreTrainedModel) -> Iterator[None]:
-    """Generation caches off while calibrating: they would keep every key and value."""
-    config = model.config.get_text_config(decoder=True)
-    before = getattr(config, "use_cache", None)
-    config.use_cache = False
+    """Generation caches off while calibrating: they would keep every key and value, and pass them on to the next call.
+
+    The stacks of T5 have configs of their own.
+    """
+    configs = [model.config.get_text_config(decoder=True), *(m.config for m in model.modules() if isinstance(m, PreTrainedModel))]
+    before = [(config, config.use_cache) for config in configs if hasattr(config, "use_cache")]
     try:
+        for config, _ in before:
+            config.use_cache = False
         yield
     finally:
-        config.use_cache = before
+        for config, value in before:
+            config.use_cache = value
