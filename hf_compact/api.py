@@ -1,5 +1,6 @@
 """The functions behind the command line: compress, plan, evaluate, inspect."""
 
+import copy
 import json
 import logging
 import platform
@@ -115,7 +116,7 @@ def compress(
     logits = runner.run(progress)
     table = _ordered(runner.table, dense.model)
     config = _final_config(dense.model, table, recipe)
-    report.file_bytes = journal.finish(lambda folder: _write_side_files(folder, dense, config, recipe))
+    report.file_bytes = journal.finish(lambda folder: _write_side_files(folder, dense.model, config, dense.tokenizer, recipe))
     try:
         _verify(output, prepared, logits, report, is_causal_lm(dense.model))
     finally:
@@ -487,8 +488,7 @@ def _compress_in_memory(
     attach_(model, _ordered(runner.table, model), recipe.stages)
     if output is not None and distributed.rank() == 0:
         model.save_pretrained(output)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(output)
+        _write_side_files(Path(output), model, model.config, tokenizer, recipe)
         report.file_bytes = sum(path.stat().st_size for path in Path(output).glob("*.safetensors"))
         _verify(Path(output), prepared, logits, report, is_causal_lm(model))
     distributed.barrier()
@@ -521,19 +521,33 @@ def _final_config(model: PreTrainedModel, table: Mapping[str, Any], recipe: Reci
     return config
 
 
-def _write_side_files(folder: Path, dense: Dense, config: PreTrainedConfig, recipe: Recipe) -> None:
+#: `save_pretrained` copies the file of a class that came through `auto_map`, so the class has to be the stub's own.
+_STUB = """\"\"\"Imports the library that reads this checkpoint.\"\"\"
+
+import hf_compact
+import transformers
+
+
+class {name}(transformers.{name}):
+    pass
+"""
+
+
+def _write_side_files(
+    folder: Path, model: PreTrainedModel, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None, recipe: Recipe
+) -> None:
     """Config, generation config, tokenizer, recipe and, if wanted, the stub."""
     if recipe.auto_map:
         name = config.architectures[0]
-        auto = "AutoModelForCausalLM" if is_causal_lm(dense.model) else "AutoModel"
+        auto = "AutoModelForCausalLM" if is_causal_lm(model) else "AutoModel"
+        config = copy.deepcopy(config)
         config.auto_map = {auto: f"modeling_hf_compact.{name}"}
-        stub = f'"""Imports the library that reads this checkpoint."""\n\nimport hf_compact\nfrom transformers import {name}\n'
-        write_text(folder / "modeling_hf_compact.py", stub)
+        write_text(folder / "modeling_hf_compact.py", _STUB.format(name=name))
     config.save_pretrained(folder)
-    if dense.model.can_generate():
-        dense.model.generation_config.save_pretrained(folder)
-    if dense.tokenizer is not None:
-        dense.tokenizer.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
     write_text(folder / "recipe.json", json.dumps(recipe.to_dict(), indent=2) + "\n")
 
 
