@@ -189,7 +189,7 @@ def rebuild_(model: nn.Module, specs: Mapping[str, Mapping[str, Any]], layers: M
             new = layers[spec["layer"]].empty_like(as_linear(old) if isinstance(old, Conv1D) else old, **settings)
             if "tied_to" in spec:
                 share_buffers_(new, model.get_submodule(spec["tied_to"]))
-        except (AttributeError, TypeError, KeyError) as error:
+        except (AttributeError, TypeError, KeyError, ValueError, RuntimeError, ArithmeticError) as error:
             raise FormatError(f"modules[{name!r}] = {dict(spec)} does not fit the model: {error}") from error
         model.set_submodule(name, new)
 

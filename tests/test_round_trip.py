@@ -273,6 +273,19 @@ def test_base_class_can_be_saved_and_loaded(saved, tmp_path):
     assert torch.equal(logits(load(transformers.AutoModel, tmp_path), "llama"), expected)
 
 
+def test_another_head_is_new_and_all_else_is_there(saved):
+    """As with a dense folder: transformers says which part the class adds, and only that part is random."""
+    folder, _ = saved("bert_mlm")
+    own = load(transformers.AutoModelForMaskedLM, folder)
+    for cls, new in ((transformers.AutoModel, "pooler."), (transformers.AutoModelForSequenceClassification, "classifier.")):
+        model, info = cls.from_pretrained(folder, output_loading_info=True)
+        assert info["missing_keys"]
+        assert all(new in key or "pooler." in key for key in info["missing_keys"])
+        with torch.no_grad():
+            hidden = [m.base_model.eval()(**tiny_inputs("bert"))[0] for m in (model, own)]
+        assert torch.equal(*hidden)
+
+
 def test_dtype_override_keeps_the_packed_state(saved):
     folder, _ = saved("llama")
     model = load(transformers.AutoModelForCausalLM, folder, dtype=torch.bfloat16)

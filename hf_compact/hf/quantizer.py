@@ -6,11 +6,13 @@ and then fills them with random numbers.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
@@ -62,7 +64,10 @@ class CompactConfig(QuantizationConfigMixin):
             raise FormatError(f"quantization_config has the unknown key {sorted(unknown)[0]!r}")
         self.quant_method = quant_method
         self.format_version = format_version
-        self.modules = {name: dict(spec) for name, spec in (modules or {}).items()}
+        modules = modules or {}
+        if not isinstance(modules, Mapping) or not all(isinstance(spec, Mapping) for spec in modules.values()):
+            raise FormatError(f"quantization_config.modules must map module names to their settings, got {str(modules)[:80]}")
+        self.modules = {name: dict(spec) for name, spec in modules.items()}
         plain = [stage.to_dict() if isinstance(stage, MethodConfig) else dict(stage) for stage in stages]
         self.stages = Recipe.from_dict({"stages": plain}).to_dict()["stages"] if plain else []
         if not self.modules and not self.stages:
@@ -95,6 +100,8 @@ class CompactQuantizer(HfQuantizer):
     ) -> None:
         if self.pre_quantized or self.quantization_config.modules:
             modules = names_in(model, self.quantization_config.modules)
+            if not modules:
+                raise FormatError("quantization_config.modules must name the compressed modules, got none that the model has")
             rebuild_(model, modules, LAYERS)
             forget_ties_(model, modules)
             if checkpoint_files:
@@ -142,6 +149,9 @@ class CompactQuantizer(HfQuantizer):
         return _QuantizeOnLoad(self)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        for name, pending in self.pending.items():
+            if not pending.is_solved:  # transformers warns and goes on with random numbers
+                raise FormatError(f"{name} is missing from the files of the model")
         self.pending.clear()
         for name, spec in names_in(model, self.quantization_config.modules).items():
             if "tied_to" in spec:
@@ -182,9 +192,10 @@ class _Pending:
     """How one dense weight becomes a compressed module."""
 
     def __init__(self, method: Method, config: MethodConfig, old: nn.Module, is_outer: bool) -> None:
-        self.method, self.config, self.old, self.is_outer = method, config, old, is_outer
+        self.method, self.config, self.old, self.is_outer, self.is_solved = method, config, old, is_outer, False
 
     def solve(self, weight: Tensor) -> nn.Module:
+        self.is_solved = True
         self.old.weight = nn.Parameter(weight, requires_grad=False)
         if self.is_outer:
             return self.method.compress_embedding(self.old, self.config)
@@ -249,6 +260,8 @@ def names_in(model: PreTrainedModel, modules: Mapping[str, Any]) -> dict[str, An
         new = rename(name)
         if new in known:
             tied = {"tied_to": rename(spec["tied_to"])} if "tied_to" in spec else {}
+            if tied and tied["tied_to"] not in known:
+                raise FormatError(f"modules[{name!r}].tied_to names {spec['tied_to']!r}, which {type(model).__name__} does not have")
             renamed[new] = {**spec, **tied}
         elif name.startswith(prefix) or (not is_base and "tied_to" not in spec):
             raise FormatError(f"modules[{name!r}] does not exist in {type(model).__name__}")
@@ -258,29 +271,46 @@ def names_in(model: PreTrainedModel, modules: Mapping[str, Any]) -> dict[str, An
 
 
 def check_files(model: PreTrainedModel, modules: Mapping[str, Any], files: Sequence[Path]) -> None:
-    """Compare the headers of the files with the compressed modules that are about to be filled.
+    """Compare the headers of the files with the rebuilt model that they are about to fill.
+
+    The class that wrote the folder must find exactly its own tensors. Another class may have a head or a pooler that is
+    new, and leave out what it does not have.
 
     Raises:
         FormatError: a tensor is missing, unexpected, or has another dtype or shape; or a file is damaged.
     """
     headers = TensorSource(files).rename_for(model).headers()
-    for name, spec in modules.items():
-        if "tied_to" in spec:
-            continue
-        module = model.get_submodule(name)
-        found = {key.rpartition(".")[2]: value for key, value in headers.items() if key.rpartition(".")[0] == name}
-        expected = dict(module.state_dict())
-        for leaf in expected.keys() - found.keys():
-            raise FormatError(f"{name}.{leaf} is missing from the files of the model")
-        for leaf in found.keys() - expected.keys():
-            raise FormatError(f"{name}.{leaf} is in the files, but a {spec['layer']} with these settings has no such tensor")
-        for leaf, (dtype, shape, _) in found.items():
-            if tuple(shape) != tuple(expected[leaf].shape):
-                raise FormatError(f"{name}.{leaf} must have the shape {list(expected[leaf].shape)}, the file has {shape}")
-            if leaf in module._buffers and DTYPES[dtype] != expected[leaf].dtype:
-                raise FormatError(f"{name}.{leaf} must be {expected[leaf].dtype}, the file has {dtype}")
-    # A head that the class adds may be new; everything below the base model must be there.
+    expected = model.state_dict()
+    is_own = type(model).__name__ in (model.config.architectures or [])
     prefix = "" if model.base_model is model else model.base_model_prefix + "."
-    for key in model.state_dict().keys() - headers.keys() - model.all_tied_weights_keys.keys():
-        if key.startswith(prefix):
-            raise FormatError(f"{key} is missing from the files of the model")
+    for key, (dtype, shape, _) in headers.items():
+        owner, _, leaf = key.rpartition(".")
+        if key not in expected:
+            if owner in modules:
+                raise FormatError(f"{key} is in the files, but a {modules[owner]['layer']} with these settings has no such tensor")
+            if is_own and not _matches(key, model._keys_to_ignore_on_load_unexpected):
+                raise FormatError(f"{key} is in the files, but {type(model).__name__} has no such tensor")
+            continue
+        if tuple(shape) != tuple(expected[key].shape) and (owner in modules or key.startswith(prefix)):
+            raise FormatError(f"{key} must have the shape {list(expected[key].shape)}, the file has {shape}")
+        if owner in modules and leaf in model.get_submodule(owner)._buffers and DTYPES[dtype] != expected[key].dtype:
+            raise FormatError(f"{key} must be {expected[key].dtype}, the file has {dtype}")
+    missing = [key for key in expected if key not in headers and key not in model.all_tied_weights_keys]
+    missing = [key for key in missing if not _matches(key, model._keys_to_ignore_on_load_missing)]
+    if missing and not is_own:
+        own = _own_keys(model)
+        missing = [key for key in missing if key.rpartition(".")[0] in modules or key.removeprefix(prefix) in own]
+    if missing:
+        raise FormatError(f"{missing[0]} is missing from the files of the model")
+
+
+def _own_keys(model: PreTrainedModel) -> set[str]:
+    """Tensor names, below the base model, of the class that wrote the folder."""
+    cls = getattr(transformers, (model.config.architectures or [""])[0], type(model))
+    with torch.device("meta"):
+        own = cls(model.config)
+    return {key.removeprefix(own.base_model_prefix + ".") for key in own.state_dict()}
+
+
+def _matches(key: str, patterns: Iterable[str] | None) -> bool:
+    return any(re.search(pattern, key) for pattern in patterns or ())
