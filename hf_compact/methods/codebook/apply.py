@@ -20,6 +20,7 @@ from .functional import (
     refit_scale,
     round_with_feedback,
     search_scale,
+    sort_levels,
     spread_groups,
 )
 from .layer import CodebookEmbedding, CodebookLinear
@@ -39,6 +40,7 @@ def compress_linear(linear: nn.Linear, gram: Tensor | None, config: CodebookConf
         grid=config.grid,
         group_size=config.group_size,
         symmetric=config.symmetric,
+        scale_bits=config.scale_bits,
         num_codebooks=math.ceil(linear.out_features / config.rows_per_codebook) if config.grid == "learned" else 1,
     )
     return module.load_quantized_(quantize(linear.weight.detach().float(), gram, config)) if solve else module
@@ -88,7 +90,7 @@ def quantize(weight: Tensor, gram: Tensor | None, config: CodebookConfig) -> Qua
     size = config.group_size
     importance = torch.ones(weight.shape[1]) if gram is None else gram.diagonal().float().clamp_min(0)
     if config.grid == "learned":
-        scale, zero = group_scale(weight, size), None
+        scale, zero = group_scale(weight, size, config.scale_bits), None
         spread = spread_groups(scale, size, weight.shape[1])
         levels = lloyd_levels(
             weight / spread, importance * spread.square(), 2**config.bits, math.ceil(len(weight) / config.rows_per_codebook)
@@ -96,7 +98,7 @@ def quantize(weight: Tensor, gram: Tensor | None, config: CodebookConfig) -> Qua
     else:
         levels = fixed_levels(config.grid, config.bits, config.symmetric)
         symmetric = config.symmetric or config.grid == "nf4"
-        scale, zero = search_scale(weight, levels, size, symmetric, importance, config.shrink_steps)
+        scale, zero = search_scale(weight, levels, size, symmetric, importance, config.shrink_steps, config.scale_bits)
     if gram is None or config.rounding == "nearest":
         return _nearest(weight, scale, zero, levels, size)
     order = gram.diagonal().argsort(descending=True) if config.act_order else torch.arange(len(gram))
@@ -106,14 +108,16 @@ def quantize(weight: Tensor, gram: Tensor | None, config: CodebookConfig) -> Qua
         raise NumericalError(str(error)) from error
     rounder = Rounder(levels, len(weight))
     codes, dense = round_with_feedback(weight, rounder, scale, zero, size, factor, order)
-    damped = gram.float()
-    damped.diagonal().add_(config.damp * damped.diagonal().mean())
+    damped = gram.to(torch.float32, copy=True)
+    diagonal = damped.diagonal()
+    diagonal[diagonal == 0] = 1.0  # an input that never fired, as in `inverse_factor`
+    diagonal += config.damp * diagonal.mean()
     for _ in range(config.refit_rounds):
         if config.grid == "learned":
-            levels = refit_levels(weight, codes, scale, levels, size, damped).sort(1).values
+            codes, levels = sort_levels(codes, refit_levels(weight, codes, scale, levels, size, damped))
             rounder = Rounder(levels, len(weight))
-        ones = torch.ones_like(scale)
-        scale = refit_scale(weight, dequantize(Quantized(codes, ones, zero, levels), size), scale, size, damped)
+        unit = dequantize(Quantized(codes, torch.ones_like(scale), zero, levels), size)
+        scale = refit_scale(weight, unit, scale, size, damped, config.scale_bits)
         dense = dequantize(Quantized(codes, scale, zero, levels), size)
         codes, dense = descend_codes(weight, dense, rounder, scale, zero, size, damped, order)
     return Quantized(codes, scale, zero, levels)

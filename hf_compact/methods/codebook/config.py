@@ -24,6 +24,8 @@ class CodebookConfig(MethodConfig):
     """Where the levels come from: equal steps, NormalFloat-4, or Lloyd's algorithm on the weights."""
     group_size: int | None = 64
     """Inputs that share a scale; null is one scale per row. The last group of a row may be shorter."""
+    scale_bits: int | None = None
+    """Bits of a group's scale, in [2, 8], as a multiple of one step per row; null keeps float16."""
     symmetric: bool = False
     """Uniform grid only: levels around zero, without a stored offset."""
     rows_per_codebook: int = 32
@@ -58,6 +60,8 @@ class CodebookConfig(MethodConfig):
             size = getattr(self, name)
             if size is not None and size < 8:
                 raise ConfigError(f"codebook.{name} must be null or at least 8, got {size}")
+        if self.scale_bits is not None and not 2 <= self.scale_bits <= 8:
+            raise ConfigError(f"codebook.scale_bits must be null or in [2, 8], got {self.scale_bits}")
         if self.grid == "nf4" and self.bits != 4:
             raise ConfigError(f"codebook.grid nf4 has 16 levels, so codebook.bits must be 4, got {self.bits}")
         if self.symmetric and self.grid != "uniform":

@@ -82,8 +82,9 @@ def dequantize(quantized: Quantized, group_size: int | None, is_uniform: bool | 
 
 
 def search_scale(
-    weight: Tensor, levels: Tensor, group_size: int | None, symmetric: bool, importance: Tensor, shrink_steps: int
-) -> tuple[Tensor, Tensor | None]:
+    weight: Tensor, levels: Tensor, group_size: int | None, symmetric: bool, importance: Tensor, shrink_steps: int,
+    scale_bits: int | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Scale and offset of every group, clipping the range where that lowers the weighted squared error.
 
     The full range of a group is shrunk in `shrink_steps` steps down to half; each group keeps its best.
@@ -95,9 +96,10 @@ def search_scale(
         symmetric: no offset; the levels are scaled to the largest magnitude.
         importance: `[in]` non-negative weights of the columns, the diagonal of the gram matrix or ones.
         shrink_steps: candidates, `>= 1`; 1 keeps the full range.
+        scale_bits: see `stored_scale`.
 
     Returns:
-        `(scale [out, G], zero [out, G] | None)` float32, the scale rounded to float16 values.
+        `(scale [out, G], zero [out, G] | None)` float32, the scale rounded to what storage keeps.
     """
     rows, columns = weight.shape
     size = columns if group_size is None else group_size
@@ -123,16 +125,40 @@ def search_scale(
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
-    return best_scale.squeeze(-1), None if symmetric else best_zero.squeeze(-1)
+    scale = stored_scale(best_scale.squeeze(-1), scale_bits)
+    return scale, None if symmetric else best_zero.squeeze(-1)
 
 
-def group_scale(weight: Tensor, group_size: int | None) -> Tensor:
-    """Root mean square of every group, `[out, G]`, rounded to float16 values: the unit in which rows share a codebook."""
+def scale_codes(scale: Tensor, scale_bits: int) -> tuple[Tensor, Tensor]:
+    """Scales as small integers times one step per row: half precision for each group would cost more than it brings.
+
+    Args:
+        scale: `[out, G]` positive.
+        scale_bits: bits of a code, in [2, 8].
+
+    Returns:
+        `(codes [out, G] in 1 … 2**scale_bits - 1, step [out, 1] float16 values)`; their product is a fixed point.
+    """
+    largest = 2**scale_bits - 1
+    step = _half_scale(scale.amax(1, keepdim=True) / largest)
+    return (scale / step).round_().clamp_(1, largest), step
+
+
+def stored_scale(scale: Tensor, scale_bits: int | None) -> Tensor:
+    """Scales `[out, G]` rounded to what storage keeps: float16, or `scale_codes` of `scale_bits`."""
+    if scale_bits is None:
+        return _half_scale(scale)
+    codes, step = scale_codes(scale, scale_bits)
+    return codes * step
+
+
+def group_scale(weight: Tensor, group_size: int | None, scale_bits: int | None = None) -> Tensor:
+    """Root mean square of every group, `[out, G]`, as stored: the unit in which rows share a codebook."""
     padding = 0 if group_size is None else -weight.shape[1] % group_size
     groups = torch.nn.functional.pad(weight, (0, padding)).reshape(len(weight), num_groups(weight.shape[1], group_size), -1)
     counts = torch.full((groups.shape[1],), groups.shape[2], dtype=weight.dtype)
     counts[-1] -= padding
-    return _half_scale((groups.square().sum(-1) / counts).sqrt())
+    return stored_scale((groups.square().sum(-1) / counts).sqrt(), scale_bits)
 
 
 class Rounder:
@@ -277,48 +303,49 @@ def descend_codes(weight: Tensor, quantized: Tensor, rounder: Rounder, scale: Te
     return codes[back].T.contiguous(), dense[back].T.contiguous()
 
 
-def refit_scale(weight: Tensor, unit: Tensor, scale: Tensor, group_size: int | None, gram: Tensor) -> Tensor:
+def refit_scale(
+    weight: Tensor, unit: Tensor, scale: Tensor, group_size: int | None, gram: Tensor, scale_bits: int | None = None
+) -> Tensor:
     """Scales that minimise the output error for codes that stay as they are, in closed form.
 
     A row is `sum_g scale_g b_g` with `b_g` its unit values inside group g; the normal equations are G x G per row.
-    A row whose error rounding to float16 or a scale that is not positive would raise keeps all its scales.
+    A row whose error would rise by rounding to what storage keeps, or by a scale that is not positive, keeps its scales.
 
     Args:
         weight: `[out, in]` float32. Not written to.
         unit: `[out, in]` float32, the dequantized values at scale 1.
-        scale: `[out, G]` float16 values, kept where the solution would not be positive and finite.
+        scale: `[out, G]` as stored, kept where the solution would not be positive and finite.
         gram: `[in, in]` float32.
+        scale_bits: see `stored_scale`.
 
     Returns:
-        `[out, G]`, rounded to float16 values.
+        `[out, G]`, rounded to what storage keeps.
     """
     groups = scale.shape[1]
     size = weight.shape[1] if group_size is None else group_size
-    spans = [slice(g * size, min((g + 1) * size, weight.shape[1])) for g in range(groups)]
+    padding = groups * size - weight.shape[1]
+
+    def per_group(values: Tensor) -> Tensor:
+        return torch.nn.functional.pad(values, (0, padding)).view(len(weight), groups, size).sum(-1)
+
     normal = torch.empty(len(weight), groups, groups, dtype=torch.float64)
-    for g, span in enumerate(spans):
-        through = unit[:, span] @ gram[span]
-        for h, other in enumerate(spans):
-            normal[:, g, h] = (through[:, other] * unit[:, other]).sum(1)
-    response = weight @ gram * unit
-    target = torch.stack([response[:, span].sum(1) for span in spans], 1).double()
+    for g in range(groups):
+        span = slice(g * size, min((g + 1) * size, weight.shape[1]))
+        normal[:, g] = per_group((unit[:, span] @ gram[span]).mul_(unit))
+    target = per_group(weight @ gram * unit).double()
     ridge = 1e-6 * normal.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
     normal.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
     target += ridge[:, None] * scale
     solution = torch.linalg.solve(normal, target).float()
-    solution = _half_scale(torch.where(solution.isfinite() & (solution > 0), solution, scale))
-
-    def loss(candidate: Tensor) -> Tensor:
-        candidate = candidate.double()
-        return (candidate * ((normal @ candidate[..., None])[..., 0] - 2 * target)).sum(1, keepdim=True)
-
-    return torch.where(loss(solution) <= loss(scale), solution, scale)
+    solution = stored_scale(torch.where(solution.isfinite() & (solution > 0), solution, scale), scale_bits)
+    return torch.where(_quadratic(normal, target, solution) <= _quadratic(normal, target, scale), solution, scale)
 
 
 def refit_levels(weight: Tensor, codes: Tensor, scale: Tensor, levels: Tensor, group_size: int | None, gram: Tensor) -> Tensor:
     """Codebooks that minimise the output error for codes and scales that stay as they are, in closed form.
 
     With `S_k` the scaled indicator of level k, a table solves the K x K system `(sum_rows S G S^T) c = sum_rows S G w`.
+    A table whose error rounding to float16 would raise keeps its levels.
 
     Args:
         levels: `[tables, K]`, the ridge pulls towards it; it stands where a level is not used.
@@ -345,7 +372,26 @@ def refit_levels(weight: Tensor, codes: Tensor, scale: Tensor, levels: Tensor, g
             normal[:, k, other] = normal[:, other, k] = per_row_group(through * indicators[other])
     ridge = 1e-4 * normal.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).clamp_min(1e-12)
     normal.diagonal(dim1=1, dim2=2).add_(ridge)
-    return _half_precision(torch.linalg.solve(normal, target + ridge * levels).float())
+    target += ridge * levels
+    solution = _half_precision(torch.linalg.solve(normal, target).float())
+    return torch.where(_quadratic(normal, target, solution) <= _quadratic(normal, target, levels), solution, levels)
+
+
+def sort_levels(codes: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """Tables in ascending order, with codes that stand for the values they stood for.
+
+    >>> sort_levels(torch.tensor([[0, 1, 1]], dtype=torch.uint8), torch.tensor([[2.0, 1.0]]))
+    (tensor([[1, 0, 0]], dtype=torch.uint8), tensor([[1., 2.]]))
+    """
+    levels, order = levels.sort(1)
+    rank = _expand_tables(order.argsort(1), len(codes)).expand(len(codes), -1)
+    return rank.gather(1, codes.long()).to(torch.uint8), levels
+
+
+def _quadratic(normal: Tensor, target: Tensor, candidate: Tensor) -> Tensor:
+    """What the solution of `normal x = target` minimises, `[n, 1]` for `n` systems."""
+    candidate = candidate.double()
+    return (candidate * ((normal @ candidate[..., None])[..., 0] - 2 * target)).sum(1, keepdim=True)
 
 
 def _is_uniform(levels: Tensor) -> bool:

@@ -15,32 +15,37 @@ from torch.nn import functional as F
 
 from ...errors import UnsupportedModel
 from ...functional.packing import pack_bits, packed_row_bytes, unpack_bits
-from .functional import Quantized, dequantize, fixed_levels, num_groups
+from .functional import Quantized, dequantize, fixed_levels, num_groups, scale_codes
 
 
 class CodebookModule(nn.Module):
     """State and accounting that the Linear and the Embedding share.
 
-    Buffers: `weight [out, 1, row bytes]` int8, the packed codes; `scale [out, G]` float16; `zero [out, 1, row bytes]`
+    Buffers: `weight [out, 1, row bytes]` int8, the packed codes; `scale [out, G]` float16, or packed codes
+    `[out, 1, row bytes]` with `row_scale [out, 1]` float16 where `scale_bits` is given; `zero [out, 1, row bytes]`
     uint8, the packed offsets of an asymmetric grid; `levels [tables, 2**bits]` float16, the tables of a learned grid.
     """
 
     def __init__(
         self, out_features: int, in_features: int, *, bits: int, grid: str, group_size: int | None, symmetric: bool,
-        num_codebooks: int, device: torch.device | str | None = None,
+        scale_bits: int | None = None, num_codebooks: int = 1, device: torch.device | str | None = None,
     ) -> None:  # fmt: skip
         """Allocate zeroed buffers for a matrix `[out_features, in_features]`."""
         super().__init__()
         self.out_features, self.in_features = out_features, in_features
         self.bits, self.grid, self.group_size, self.symmetric = bits, grid, group_size, symmetric
-        self.num_codebooks = num_codebooks
+        self.scale_bits, self.num_codebooks = scale_bits, num_codebooks
         groups = num_groups(in_features, group_size)
 
         def buffer(name: str, *shape: int, dtype: torch.dtype) -> None:
             self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
 
         buffer("weight", out_features, 1, packed_row_bytes(in_features, bits), dtype=torch.int8)
-        buffer("scale", out_features, groups, dtype=torch.float16)
+        if scale_bits is None:
+            buffer("scale", out_features, groups, dtype=torch.float16)
+        else:
+            buffer("scale", out_features, 1, packed_row_bytes(groups, scale_bits), dtype=torch.uint8)
+            buffer("row_scale", out_features, 1, dtype=torch.float16)
         if grid == "uniform" and not symmetric:
             buffer("zero", out_features, 1, packed_row_bytes(groups, bits), dtype=torch.uint8)
         if grid == "learned":
@@ -53,6 +58,7 @@ class CodebookModule(nn.Module):
             "grid": self.grid,
             "group_size": self.group_size,
             "symmetric": self.symmetric,
+            "scale_bits": self.scale_bits,
             "num_codebooks": self.num_codebooks,
         }
 
@@ -60,7 +66,12 @@ class CodebookModule(nn.Module):
     def load_quantized_(self, quantized: Quantized) -> Self:
         """Pack a solver's result into the buffers."""
         self.weight.copy_(pack_bits(quantized.codes, self.bits)[:, None].view(torch.int8))
-        self.scale.copy_(quantized.scale)
+        if self.scale_bits is None:
+            self.scale.copy_(quantized.scale)
+        else:
+            codes, step = scale_codes(quantized.scale, self.scale_bits)
+            self.scale.copy_(pack_bits(codes.to(torch.uint8), self.scale_bits)[:, None])
+            self.row_scale.copy_(step)
         if quantized.zero is not None:
             self.zero.copy_(pack_bits(quantized.zero.to(torch.uint8), self.bits)[:, None])
         if self.grid == "learned":
@@ -74,7 +85,10 @@ class CodebookModule(nn.Module):
         def take(buffer: Tensor) -> Tensor:
             return buffer if rows is None else buffer[rows]
 
-        groups = self.scale.shape[1]
+        groups = num_groups(self.in_features, self.group_size)
+        scale = take(self.scale)
+        if self.scale_bits is not None:
+            scale = unpack_bits(scale[:, 0], self.scale_bits, groups).to(dtype) * take(self.row_scale).to(dtype)
         zero = unpack_bits(take(self.zero)[:, 0], self.bits, groups) if "zero" in self._buffers else None
         codes = unpack_bits(take(self.weight)[:, 0].view(torch.uint8), self.bits, self.in_features)
         if learned:
@@ -83,7 +97,7 @@ class CodebookModule(nn.Module):
             levels = levels[take(tables)] if len(levels) > 1 else levels
         else:
             levels = fixed_levels(self.grid, self.bits, self.symmetric).to(codes.device)
-        return dequantize(Quantized(codes, take(self.scale).to(dtype), zero, levels), self.group_size, self.grid == "uniform")
+        return dequantize(Quantized(codes, scale.to(dtype), zero, levels), self.group_size, self.grid == "uniform")
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Move to a device but keep every stored dtype: a cast sees bytes, which no float cast touches."""
