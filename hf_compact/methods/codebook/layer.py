@@ -94,18 +94,16 @@ class CodebookModule(nn.Module):
         if learned:
             levels = self.levels
             tables = torch.arange(self.out_features, device=codes.device) // math.ceil(self.out_features / len(levels))
-            levels = levels[take(tables)] if len(levels) > 1 else levels
+            levels = levels[take(tables)] if len(levels) > 1 and len(codes) else levels
         else:
             levels = fixed_levels(self.grid, self.bits, self.symmetric).to(codes.device)
         return dequantize(Quantized(codes, scale.to(dtype), zero, levels), self.group_size, self.grid == "uniform")
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Move to a device but keep every stored dtype: a cast sees bytes, which no float cast touches."""
-        for name, buffer in self._buffers.items():
-            self._buffers[name] = fn(buffer.view(torch.uint8)).view(buffer.dtype)
-        for name, parameter in self._parameters.items():
-            if parameter is not None:
-                self._parameters[name] = nn.Parameter(fn(parameter.data), requires_grad=parameter.requires_grad)
+        buffers, self._buffers = self._buffers, {}
+        super()._apply(fn, recurse)
+        self._buffers = {name: fn(buffer.view(torch.uint8)).view(buffer.dtype) for name, buffer in buffers.items()}
         return self
 
     def extra_repr(self) -> str:
@@ -142,7 +140,9 @@ class CodebookLinear(CodebookModule):
         """
         if not x.is_floating_point():
             raise UnsupportedModel(f"the input of a compressed layer must be floating point, got {x.dtype}: exclude the layer")
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        device = x.device.type
+        is_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # meta has none
+        dtype = torch.get_autocast_dtype(device) if is_autocast else x.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
         return F.linear(x.to(dtype), self.to_dense(dtype), bias)
 
@@ -175,7 +175,7 @@ class CodebookEmbedding(CodebookModule):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Rows `[..., in]` of the ids `[...]`."""
-        rows = self.to_dense(self.dtype, rows=ids.flatten()).unflatten(0, ids.shape)
+        rows = self.to_dense(self.dtype, rows=ids.flatten()).reshape(*ids.shape, self.in_features)
         return rows if self.factor == 1 else rows * torch.tensor(self.factor, dtype=self.dtype)
 
     def dense_module(self, dtype: torch.dtype) -> nn.Embedding:
