@@ -1,0 +1,1 @@
+"""Measurements: imports hf_compact, never the other way round."""

@@ -33,7 +33,12 @@ def bitsandbytes_nf4(model: nn.Module, names: list[str]) -> int:
     for name in names:
         old = model.get_submodule(name)
         new = bnb.nn.Linear4bit(
-            old.in_features, old.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", compress_statistics=True
+            old.in_features,
+            old.out_features,
+            bias=False,
+            compute_dtype=torch.bfloat16,
+            quant_type="nf4",
+            compress_statistics=True,
         )
         new.weight = bnb.nn.Params4bit(old.weight.data.clone(), requires_grad=False, quant_type="nf4", compress_statistics=True)
         new = new.to("cpu")

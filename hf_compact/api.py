@@ -29,7 +29,17 @@ from . import distributed, verify
 from .arch import Architecture, dense_shape, describe
 from .calibration import Calibration, builtin_text, from_batches, read_texts, sample, tokenize
 from .capture import BlockRunner, Progress, probe_inputs
-from .checkpoint import QUANT_METHOD, REPORT_NAME, Journal, TensorSource, check_finite, check_output, hash_files, write_text
+from .checkpoint import (
+    QUANT_METHOD,
+    REPORT_NAME,
+    Journal,
+    TensorSource,
+    check_finite,
+    check_output,
+    disk_errors,
+    hash_files,
+    write_text,
+)
 from .config import Recipe
 from .errors import CalibrationError, ConfigError, FormatError, UnsupportedModel, VerificationError
 from .hf.card import model_card, plot_layers
@@ -252,7 +262,9 @@ def inspect_folder(folder: str | Path) -> dict[str, Any]:
             continue
         num_weights = skeleton.get_submodule(name).weight.numel()
         shape = list(skeleton.get_submodule(name).weight.shape)
-        size = sum(nbytes for key, (_, _, nbytes) in headers.items() if key.rpartition(".")[0] == name and not key.endswith(".bias"))
+        size = sum(
+            nbytes for key, (_, _, nbytes) in headers.items() if key.rpartition(".")[0] == name and not key.endswith(".bias")
+        )
         layers.append({"name": name, **spec, "shape": shape, "bytes": size, "bits_per_weight": 8 * size / num_weights})
     file_bytes = sum(path.stat().st_size for path in source.files)
     num_parameters = count_parameters(skeleton)
@@ -312,6 +324,8 @@ def open_dense(model: str | Path, dtype: str = "auto") -> Dense:
     except FormatError as error:
         logger.info("%s; the model is loaded whole", error)
         skeleton, source = verify.load_model(folder, dtype=chosen), None
+    else:
+        source.check_fits(skeleton)
     skeleton.eval()
     fingerprint = hash_files([*sorted(folder.glob("*.safetensors")), folder / "config.json"])
     return Dense(name, skeleton, _tokenizer(folder), source, fingerprint, folder)
@@ -348,7 +362,9 @@ def local_folder(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"model {name!r} is no folder or .gguf file here, and not a Hub id that can be fetched: {reason}") from error
+        raise ConfigError(
+            f"model {name!r} is no folder or .gguf file here, and not a Hub id that can be fetched: {reason}"
+        ) from error
 
 
 def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -378,7 +394,9 @@ def prepare_calibration(
     if calibration and isinstance(calibration[0], Mapping):
         return from_batches(calibration)
     if tokenizer is None:
-        raise CalibrationError("calibration from text needs a tokenizer, and the model's folder has none: pass tokenizer or batches")
+        raise CalibrationError(
+            "calibration from text needs a tokenizer, and the model's folder has none: pass tokenizer or batches"
+        )
     text = read_texts(calibration) if calibration else builtin_text("calibration")
     names = [Path(path).name for path in calibration] or ["pydoc_data.topics (calibration part)"]
     return sample(tokenizer, text, recipe.calibration, recipe.seed, names)
@@ -439,7 +457,9 @@ def peak_memory_estimate(dense: Dense, arch: Architecture, recipe: Recipe) -> in
     inside = {block: sum(p.numel() for p in dense.model.get_submodule(block).parameters()) for block in arch.blocks}
     outside = count_parameters(dense.model) - sum(inside.values())
     resident = 2 * max(inside.values()) if dense.source is not None else sum(inside.values())
-    hidden = recipe.calibration.num_sequences * recipe.calibration.sequence_length * dense.model.config.get_text_config().hidden_size
+    hidden = (
+        recipe.calibration.num_sequences * recipe.calibration.sequence_length * dense.model.config.get_text_config().hidden_size
+    )
     return width * (outside + resident + hidden) + RUNTIME_BYTES
 
 
@@ -474,7 +494,9 @@ def _compress_in_memory(
     tokenizer: PreTrainedTokenizerBase | None, progress: Progress,
 ) -> Report:  # fmt: skip
     if getattr(model, "hf_quantizer", None) is not None:
-        raise UnsupportedModel(f"model is quantized already ({model.hf_quantizer.quantization_config.quant_method}): give the dense model")
+        raise UnsupportedModel(
+            f"model is quantized already ({model.hf_quantizer.quantization_config.quant_method}): give the dense model"
+        )
     if output is not None:
         check_output(Path(output))
     arch = describe(model)
@@ -506,9 +528,10 @@ def _verify(output: Path, calibration: Calibration, logits: torch.Tensor, report
         failure = error
         report.verification = {"verified": False, "reason": str(error)}
     report.peak_memory_bytes = max(report.peak_memory_bytes, peak_memory_bytes())
-    write_text(output / REPORT_NAME, json.dumps(report.to_dict(), indent=2) + "\n")
-    write_text(output / "README.md", model_card(report))
-    plot_layers(report, output / "layers.png")
+    with disk_errors(output):  # the report comes last: where it is, the rest is
+        write_text(output / "README.md", model_card(report))
+        plot_layers(report, output / "layers.png")
+        write_text(output / REPORT_NAME, json.dumps(report.to_dict(), indent=2) + "\n")
     if failure is not None:
         raise failure
 

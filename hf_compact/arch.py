@@ -179,11 +179,16 @@ def _embedding(model: PreTrainedModel) -> tuple[str | None, tuple[str, ...]]:
     everywhere = dict(model.named_modules(remove_duplicate=False))
     name = next(name for name, module in everywhere.items() if module is embedding)
     # On meta, before loading, weights are not tied yet but already declared.
-    declared = {target for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items() if source == f"{name}.weight"}
+    declared = {
+        target
+        for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items()
+        if source == f"{name}.weight"
+    }
     tied = [
         other
         for other, module in everywhere.items()
-        if isinstance(module, nn.Embedding | nn.Linear) and other != name
+        if isinstance(module, nn.Embedding | nn.Linear)
+        and other != name
         and (module.weight is embedding.weight or f"{other}.weight" in declared)
     ]
     return name, tuple(tied)

@@ -68,14 +68,23 @@ def read_texts(paths: Sequence[str | Path]) -> str:
 def builtin_text(part: str) -> str:
     """The documentation of Python's own language topics, split into two disjoint parts.
 
-    The topics are dealt out alternately by name, so both parts are the same kind of text.
+    The topics are dealt out alternately by name, so both parts are the same kind of text. Topics repeat each other:
+    every paragraph stays where it stands first, so that no part, and no end of a part, holds text of the rest.
 
     Args:
         part: `"calibration"` or `"evaluation"`.
     """
     topics = importlib.import_module("pydoc_data.topics").topics
     offset = {"calibration": 0, "evaluation": 1}[part]
-    return "\n\n".join(topics[name] for name in sorted(topics)[offset::2])
+    seen: set[str] = set()
+    kept: list[str] = []
+    for position, name in enumerate(sorted(topics)):
+        for paragraph in topics[name].split("\n\n"):
+            key = " ".join(paragraph.split())
+            if key not in seen and position % 2 == offset:
+                kept.append(paragraph)
+            seen.add(key)
+    return "\n\n".join(kept)
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:

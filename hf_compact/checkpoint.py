@@ -42,6 +42,7 @@ DTYPES = {
 REPORT_NAME = "compression_report.json"
 INDEX_NAME = "model.safetensors.index.json"
 _JOURNAL_NAME = "journal.jsonl"
+_ENTRY_KEYS = {"unit", "file", "sha256", "modules", "layers", "notes"}
 
 
 class TensorSource:
@@ -95,7 +96,7 @@ class TensorSource:
         by_file: dict[Path, list[str]] = {}
         for name in names:
             by_file.setdefault(self.file_of[name], []).append(name)
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for path, members in by_file.items():
             with _open(path) as handle:
                 tensors |= {name: handle.get_tensor(self.stored_name[name]).clone() for name in members}
@@ -116,6 +117,21 @@ class TensorSource:
         """Raise NumericalError for the first float tensor with a NaN or an infinity."""
         for name in self.file_of:
             check_finite(name, self.read([name])[name])
+
+    def check_fits(self, model: PreTrainedModel) -> None:
+        """Compare the headers with a skeleton.
+
+        Raises:
+            FormatError: a tensor that the model needs is missing or has another shape.
+        """
+        headers = self.headers()
+        tied = model.get_expanded_tied_weights_keys(all_submodels=True)
+        for name, tensor in model.state_dict().items():
+            if name not in headers:
+                if tensor.is_meta and name not in tied:
+                    raise FormatError(f"the checkpoint lacks {name}, which {type(model).__name__} needs")
+            elif tuple(headers[name][1]) != tuple(tensor.shape):
+                raise FormatError(f"{name} has the shape {headers[name][1]} in the checkpoint, {list(tensor.shape)} in the model")
 
     def fingerprint(self) -> str:
         """SHA-256 over the contents of all files."""
@@ -175,6 +191,7 @@ def rebuild_(model: nn.Module, specs: Mapping[str, Mapping[str, Any]], layers: M
     The order is the table's, but tied modules come last: `config.json` sorts its keys, and they share what is there.
 
     Args:
+        model: holds a module for every name, dense or compressed before.
         specs: module name -> `{"layer": class name, **settings}`; `tied_to` names the module whose buffers it shares.
         layers: class name -> class with `empty_like(old, **settings)`.
 
@@ -227,13 +244,15 @@ class Journal:
         if path.exists():
             self._resume(path, dict(fingerprint))
             return
-        with _disk_errors(self.folder):
+        with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(path, json.dumps({"fingerprint": dict(fingerprint)}) + "\n")
 
     def _resume(self, path: Path, fingerprint: dict[str, Any]) -> None:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-        earlier = lines[0]["fingerprint"] if lines else {}
+        lines = _complete_lines(path)
+        if not lines or "fingerprint" not in lines[0]:
+            raise OutputError(f"{self.folder} has a journal that cannot be read: choose another --output or delete the folder")
+        earlier = lines[0]["fingerprint"]
         for key in fingerprint:
             if earlier.get(key) != fingerprint[key]:
                 raise OutputError(
@@ -262,7 +281,7 @@ class Journal:
         """
         shard = self.shard_path(len(self.entries))
         temporary = shard.with_suffix(".tmp")
-        with _disk_errors(self.folder):
+        with disk_errors(self.folder):
             try:
                 save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata={"format": "pt"})
                 _sync(temporary)
@@ -285,14 +304,15 @@ class Journal:
         Raises:
             OutputError: the disk is full or cannot be written.
         """
-        weight_map, total = {}, 0
+        weight_map: dict[str, str] = {}
+        total = 0
         for entry in self.entries:
             path = self.folder / entry["file"]
             with _open(path) as handle:
                 weight_map |= dict.fromkeys(handle.keys(), path.name)
             total += path.stat().st_size
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        with _disk_errors(self.folder):
+        with disk_errors(self.folder):
             write_side_files(self.folder)
             write_text(self.folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
             if self.output.exists():
@@ -340,19 +360,33 @@ def _open(path: Path) -> Iterator[Any]:
 
 
 @contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
+def disk_errors(folder: Path) -> Iterator[None]:
     """Turn what the file system says into one line that names the folder."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error).lower()
+        free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
         if is_full:
-            free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
             raise OutputError(
                 f"disk full while writing {folder} ({free / 1e6:.0f} MB free): free some space and run the same command "
                 "again, it goes on from the last finished block"
             ) from error
-        raise OutputError(f"{folder} cannot be written: {error}") from error
+        raise OutputError(f"{folder} cannot be written ({free / 1e6:.0f} MB free): {error}") from error
+
+
+def _complete_lines(path: Path) -> list[dict[str, Any]]:
+    """Lines of a journal up to the first that is not whole, which a crash may leave at the end."""
+    lines = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            break
+        if not line.endswith(b"\n") or not isinstance(entry, dict) or not ("fingerprint" in entry or entry.keys() >= _ENTRY_KEYS):
+            break
+        lines.append(entry)
+    return lines
 
 
 def _sync(path: Path) -> None:

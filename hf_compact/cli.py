@@ -43,7 +43,8 @@ def compress(
     recipe: RecipeOption,
     output: Annotated[Path, typer.Option(help="Folder to create; an interrupted run into it goes on.", metavar="DIR")],
     calibration: Annotated[
-        list[Path] | None, typer.Option(help="UTF-8 text; repeat for several files. Default: Python's own documentation.", metavar="FILE")
+        list[Path] | None,
+        typer.Option(help="UTF-8 text; repeat for several files. Default: Python's own documentation.", metavar="FILE"),
     ] = None,
     seed: SeedOption = None,
 ) -> None:

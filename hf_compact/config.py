@@ -111,7 +111,7 @@ class Recipe:
         stages = values.get("stages")
         if not isinstance(stages, list):
             raise ConfigError(f"recipe.stages must be a list of mappings, got {stages!r}")
-        known = {"stages": tuple(_stage(stage, position) for position, stage in enumerate(stages))}
+        known: dict[str, Any] = {"stages": tuple(_stage(stage, position) for position, stage in enumerate(stages))}
         if "calibration" in values:
             known["calibration"] = _build(CalibrationConfig, values["calibration"], "calibration")
         hints = typing.get_type_hints(cls)
@@ -142,7 +142,7 @@ def _stage(values: Any, position: int) -> MethodConfig:
     if not isinstance(values, dict) or "method" not in values:
         raise ConfigError(f"{where} must be a mapping with the key 'method', got {values!r}")
     method = values["method"]
-    if method not in MethodConfig.registry:
+    if not isinstance(method, str) or method not in MethodConfig.registry:
         raise ConfigError(f"{where}.method must be one of {sorted(MethodConfig.registry)}, got {method!r}")
     return _build(MethodConfig.registry[method], {k: v for k, v in values.items() if k != "method"}, method)
 
@@ -171,7 +171,7 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
         if typing.get_origin(option) is tuple and isinstance(value, list | tuple):
             item = typing.get_args(option)[0]
             return tuple(_typed(v, item, where) for v in value)
-        if typing.get_origin(option) is typing.Literal and value in typing.get_args(option):
+        if typing.get_origin(option) is typing.Literal and (type(value), value) in [(type(a), a) for a in typing.get_args(option)]:
             return value
         if option is float and isinstance(value, int) and not isinstance(value, bool):
             return float(value)

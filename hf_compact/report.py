@@ -112,6 +112,8 @@ class Report:
         Raises:
             FormatError: another schema version, or fields that do not belong to it.
         """
+        if not isinstance(values, dict):
+            raise FormatError(f"compression report must be a mapping, got {type(values).__name__}")
         values = dict(values)
         version = values.pop("schema_version", None)
         if version != SCHEMA_VERSION:

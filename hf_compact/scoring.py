@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .calibration import windows
-from .errors import CalibrationError
+from .errors import CalibrationError, ConfigError
 
 _ROWS = 256  # positions whose logits are in float32 at a time
 
@@ -36,8 +36,13 @@ def perplexity(
         `perplexity`, `mean_nll` (nats per token), `num_tokens` predicted, `num_windows`, `window_length`.
 
     Raises:
+        ConfigError: `window_length` or `num_windows` leaves nothing to predict.
         CalibrationError: the text is shorter than one window.
     """
+    if window_length < 2:
+        raise ConfigError(f"window_length must be at least 2, got {window_length}")
+    if num_windows is not None and num_windows < 1:
+        raise ConfigError(f"num_windows must be at least 1 or None for all, got {num_windows}")
     chunks = list(windows(ids, window_length, num_windows))
     if not chunks:
         raise CalibrationError(f"text has {len(ids)} tokens, fewer than one window of {window_length}")

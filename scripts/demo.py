@@ -77,7 +77,17 @@ def score(model: str, text: str, windows: int) -> None:
         ids = loaded.generate(**inputs, max_new_tokens=24, do_sample=False)
     sentence = tokenizer.decode(ids[0], skip_special_tokens=True)
     seconds = time.perf_counter() - started
-    print(json.dumps({**result, "load_seconds": load_seconds, "seconds": seconds, "peak_memory_bytes": peak_memory_bytes(), "sentence": sentence}))
+    print(
+        json.dumps(
+            {
+                **result,
+                "load_seconds": load_seconds,
+                "seconds": seconds,
+                "peak_memory_bytes": peak_memory_bytes(),
+                "sentence": sentence,
+            }
+        )
+    )
 
 
 def score_in_fresh_process(model: str, text: Path, windows: int) -> dict:
@@ -91,7 +101,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a quarter of the calibration text and three windows")
     parser.add_argument("--recipe", default="configs/recipes/codebook-4bit.yaml", help="recipe to run")
-    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for the result; an earlier one is replaced")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/demo"), help="folder for the result; an earlier one is replaced"
+    )
     parser.add_argument("--find-model", action="store_true", help="only print which model would be used")
     parser.add_argument("--score", metavar="MODEL", help=argparse.SUPPRESS)
     parser.add_argument("--text", help=argparse.SUPPRESS)

@@ -9,9 +9,7 @@ from hf_compact.errors import ConfigError
 
 def random_layers(seed: int, num_layers: int = 6, num_choices: int = 4) -> list[list[Choice]]:
     generator = random.Random(seed)
-    return [
-        [Choice(generator.randint(1, 40), generator.uniform(0, 10)) for _ in range(num_choices)] for _ in range(num_layers)
-    ]
+    return [[Choice(generator.randint(1, 40), generator.uniform(0, 10)) for _ in range(num_choices)] for _ in range(num_layers)]
 
 
 def totals(layers, table):

@@ -212,7 +212,7 @@ class _QuantizeOnLoad(ConversionOps):
 
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Tensor]:
         """Quantize every weight of `input_dict`."""
-        result = {}
+        result: dict[str, Tensor] = {}
         for name, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
             owner = name.rpartition(".")[0]
@@ -261,7 +261,9 @@ def names_in(model: PreTrainedModel, modules: Mapping[str, Any]) -> dict[str, An
         if new in known:
             tied = {"tied_to": rename(spec["tied_to"])} if "tied_to" in spec else {}
             if tied and tied["tied_to"] not in known:
-                raise FormatError(f"modules[{name!r}].tied_to names {spec['tied_to']!r}, which {type(model).__name__} does not have")
+                raise FormatError(
+                    f"modules[{name!r}].tied_to names {spec['tied_to']!r}, which {type(model).__name__} does not have"
+                )
             renamed[new] = {**spec, **tied}
         elif name.startswith(prefix) or (not is_base and "tied_to" not in spec):
             raise FormatError(f"modules[{name!r}] does not exist in {type(model).__name__}")
@@ -287,7 +289,9 @@ def check_files(model: PreTrainedModel, modules: Mapping[str, Any], files: Seque
         owner, _, leaf = key.rpartition(".")
         if key not in expected:
             if owner in modules:
-                raise FormatError(f"{key} is in the files, but a {modules[owner]['layer']} with these settings has no such tensor")
+                raise FormatError(
+                    f"{key} is in the files, but a {modules[owner]['layer']} with these settings has no such tensor"
+                )
             if is_own and not _matches(key, model._keys_to_ignore_on_load_unexpected):
                 raise FormatError(f"{key} is in the files, but {type(model).__name__} has no such tensor")
             continue

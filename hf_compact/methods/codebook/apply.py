@@ -60,9 +60,16 @@ def compress_embedding(
         return None
     is_embedding = isinstance(module, nn.Embedding)
     if is_embedding and type(module) is not nn.Embedding and not hasattr(module, "scalar_embed_scale"):
-        raise UnsupportedModel(f"embedding class {type(module).__name__} is not a plain lookup: set codebook.embedding_bits to null")
+        raise UnsupportedModel(
+            f"embedding class {type(module).__name__} is not a plain lookup: set codebook.embedding_bits to null"
+        )
     symmetric = config.embedding_bits == 8
-    settings = {"bits": config.embedding_bits, "grid": "uniform", "group_size": config.embedding_group_size, "symmetric": symmetric}
+    settings = {
+        "bits": config.embedding_bits,
+        "grid": "uniform",
+        "group_size": config.embedding_group_size,
+        "symmetric": symmetric,
+    }
     new = (CodebookEmbedding if is_embedding else CodebookLinear).empty_like(module, **settings)
     if not solve:
         return new

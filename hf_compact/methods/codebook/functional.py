@@ -9,6 +9,7 @@ Alternative rejected: one solver per grid, as most libraries have; rounding and 
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -109,10 +110,7 @@ def search_scale(
     groups = groups.reshape(rows, -1, size)
     importance = torch.nn.functional.pad(importance.float(), (0, padding)).reshape(1, -1, size)
     low, high = groups.amin(-1, keepdim=True).clamp_max(0), groups.amax(-1, keepdim=True).clamp_min(0)
-    if symmetric:
-        full = torch.maximum(high / levels.max(), low / levels.min())
-    else:
-        full = (high - low) / (levels.shape[1] - 1)
+    full = torch.maximum(high / levels.max(), low / levels.min()) if symmetric else (high - low) / (levels.shape[1] - 1)
     full = full.clamp_min(1e-7)
     rounder = Rounder(levels, rows)
     best_error = torch.full_like(full, math.inf)
@@ -200,6 +198,9 @@ def lloyd_levels(unit: Tensor, importance: Tensor, num_levels: int, tables: int,
     Args:
         unit: `[out, in]`, scaled weights. Not written to.
         importance: `[out, in]` or `[in]` non-negative.
+        num_levels: levels of a table, `2**bits`.
+        tables: how many tables the rows share.
+        iterations: at most; fewer if nothing moves any more.
 
     Returns:
         `[tables, num_levels]` float32 ascending, rounded to float16 values.
@@ -234,8 +235,9 @@ def lloyd_levels(unit: Tensor, importance: Tensor, num_levels: int, tables: int,
     return _half_precision(levels.float())
 
 
-def round_with_feedback(weight: Tensor, rounder: Rounder, scale: Tensor, zero: Tensor | None, group_size: int | None,
-                        factor: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+def round_with_feedback(
+    weight: Tensor, rounder: Rounder, scale: Tensor, zero: Tensor | None, group_size: int | None, factor: Tensor, order: Tensor
+) -> tuple[Tensor, Tensor]:
     """Round column by column and move each column's error onto the columns that are still free.
 
     Args:
@@ -267,8 +269,16 @@ def round_with_feedback(weight: Tensor, rounder: Rounder, scale: Tensor, zero: T
     return codes[back].T.contiguous(), dense[back].T.contiguous()
 
 
-def descend_codes(weight: Tensor, quantized: Tensor, rounder: Rounder, scale: Tensor, zero: Tensor | None,
-                  group_size: int | None, gram: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+def descend_codes(
+    weight: Tensor,
+    quantized: Tensor,
+    rounder: Rounder,
+    scale: Tensor,
+    zero: Tensor | None,
+    group_size: int | None,
+    gram: Tensor,
+    order: Tensor,
+) -> tuple[Tensor, Tensor]:
     """One sweep of coordinate descent: every code in turn takes the value that is best given all others.
 
     Never raises the output error `tr(D G D^T)`, because the value in place is among the candidates.
@@ -359,6 +369,7 @@ def refit_levels(weight: Tensor, codes: Tensor, scale: Tensor, levels: Tensor, g
     spread = spread_groups(scale, group_size, weight.shape[1]).expand_as(weight)
     indicators = [spread * (codes == k) for k in range(num_levels)]
     response = weight @ gram
+
     def per_row_group(values: Tensor) -> Tensor:
         rows = torch.nn.functional.pad(values.sum(1).double(), (0, per_table * tables - len(weight)))
         return rows.view(tables, per_table).sum(1)
@@ -420,7 +431,9 @@ def _half_scale(values: Tensor) -> Tensor:
     return _half_precision(values.clamp_min(torch.finfo(torch.float16).smallest_normal))
 
 
-def _columns(scale: Tensor, zero: Tensor | None, group_size: int | None, order: Tensor):
+def _columns(
+    scale: Tensor, zero: Tensor | None, group_size: int | None, order: Tensor
+) -> Callable[[int], tuple[Tensor, Tensor | None]]:
     """A function from a processing position to the `[out, 1]` scale and offset of that column."""
     groups = [0] * len(order) if group_size is None else (order // group_size).tolist()
     scales = scale.T[..., None].contiguous()

@@ -26,7 +26,7 @@ class CodebookModule(nn.Module):
     uint8, the packed offsets of an asymmetric grid; `levels [tables, 2**bits]` float16, the tables of a learned grid.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the settings of a spec, by keyword
         self, out_features: int, in_features: int, *, bits: int, grid: str, group_size: int | None, symmetric: bool,
         scale_bits: int | None = None, num_codebooks: int = 1, device: torch.device | str | None = None,
     ) -> None:  # fmt: skip
@@ -157,9 +157,7 @@ class CodebookLinear(CodebookModule):
 class CodebookEmbedding(CodebookModule):
     """Row lookup in a quantized table; only the rows that are asked for are dequantized."""
 
-    def __init__(
-        self, out_features: int, in_features: int, *, factor: float, dtype: torch.dtype, **settings: Any
-    ) -> None:
+    def __init__(self, out_features: int, in_features: int, *, factor: float, dtype: torch.dtype, **settings: Any) -> None:
         """Allocate the buffers; returned rows are multiplied by `factor` and have the `dtype`."""
         super().__init__(out_features, in_features, **settings)
         self.factor, self.dtype = factor, dtype

@@ -1,0 +1,117 @@
+"""Selection by whole names, and replacement that keeps what is shared shared."""
+
+import pytest
+from torch import nn
+
+from hf_compact.errors import NothingMatched
+from hf_compact.select import glob_matches, named_modules, replace_modules, select_names
+
+NAMES = ["layers.1.q", "layers.1.k", "layers.11.q", "layers.11.mlp.up", "head"]
+
+
+class Twice(nn.Module):
+    """One Linear under two names, and one of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(2, 2)
+        self.inner = nn.ModuleDict({"again": self.first, "own": nn.Linear(2, 2)})
+
+
+@pytest.mark.parametrize(
+    ("name", "glob", "matches"),
+    [
+        ("layers.1.q", "layers.1.*", True),
+        ("layers.11.q", "layers.1.*", False),
+        ("layers.11.q", "layers.1?.q", True),
+        ("layers.1.q", "layers.1", False),
+        ("layers.1.q", "q", False),
+        ("layers.1.q", "*.q", True),
+        ("layers.1.q", "*", True),
+        ("layers.1.q", "layers.1.q", True),
+        ("layersx1xq", "layers.1.q", False),
+        ("a[0]+b", "a[0]+b", True),
+        ("a0b", "a[0]b", False),
+        ("", "*", True),
+    ],
+)
+def test_globs_match_whole_names(name, glob, matches):
+    assert glob_matches(name, glob) == matches
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "chosen"),
+    [
+        (["*"], [], NAMES),
+        (["layers.1.*"], [], NAMES[:2]),
+        (["head", "*.q"], [], ["layers.1.q", "layers.11.q", "head"]),
+        (["*"], ["*.q", "head"], ["layers.1.k", "layers.11.mlp.up"]),
+        (["*.q"], ["layers.1.*"], ["layers.11.q"]),
+    ],
+    ids=str,
+)
+def test_selection_keeps_the_order(include, exclude, chosen):
+    assert select_names(NAMES, include, exclude) == chosen
+    assert select_names(iter(NAMES), include, exclude) == chosen
+
+
+def test_include_that_matches_nothing():
+    message = r"include glob '\*.v' matches none of 5 modules \(layers.1.q, layers.1.k, layers.11.q, …\)"
+    with pytest.raises(NothingMatched, match=message):
+        select_names(NAMES, ["*.q", "*.v"])
+
+
+def test_exclude_that_matches_nothing():
+    with pytest.raises(NothingMatched, match=r"exclude glob 'tail' matches none of 2 modules \(a, b\)"):
+        select_names(["a", "b"], ["*"], ["tail"])
+
+
+def test_nothing_is_left():
+    with pytest.raises(NothingMatched, match=r"include \['\*.q'\] without exclude \['layers.\*'\] leaves none of 5 modules"):
+        select_names(NAMES, ["*.q"], ["layers.*"])
+
+
+def test_nothing_is_included():
+    with pytest.raises(NothingMatched, match=r"include \[\] without exclude \[\] leaves none of 5 modules"):
+        select_names(NAMES, [])
+
+
+def test_no_modules_at_all():
+    with pytest.raises(NothingMatched, match=r"include glob '\*' matches none of 0 modules"):
+        select_names([])
+
+
+def test_named_modules_gives_aliases():
+    assert [name for name, _ in named_modules(Twice(), nn.Linear)] == ["first", "inner.again", "inner.own"]
+    assert [name for name, _ in named_modules(Twice(), (nn.ModuleDict, nn.Linear))] == [
+        "first",
+        "inner",
+        "inner.again",
+        "inner.own",
+    ]
+
+
+@pytest.mark.parametrize("names", [["first"], ["inner.again"], ["first", "inner.again"]], ids=str)
+def test_shared_module_is_built_once_and_stays_shared(names):
+    model, calls = Twice(), []
+    old, own = model.first, model.inner["own"]
+
+    def build(name, module):
+        assert module is old
+        calls.append(name)
+        return nn.Identity()
+
+    replaced = replace_modules(model, names, build)
+    assert calls == names[:1]
+    assert replaced.keys() == {"first", "inner.again"}
+    assert model.first is model.inner["again"] is replaced["first"]
+    assert isinstance(model.first, nn.Identity)
+    assert model.inner["own"] is own
+
+
+def test_replace_leaves_the_rest():
+    model = Twice()
+    replaced = replace_modules(model, ["inner.own"], lambda name, module: nn.Linear(2, 3))
+    assert list(replaced) == ["inner.own"]
+    assert model.inner["own"].out_features == 3
+    assert model.first is model.inner["again"]
