@@ -250,7 +250,7 @@ class Journal:
 
     def _resume(self, path: Path, fingerprint: dict[str, Any]) -> None:
         lines = _complete_lines(path)
-        if not lines or "fingerprint" not in lines[0]:
+        if not lines:
             raise OutputError(f"{self.folder} has a journal that cannot be read: choose another --output or delete the folder")
         earlier = lines[0]["fingerprint"]
         for key in fingerprint:
@@ -383,7 +383,7 @@ def _complete_lines(path: Path) -> list[dict[str, Any]]:
             entry = json.loads(line)
         except ValueError:
             break
-        if not line.endswith(b"\n") or not isinstance(entry, dict) or not ("fingerprint" in entry or entry.keys() >= _ENTRY_KEYS):
+        if not line.endswith(b"\n") or not isinstance(entry, dict) or not entry.keys() >= (_ENTRY_KEYS if lines else {"fingerprint"}):
             break
         lines.append(entry)
     return lines
