@@ -11,7 +11,7 @@ from hf_compact import CodebookConfig
 from hf_compact.errors import NumericalError, UnsupportedModel
 from hf_compact.functional.gram import output_energy
 from hf_compact.methods.codebook.apply import compress_embedding, compress_linear, quantize
-from hf_compact.methods.codebook.functional import dequantize
+from hf_compact.methods.codebook.functional import dequantize, stored_scale
 from hf_compact.methods.codebook.layer import CodebookEmbedding, CodebookLinear
 
 #: id -> config
@@ -21,9 +21,13 @@ SETTINGS = {
     "uniform4": CodebookConfig(bits=4, group_size=32),
     "uniform8": CodebookConfig(bits=8, group_size=None),
     "symmetric4": CodebookConfig(bits=4, symmetric=True, group_size=32),
+    "coded_scale3": CodebookConfig(bits=3, group_size=16, scale_bits=6),
+    "coded_scale4": CodebookConfig(bits=4, group_size=8, scale_bits=2),
     "nf4": CodebookConfig(grid="nf4", group_size=32),
+    "nf4_coded_scale": CodebookConfig(grid="nf4", group_size=16, scale_bits=4),
     "learned2": CodebookConfig(bits=2, grid="learned", rows_per_codebook=5, group_size=None),
     "learned4": CodebookConfig(bits=4, grid="learned", rows_per_codebook=8, group_size=32),
+    "learned_coded_scale": CodebookConfig(bits=3, grid="learned", rows_per_codebook=8, group_size=16, scale_bits=8),
 }
 settings = pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS)
 
@@ -84,8 +88,9 @@ def test_levels_ascend_and_codes_fit(config):
     result = quantize(normal(13, 70), correlated_gram(70), config)
     assert torch.equal(result.levels, result.levels.sort(1).values)
     assert int(result.codes.max()) < 2**config.bits
-    for stored in (result.scale, *([result.levels] if config.grid == "learned" else [])):
-        assert torch.equal(stored, stored.half().float())
+    assert torch.equal(result.scale, stored_scale(result.scale, config.scale_bits))
+    if config.grid == "learned":
+        assert torch.equal(result.levels, result.levels.half().float())
 
 
 @settings

@@ -21,9 +21,11 @@ from hf_compact.methods.codebook.functional import (
     refit_levels,
     refit_scale,
     round_with_feedback,
+    scale_codes,
     search_scale,
     sort_levels,
     spread_groups,
+    stored_scale,
 )
 from tests.golden import make_codebook
 
@@ -267,6 +269,28 @@ def test_group_scale_is_the_root_mean_square():
     torch.testing.assert_close(scale, expected, rtol=1e-3, atol=0)
     assert torch.equal(scale, scale.half().float())
     assert group_scale(weight, None).shape == (5, 1)
+
+
+@pytest.mark.parametrize("scale_bits", range(2, 9))
+@pytest.mark.parametrize("spread", [0.0, 1.0, 3.0], ids=["equal", "usual", "wide"])
+def test_coded_scales(scale_bits, spread):
+    scale = (spread * normal(20, 9)).exp() * 0.01
+    codes, step = scale_codes(scale, scale_bits)
+    assert codes.shape == scale.shape
+    assert step.shape == (20, 1)
+    assert torch.equal(step, step.half().float())
+    assert torch.equal(codes, codes.round().clamp(1, 2**scale_bits - 1))
+    stored = stored_scale(scale, scale_bits)
+    assert torch.equal(stored, codes * step)
+    assert ((stored - scale).abs() <= torch.maximum(step / 2, step - scale) * 1.01 + 1e-3 * scale).all()
+
+
+@pytest.mark.parametrize("scale_bits", [None, *range(2, 9)], ids=str)
+def test_stored_scales_are_stored_again_without_loss(scale_bits):
+    for seed in range(20):
+        stored = stored_scale((2 * normal(20, 5, seed=seed)).exp() * 10.0 ** (seed % 9 - 6), scale_bits)
+        assert torch.equal(stored_scale(stored, scale_bits), stored)
+        assert (stored > 0).all()
 
 
 def test_spread_groups_repeats_the_scale_of_each_input():
