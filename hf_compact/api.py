@@ -30,6 +30,7 @@ from .arch import Architecture, dense_shape, describe
 from .calibration import Calibration, builtin_text, from_batches, read_texts, sample, tokenize
 from .capture import BlockRunner, Progress, probe_inputs
 from .checkpoint import (
+    FORMAT_VERSION,
     QUANT_METHOD,
     REPORT_NAME,
     Journal,
@@ -43,7 +44,7 @@ from .checkpoint import (
 from .config import Recipe
 from .errors import CalibrationError, ConfigError, FormatError, UnsupportedModel, VerificationError
 from .hf.card import model_card, plot_layers
-from .hf.quantizer import CompactConfig, attach_
+from .hf.quantizer import CompactConfig, attach_, expect_
 from .methods import METHODS
 from .report import Report, peak_memory_bytes
 from .scoring import perplexity
@@ -255,17 +256,17 @@ def inspect_folder(folder: str | Path) -> dict[str, Any]:
     del config.quantization_config
     skeleton = build_skeleton(config, torch.bfloat16)
     source = TensorSource.in_folder(folder).rename_for(skeleton)
+    expect_(copy.deepcopy(skeleton), table, source.files)
     headers = source.headers()
     layers = []
     for name, spec in table.items():
         if "tied_to" in spec:
             continue
-        num_weights = skeleton.get_submodule(name).weight.numel()
-        shape = list(skeleton.get_submodule(name).weight.shape)
+        shape = dense_shape(skeleton.get_submodule(name))
         size = sum(
             nbytes for key, (_, _, nbytes) in headers.items() if key.rpartition(".")[0] == name and not key.endswith(".bias")
         )
-        layers.append({"name": name, **spec, "shape": shape, "bytes": size, "bits_per_weight": 8 * size / num_weights})
+        layers.append({"name": name, **spec, "shape": list(shape), "bytes": size, "bits_per_weight": 8 * size / shape.numel()})
     file_bytes = sum(path.stat().st_size for path in source.files)
     num_parameters = count_parameters(skeleton)
     outside = {name for name in table if not any(name.startswith(b + ".") for b in describe(skeleton).blocks)}
@@ -274,7 +275,7 @@ def inspect_folder(folder: str | Path) -> dict[str, Any]:
     report = folder / REPORT_NAME
     return {
         "folder": str(folder),
-        "format_version": quantization["format_version"],
+        "format_version": FORMAT_VERSION,
         "layers": layers,
         "num_parameters": num_parameters,
         "file_bytes": file_bytes,
@@ -588,10 +589,14 @@ def _check_model_finite(model: PreTrainedModel) -> None:
 def _open_gguf(path: Path, dtype: torch.dtype) -> Dense:
     if not path.is_file():
         raise ConfigError(f"model {str(path)!r} does not exist")
-    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
-    )
+    try:
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
+        )
+    except (OSError, ValueError, LookupError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise FormatError(f"model {str(path)!r} cannot be read as a GGUF file: {type(error).__name__}: {reason}") from error
     # What is left of the GGUF loader would make save_pretrained refuse.
     for name in ("hf_quantizer", "quantization_method"):
         model.__dict__.pop(name, None)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from typer.core import TyperCommand
 
 from . import api
 from .checkpoint import write_text
@@ -28,12 +30,35 @@ app = typer.Typer(
 out = Console()
 err = Console(stderr=True)
 
+
+class SeveralValues(TyperCommand):
+    """A command whose repeatable options take several values after one name: `--text a b` is `--text a --text b`.
+
+    Only after a positional argument: in `--text a MODEL` the model stays the model.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Repeat the name before every value."""
+        names = {name for param in self.params if getattr(param, "multiple", False) for name in param.opts}
+        spread: list[str] = []
+        current = None
+        for arg in args:
+            if arg.startswith("-"):
+                current, is_first = arg.partition("=")[0], "=" not in arg
+                spread.append(arg)
+            else:
+                spread += [arg] if current not in names or is_first or args[0].startswith("-") else [current, arg]
+                is_first = False
+        return super().parse_args(ctx, spread)
+
+
 ModelArgument = Annotated[str, typer.Argument(help="Hub id, folder or .gguf file of a dense model.", metavar="MODEL")]
 RecipeOption = Annotated[Path, typer.Option(help="YAML file: `stages: [{method: codebook, bits: 4}]`.", metavar="FILE.yaml")]
 SeedOption = Annotated[int | None, typer.Option(help="Replaces the recipe's seed.")]
 
 
 @app.command(
+    cls=SeveralValues,
     epilog="Examples:\n\n"
     "    hf-compact compress HuggingFaceTB/SmolLM2-135M-Instruct --recipe configs/recipes/codebook-4bit.yaml --output smol-4bit\n\n"
     "    hf-compact compress ./my-model --recipe recipe.yaml --output small --calibration a.txt --calibration b.txt --seed 1"
@@ -44,7 +69,7 @@ def compress(
     output: Annotated[Path, typer.Option(help="Folder to create; an interrupted run into it goes on.", metavar="DIR")],
     calibration: Annotated[
         list[Path] | None,
-        typer.Option(help="UTF-8 text; repeat for several files. Default: Python's own documentation.", metavar="FILE"),
+        typer.Option(help="UTF-8 text, one or several files. Default: Python's own documentation.", metavar="FILE"),
     ] = None,
     seed: SeedOption = None,
 ) -> None:
@@ -82,17 +107,20 @@ def plan(model: ModelArgument, recipe: RecipeOption, seed: SeedOption = None) ->
 
 
 @app.command(
-    epilog="Example:\n\n    hf-compact evaluate ./my-model ./my-model-4bit --text wiki.test.raw --text c4.txt --json scores.json"
+    cls=SeveralValues,
+    epilog="Example:\n\n    hf-compact evaluate ./my-model ./my-model-4bit --text wiki.test.raw c4.txt --json scores.json",
 )
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Dense or compressed models; ratios are to the first.", metavar="MODEL...")],
-    text: Annotated[list[Path], typer.Option(help="UTF-8 text to score; repeat for several.", metavar="FILE")],
+    text: Annotated[list[Path], typer.Option(help="UTF-8 text to score, one or several files.", metavar="FILE")],
     windows: Annotated[int, typer.Option(help="Windows from the start of each text.", min=1)] = 40,
     window_length: Annotated[int, typer.Option(help="Tokens per window.", min=2)] = 1024,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the scores here too.", metavar="OUT")] = None,
 ) -> None:
     """Perplexity of each MODEL on each text: consecutive windows, no overlap, no special tokens."""
     with _errors(), progress_bar("scoring") as advance:
+        if json_file is not None and not (json_file.absolute().parent.is_dir() and os.access(json_file.absolute().parent, os.W_OK)):
+            raise OutputError(f"--json {str(json_file)!r} cannot be written: its folder must exist and be writable")
         rows = api.evaluate(models, text, windows, window_length, lambda name, done: advance(name, done, windows))
         if json_file is not None:
             _write_json(json_file, rows)

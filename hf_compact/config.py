@@ -134,7 +134,7 @@ class Recipe:
         try:
             return cls.from_dict(yaml.safe_load(text))
         except yaml.YAMLError as error:
-            raise ConfigError(f"recipe {str(path)!r} is not valid YAML: {error}") from error
+            raise ConfigError(f"recipe {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def _stage(values: Any, position: int) -> MethodConfig:

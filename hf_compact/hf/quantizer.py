@@ -99,13 +99,7 @@ class CompactQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
         if self.pre_quantized or self.quantization_config.modules:
-            modules = names_in(model, self.quantization_config.modules)
-            if not modules:
-                raise FormatError("quantization_config.modules must name the compressed modules, got none that the model has")
-            rebuild_(model, modules, LAYERS)
-            forget_ties_(model, modules)
-            if checkpoint_files:
-                check_files(model, modules, [Path(path) for path in checkpoint_files])
+            expect_(model, self.quantization_config.modules, [Path(path) for path in checkpoint_files or ()])
         else:
             self._prepare_quantization(model)
 
@@ -235,6 +229,21 @@ def forget_ties_(model: PreTrainedModel, modules: Mapping[str, Any]) -> None:
     """Take compressed tied modules out of transformers' own tying, which knows parameters called `weight` only."""
     ours = {f"{name}.weight" for name, spec in modules.items() if "tied_to" in spec}
     model.all_tied_weights_keys = {key: value for key, value in model.all_tied_weights_keys.items() if key not in ours}
+
+
+def expect_(model: PreTrainedModel, table: Mapping[str, Any], files: Sequence[Path]) -> None:
+    """Put the empty compressed modules of a table into a skeleton, and check the files that are to fill it.
+
+    Raises:
+        FormatError: the table does not fit the model, or the files do not fit the table.
+    """
+    modules = names_in(model, table)
+    if not modules:
+        raise FormatError("quantization_config.modules must name the compressed modules, got none that the model has")
+    rebuild_(model, modules, LAYERS)
+    forget_ties_(model, modules)
+    if files:
+        check_files(model, modules, files)
 
 
 def names_in(model: PreTrainedModel, modules: Mapping[str, Any]) -> dict[str, Any]:
