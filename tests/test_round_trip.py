@@ -318,7 +318,7 @@ SETTINGS = {
     "learned-2": {"grid": "learned", "bits": 2},
     "learned-3": {"grid": "learned", "bits": 3, "rows_per_codebook": 7},
     "learned-4": {"grid": "learned", "bits": 4},
-    "learned-8": {"grid": "learned", "bits": 8, "rows_per_codebook": 1000},
+    "learned-4-one-table": {"grid": "learned", "bits": 4, "rows_per_codebook": 1000},
     "whole-rows": {"bits": 3, "group_size": None},
     "ragged-groups": {"bits": 3, "group_size": 25},
     "embedding-4-groups": {"embedding_bits": 4, "embedding_group_size": 8},
@@ -383,9 +383,14 @@ def test_sentence_encoder_with_padding(tmp_path):
 NEAREST = {"method": "codebook", "bits": 4, "rounding": "nearest"}
 
 
-@pytest.mark.parametrize("family", CAUSAL)
 @pytest.mark.parametrize(
-    "settings", [{}, {"embedding_bits": None}, {"grid": "learned", "bits": 3}], ids=["default", "dense-embedding", "learned"]
+    ("family", "settings"),
+    [
+        *((family, {}) for family in CAUSAL),
+        *((family, {"embedding_bits": None}) for family in ("llama", "llama_untied", "gpt2")),
+        *((family, {"grid": "learned", "bits": 3}) for family in ("llama", "llama_untied", "gpt2")),
+    ],
+    ids=str,
 )
 def test_quantize_on_load_equals_offline(family, settings, tmp_path):
     dense = tiny_model(family)
