@@ -36,7 +36,7 @@ class Calibration:
         digest = hashlib.sha256()
         for batch in self.batches:
             for name in sorted(batch):
-                tensor = batch[name].contiguous()
+                tensor = batch[name].cpu().contiguous()
                 digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
                 digest.update(tensor.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()

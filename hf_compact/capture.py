@@ -26,7 +26,7 @@ from .calibration import Calibration
 from .checkpoint import Journal, TensorSource, check_finite, rebuild_, share_buffers_
 from .config import MethodConfig
 from .errors import NumericalError
-from .functional.gram import add_gram_, output_energy
+from .functional.gram import add_gram_, centered, output_energy
 from .report import LayerReport, Report, peak_memory_bytes
 from .select import replace_modules, select_names
 
@@ -94,11 +94,17 @@ class BlockRunner:
         self.layers = {name: cls for method, _ in stages for name, cls in method.layers.items()}
         self.targets = [set(select_names(arch.roles, config.include, config.exclude)) for _, config in stages]
         batches = distributed.share(calibration.batches)
-        self.batches = [*batches, probe_inputs(calibration)]
+        self.batches = [
+            {name: value.to(model.device) if source is None else value for name, value in batch.items()}
+            for batch in [*batches, probe_inputs(calibration)]
+        ]
         self.table: dict[str, dict[str, Any]] = {}
         self.hidden: list[Tensor] = []
         self.outputs: list[list[Any]] = []
         self.is_tuple: bool | None = None
+        # Parts of the block whose targets are all compressed -> their output per batch. Attention is the dear one: without
+        # this it would run for each group of inputs that comes after it.
+        self.settled: dict[nn.Module, dict[int, Any]] = {}
         self.resident: set[int] = set()
         self.num_resumed = 0 if journal is None else len(journal.entries)
 
@@ -230,30 +236,45 @@ class BlockRunner:
         module = self.model.get_submodule(block)
         for (method, config), targets in zip(self.stages, self.targets, strict=True):
             names = [name for name in self.arch.targets(block) if name in targets]
+            if not names:
+                continue
             for name in names:
                 check_finite(name + ".weight", self.model.get_submodule(name).weight)
+            self.settled = {}
             for group in self._input_groups(module, names, calls) if config.needs_calibration else [names]:
-                gram = self._gram(module, self.model.get_submodule(group[0]), calls) if config.needs_calibration else None
-                found |= self._compress_group(group, gram, method, config)
+                target = self.model.get_submodule(group[0])
+                gram, total = self._moments(module, target, calls) if config.needs_calibration else (None, None)
+                found |= self._compress_group(group, gram, total, method, config)
+                for part, child in module.named_children():
+                    inside = [name for name in names if name.startswith(f"{block}.{part}.")]
+                    if inside and all(name in found for name in inside):
+                        self.settled.setdefault(child, {})
         return found
 
     def _compress_group(
-        self, names: list[str], gram: Tensor | None, method: Method, config: MethodConfig
+        self, names: list[str], gram: Tensor | None, total: Tensor | None, method: Method, config: MethodConfig
     ) -> dict[str, LayerReport | None]:
-        """Compress Linears that share one input; the ranks deal them out by cost and exchange the results."""
+        """Compress Linears that share one input; the ranks deal them out by cost and exchange the results.
+
+        A Linear with a bias answers for the spread of its inputs only: what the mean input loses goes into the bias.
+        """
         old = {name: as_linear(self.model.get_submodule(name)) for name in names}
         owners = distributed.owners([linear.weight.numel() * linear.in_features for linear in old.values()])
         found: dict[str, LayerReport | None] = {}
         new: dict[str, nn.Module] = {}
         for owner, (name, linear) in zip(owners, old.items(), strict=True):
             started = time.perf_counter()
-            if gram is not None and not gram.diagonal().any():
+            moments = None if gram is None or not gram.diagonal().any() else gram
+            if gram is not None and moments is None:
                 self.report.notes.append(f"{name} never saw an input that is not zero: rounded to nearest")
-                new[name] = method.compress_linear(linear, None, config)
-            else:
-                new[name] = method.compress_linear(linear, gram, config, solve=owner == distributed.rank())
+            elif moments is not None and linear.bias is not None:
+                moments = centered(gram, total)
+            new[name] = method.compress_linear(linear, moments, config, solve=owner == distributed.rank())
             distributed.broadcast_(new[name].buffers(), owner)
-            found[name] = self._report(name, self.arch.roles[name], config, linear, new[name], gram, started)
+            if moments is not None and linear.bias is not None:
+                mean = (total[:-1] / total[-1]).to(linear.weight.device, torch.float32)
+                new[name].bias.data += ((linear.weight.float() - new[name].to_dense()) @ mean).to(linear.bias.dtype)
+            found[name] = self._report(name, self.arch.roles[name], config, linear, new[name], moments, started)
             self.table[name] = method.table_entry(new[name])
         replace_modules(self.model, names, lambda name, _: new[name])
         return found
@@ -292,8 +313,7 @@ class BlockRunner:
             if name == stack[0]:
                 self.hidden.append(hidden)
                 if self.is_tuple is not False:
-                    with _original_forward(blocks[name]):
-                        output = blocks[name](hidden, *call.args, **call.kwargs)
+                    output = type(blocks[name]).forward(blocks[name], hidden, *call.args, **call.kwargs)
                     self.is_tuple = isinstance(output, tuple)
                     extras = output[1:] if self.is_tuple else ()
             if name == stack[-1]:
@@ -331,44 +351,65 @@ class BlockRunner:
             for name in names
         ]
         try:
-            _call(block, self.hidden[0], calls[0])
+            self._run_block(block, 0, calls[0])
         finally:
             for handle in handles:
                 handle.remove()
         seen = {name for group in groups.values() for name in group}
         return [*groups.values(), *([name] for name in names if name not in seen)]
 
-    def _gram(self, block: nn.Module, target: nn.Linear, calls: list[_Call]) -> Tensor:
-        """Gram matrix of a target's inputs over all calibration batches (and ranks), padding left out."""
+    def _moments(self, block: nn.Module, target: nn.Linear, calls: list[_Call]) -> tuple[Tensor, Tensor]:
+        """Moments of a target's inputs over all calibration batches (and ranks), padding left out.
+
+        Returns:
+            `(gram [in, in], total [in + 1])` float64: sum of x x^T, sum of x with the number of inputs behind it.
+        """
         size = as_linear(target).in_features
-        gram = torch.zeros(size, size, dtype=torch.float64)
+        gram = torch.zeros(size, size, dtype=torch.float64, device=self.hidden[0].device)
+        total = torch.zeros(size + 1, dtype=torch.float64, device=gram.device)
         mask: Tensor | None = None
 
         def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0]
-            add_gram_(gram, x[mask.bool()] if mask is not None and mask.shape == x.shape[:2] else x)
+            x = (x[mask.bool()] if mask is not None and mask.shape == x.shape[:2] else x).flatten(0, -2)
+            add_gram_(gram, x)
+            total[:-1] += x.sum(0, dtype=torch.float32)
+            total[-1] += len(x)
             raise _StopForward
 
         handle = target.register_forward_pre_hook(note)
         try:
-            for batch, hidden, call in list(zip(self.batches, self.hidden, calls, strict=True))[:-1]:
+            for number, batch in enumerate(self.batches[:-1]):
                 mask = batch.get("attention_mask")
                 with suppress(_StopForward):
-                    _call(block, hidden, call)
+                    self._run_block(block, number, calls[number])
         finally:
             handle.remove()
-        distributed.sum_([gram])
+        distributed.sum_([gram, total])
         if not gram.isfinite().all():
             raise NumericalError("inputs of a layer are not finite: the model overflows on the calibration text")
-        return gram
+        return gram.cpu(), total.cpu()  # solvers work there, in float64
+
+    def _run_block(self, block: nn.Module, number: int, call: _Call) -> Tensor:
+        """One block on one batch; the parts of it that are settled run once and are remembered."""
+        with _forwards({child: partial(self._remember, child, number) for child in self.settled}):
+            output = block(self.hidden[number], *call.args, **call.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def _remember(self, child: nn.Module, number: int, *args: Any, **kwargs: Any) -> Any:
+        kept = self.settled[child]
+        if number not in kept:
+            kept[number] = type(child).forward(child, *args, **kwargs)
+        return kept[number]
 
     def _advance(self, block: str, calls: list[_Call]) -> None:
         """Replace every batch's hidden state by the compressed block's output."""
         module = self.model.get_submodule(block)
         for number, call in enumerate(calls):
-            self.hidden[number] = _call(module, self.hidden[number], call)
+            self.hidden[number] = self._run_block(module, number, call)
             if not self.hidden[number].isfinite().all():
                 raise NumericalError(f"{block} gives values that are not finite on calibration batch {number}")
+        self.settled = {}
 
     def _probe_output(self) -> Tensor:
         with _forwards(self._replay(len(self.batches) - 1)):
@@ -394,16 +435,12 @@ def assign_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 def _relative_error(weight: Tensor, module: nn.Module, gram: Tensor | None) -> float:
     """Share of the output energy that is lost, row block by row block, so that an embedding needs little memory."""
     lost = total = 0.0
-    for rows in torch.arange(len(weight)).split(4096):
+    gram = None if gram is None else gram.to(weight.device)
+    for rows in torch.arange(len(weight), device=weight.device).split(4096):
         dense = weight[rows].float()
         total += output_energy(dense, gram)
         lost += output_energy(dense - module.to_dense(rows=rows), gram)
     return lost / max(total, 1e-30)
-
-
-def _call(block: nn.Module, hidden: Tensor, call: _Call) -> Tensor:
-    output = block(hidden, *call.args, **call.kwargs)
-    return output[0] if isinstance(output, tuple) else output
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, _Call]:
@@ -417,23 +454,17 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, _Call
 @contextmanager
 def _forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Let modules run other functions; the modules themselves stay, because models read their attributes."""
+    before = {module: module.__dict__.get("forward") for module in forwards}
     try:
         for module, forward in forwards.items():
             module.forward = forward
         yield
     finally:
-        for module in forwards:
-            module.__dict__.pop("forward", None)
-
-
-@contextmanager
-def _original_forward(module: nn.Module) -> Iterator[None]:
-    """Undo `_forwards` for one module for a moment."""
-    stand_in = module.__dict__.pop("forward")
-    try:
-        yield
-    finally:
-        module.forward = stand_in
+        for module, forward in before.items():
+            if forward is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.forward = forward
 
 
 @contextmanager

@@ -377,13 +377,17 @@ def disk_errors(folder: Path) -> Iterator[None]:
 
 def _complete_lines(path: Path) -> list[dict[str, Any]]:
     """Lines of a journal up to the first that is not whole, which a crash may leave at the end."""
-    lines = []
+    lines: list[dict[str, Any]] = []
     for line in path.read_bytes().splitlines(keepends=True):
         try:
             entry = json.loads(line)
         except ValueError:
             break
-        if not line.endswith(b"\n") or not isinstance(entry, dict) or not entry.keys() >= (_ENTRY_KEYS if lines else {"fingerprint"}):
+        if (
+            not line.endswith(b"\n")
+            or not isinstance(entry, dict)
+            or not entry.keys() >= (_ENTRY_KEYS if lines else {"fingerprint"})
+        ):
             break
         lines.append(entry)
     return lines

@@ -61,7 +61,7 @@ SeedOption = Annotated[int | None, typer.Option(help="Replaces the recipe's seed
     cls=SeveralValues,
     epilog="Examples:\n\n"
     "    hf-compact compress HuggingFaceTB/SmolLM2-135M-Instruct --recipe configs/recipes/codebook-4bit.yaml --output smol-4bit\n\n"
-    "    hf-compact compress ./my-model --recipe recipe.yaml --output small --calibration a.txt --calibration b.txt --seed 1"
+    "    hf-compact compress ./my-model --recipe recipe.yaml --output small --calibration a.txt --calibration b.txt --seed 1",
 )
 def compress(
     model: ModelArgument,
@@ -119,7 +119,9 @@ def evaluate(
 ) -> None:
     """Perplexity of each MODEL on each text: consecutive windows, no overlap, no special tokens."""
     with _errors(), progress_bar("scoring") as advance:
-        if json_file is not None and not (json_file.absolute().parent.is_dir() and os.access(json_file.absolute().parent, os.W_OK)):
+        if json_file is not None and not (
+            json_file.absolute().parent.is_dir() and os.access(json_file.absolute().parent, os.W_OK)
+        ):
             raise OutputError(f"--json {str(json_file)!r} cannot be written: its folder must exist and be writable")
         rows = api.evaluate(models, text, windows, window_length, lambda name, done: advance(name, done, windows))
         if json_file is not None:

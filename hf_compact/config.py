@@ -171,7 +171,9 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
         if typing.get_origin(option) is tuple and isinstance(value, list | tuple):
             item = typing.get_args(option)[0]
             return tuple(_typed(v, item, where) for v in value)
-        if typing.get_origin(option) is typing.Literal and (type(value), value) in [(type(a), a) for a in typing.get_args(option)]:
+        if typing.get_origin(option) is typing.Literal and (type(value), value) in [
+            (type(a), a) for a in typing.get_args(option)
+        ]:
             return value
         if option is float and isinstance(value, int) and not isinstance(value, bool):
             return float(value)

@@ -33,6 +33,24 @@ def add_gram_(gram: Tensor, inputs: Tensor) -> None:
         gram[stop:, start:stop] += block[:, stop - start :].T
 
 
+def centered(gram: Tensor, total: Tensor) -> Tensor:
+    """Gram matrix of the inputs less their mean: what is left for a layer whose bias takes up the mean's error.
+
+    Args:
+        gram: `[in, in]` float64, sum of x x^T. Not written to.
+        total: `[in + 1]` float64, sum of x and behind it the number of inputs.
+
+    >>> centered(torch.tensor([[5.0]]), torch.tensor([3.0, 2.0])).tolist()
+    [[0.5]]
+    """
+    mean = total[:-1] / total[-1]
+    result = gram - torch.outer(mean, total[:-1])
+    diagonal = result.diagonal()
+    # Rounding can leave a constant input slightly below zero.
+    diagonal.clamp_(min=0.0)
+    return result
+
+
 def inverse_factor(gram: Tensor, damp: float) -> Tensor:
     """Upper Cholesky factor `U` of the inverse of a damped gram matrix: `(G + damp * mean(diag G) I)^-1 = U^T U`.
 

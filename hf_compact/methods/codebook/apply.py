@@ -43,7 +43,7 @@ def compress_linear(linear: nn.Linear, gram: Tensor | None, config: CodebookConf
         scale_bits=config.scale_bits,
         num_codebooks=math.ceil(linear.out_features / config.rows_per_codebook) if config.grid == "learned" else 1,
     )
-    return module.load_quantized_(quantize(linear.weight.detach().float(), gram, config)) if solve else module
+    return module.load_quantized_(quantize(linear.weight.detach().float().cpu(), gram, config)) if solve else module
 
 
 def compress_embedding(
@@ -77,7 +77,7 @@ def compress_embedding(
     ones = torch.ones(module.weight.shape[1])
     parts = []
     for rows in module.weight.detach().split(_EMBEDDING_ROWS):
-        rows = rows.float()
+        rows = rows.float().cpu()
         scale, zero = search_scale(rows, levels, config.embedding_group_size, symmetric, ones, config.shrink_steps)
         parts.append(_nearest(rows, scale, zero, levels, config.embedding_group_size))
     zero = torch.cat([part.zero for part in parts]) if not symmetric else None

@@ -64,6 +64,8 @@ class CodebookConfig(MethodConfig):
             raise ConfigError(f"codebook.scale_bits must be null or in [2, 8], got {self.scale_bits}")
         if self.grid == "nf4" and self.bits != 4:
             raise ConfigError(f"codebook.grid nf4 has 16 levels, so codebook.bits must be 4, got {self.bits}")
+        if self.grid == "learned" and self.bits == 8:
+            raise ConfigError("codebook.grid learned is for 2, 3 and 4 bits, got 8: 256 levels gain nothing over equal steps")
         if self.symmetric and self.grid != "uniform":
             raise ConfigError(f"codebook.symmetric belongs to the uniform grid, got grid {self.grid}")
 
