@@ -1,3 +1,5 @@
+import itertools
+
 """Settings of codebook quantization: every value that is not allowed is refused with its name, its value and the rule."""
 
 import dataclasses
@@ -24,6 +26,7 @@ REFUSED = {
     "embedding_group_size": ({"embedding_group_size": 0}, "codebook.embedding_group_size must be null or at least 8, got 0"),
     "nf4_with_three_bits": ({"grid": "nf4", "bits": 3}, "codebook.grid nf4 has 16 levels, so codebook.bits must be 4, got 3"),
     "symmetric_nf4": ({"grid": "nf4", "symmetric": True}, "codebook.symmetric belongs to the uniform grid, got grid nf4"),
+    "learned_eight": ({"grid": "learned", "bits": 8}, "codebook.grid learned is for 2, 3 and 4 bits, got 8"),
     "symmetric_learned": (
         {"grid": "learned", "symmetric": True},
         "codebook.symmetric belongs to the uniform grid, got grid learned",
@@ -37,8 +40,7 @@ def test_refused(settings, message):
         CodebookConfig(**settings)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("grid", ["uniform", "learned"])
+@pytest.mark.parametrize(("grid", "bits"), [*itertools.product(["uniform", "learned"], [2, 3, 4]), ("uniform", 8)], ids=str)
 @pytest.mark.parametrize("group_size", [None, 8, 64])
 def test_allowed_combinations(bits, grid, group_size):
     config = CodebookConfig(bits=bits, grid=grid, group_size=group_size)
