@@ -1,0 +1,209 @@
+"""Every number of the spine and the first codebook slice, in one run that goes on where it was stopped.
+
+    python evaluation/spine.py --model MODEL.gguf --encoder MINILM_FOLDER --calibration wiki.valid.raw \\
+        --encoder-calibration technical.utf8 --text wiki.test.raw --text c4.utf8 --work runs/spine
+
+Steps leave their JSON in the work folder and are skipped when it is there. The bars and their values go to
+`evaluation/results/01-spine.json` and `.md`.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+RECIPES = ("codebook-4bit", "codebook-3bit", "codebook-4bit-small")
+
+
+def run(command: list[str], log: Path) -> float:
+    """Run a command with its output in a log; returns seconds."""
+    started = time.perf_counter()
+    with log.open("w") as stream:
+        subprocess.run(command, check=True, stdout=stream, stderr=subprocess.STDOUT)
+    return time.perf_counter() - started
+
+
+def calibration_forward(model: str, text: str) -> dict[str, Any]:
+    """Seconds of one forward pass of the dense model over the calibration batches, blocks only."""
+    from hf_compact import api
+
+    dense = api.open_dense(model)
+    recipe = api.as_recipe("configs/recipes/codebook-4bit.yaml")
+    calibration = api.prepare_calibration([text], dense.tokenizer, recipe)
+    with torch.no_grad():
+        dense.model.base_model(**calibration.batches[0], use_cache=False)
+        started = time.perf_counter()
+        for batch in calibration.batches:
+            dense.model.base_model(**batch, use_cache=False)
+    return {"seconds": time.perf_counter() - started, "num_tokens": calibration.num_tokens}
+
+
+def machine() -> str:
+    """Processor, cores and memory."""
+    names = [
+        line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")
+    ]
+    kilobytes = int(Path("/proc/meminfo").read_text().split()[1])
+    return (
+        f"{names[0]}, {len(names)} cores, {kilobytes / 1e6:.0f} GB, torch {torch.__version__}, Python {platform.python_version()}"
+    )
+
+
+def steps(options: argparse.Namespace) -> dict[str, Any]:
+    """Run what is missing; returns everything that was measured."""
+    work: Path = options.work
+    work.mkdir(parents=True, exist_ok=True)
+
+    def once(name: str, measure: Any) -> Any:
+        path = work / f"{name}.json"
+        if not path.exists():
+            value = measure()
+            path.write_text(json.dumps(value, indent=2) + "\n")
+        print(f"done: {name}", flush=True)
+        return json.loads(path.read_text())
+
+    python = sys.executable
+    found: dict[str, Any] = {"forward": once("forward", lambda: calibration_forward(options.model, options.calibration))}
+    for recipe in RECIPES:
+        command = [python, "-m", "hf_compact", "compress", options.model, "--recipe", f"configs/recipes/{recipe}.yaml"]
+        command += ["--output", str(work / recipe), "--calibration", options.calibration]
+
+        def compress(command: list[str] = command, recipe: str = recipe) -> Any:
+            seconds = run(command, work / f"{recipe}.log")
+            report = json.loads((work / recipe / "compression_report.json").read_text())
+            return {
+                "command_seconds": seconds,
+                **{key: report[key] for key in ("seconds", "totals", "file_bytes", "verification")},
+            }
+
+        found[recipe] = once(f"compress-{recipe}", compress)
+    memory = [python, str(HERE / "memory.py"), options.model, "--recipe", "configs/recipes/codebook-4bit.yaml"]
+    memory += ["--text", options.calibration, "--output", str(work / "memory-result.json")]
+    found["memory"] = once(
+        "memory", lambda: run(memory, work / "memory.log") and json.loads((work / "memory-result.json").read_text())
+    )
+    encoder = [python, str(HERE / "sentence_embeddings.py"), options.encoder, "--output", str(work / "encoder-result.json")]
+    for path in (options.calibration, *options.encoder_calibration):
+        encoder += ["--calibration", path]
+    encoder += [argument for text in options.text for argument in ("--text", text)]
+    found["encoder"] = once(
+        "encoder", lambda: run(encoder, work / "encoder.log") and json.loads((work / "encoder-result.json").read_text())
+    )
+    peers = [python, str(HERE / "peers.py"), options.model, "--output", str(work / "peers.json")]
+    peers += [argument for recipe in RECIPES for argument in ("--ours", str(work / recipe))]
+    peers += [argument for text in options.text for argument in ("--text", text)]
+    run(peers, work / "peers.log")
+    found["peers"] = json.loads((work / "peers.json").read_text())
+    return found
+
+
+def bars(found: dict[str, Any], texts: list[str], commit: str) -> list[dict[str, Any]]:
+    """Claim by claim: target, measured, held."""
+    rows = {row["label"]: row for row in found["peers"]}
+    dense = rows["dense bf16"]["scores"]
+    wiki, second = (Path(text).name for text in texts)
+    common = {
+        "seed": 0,
+        "commit": commit,
+        "machine": machine(),
+        "command": __doc__.split("\n\n")[1].strip().replace(" \\\n       ", ""),
+    }
+
+    def ours(recipe: str) -> dict[str, Any]:
+        return next(row for label, row in rows.items() if Path(label).name == recipe)
+
+    def ratio(row: dict[str, Any], text: str) -> float:
+        return row["scores"][text] / dense[text]
+
+    result = []
+
+    def bar(claim: str, target: str, measured: Any, held: bool, seconds: float) -> None:
+        result.append({"claim": claim, "target": target, "measured": measured, "held": bool(held), "seconds": seconds, **common})
+
+    for recipe, limits in (("codebook-4bit", (4.35, 1.09, 1.12)), ("codebook-3bit", (3.3, 1.42, 1.65))):
+        row = ours(recipe)
+        bits = row["body_bits_per_weight"]
+        bar(
+            f"{recipe}: bits per block weight",
+            f"<= {limits[0]}",
+            round(bits, 4),
+            bits <= limits[0],
+            found[recipe]["command_seconds"],
+        )
+        for text, limit in ((wiki, limits[1]), (second, limits[2])):
+            value = ratio(row, text)
+            bar(f"{recipe}: perplexity on {text}, times dense", f"<= {limit}", round(value, 4), value <= limit, row["seconds"])
+        for label, peer in rows.items():
+            is_peer = label.startswith(("bitsandbytes", "HQQ", "optimum")) and ("3 bit" in label) == ("3bit" in recipe)
+            if not is_peer:
+                continue
+            if "skipped" in peer:
+                bar(f"{recipe} against {label}", "better on both texts", f"peer skipped: {peer['skipped']}", False, 0.0)
+                continue
+            better = all(row["scores"][text] < peer["scores"][text] for text in (wiki, second))
+            values = {text: [round(ratio(row, text), 4), round(ratio(peer, text), 4)] for text in (wiki, second)}
+            sizes = [round(bits, 3), round(peer["body_bits_per_weight"], 3)]
+            claim = f"{recipe} against {label}, at {sizes[0]} and {sizes[1]} bits"
+            bar(claim, "better on both texts [ours, peer]", values, better, peer["seconds"])
+    for recipe, limit in (("codebook-4bit", 0.32), ("codebook-4bit-small", 0.275)):
+        share = found[recipe]["totals"]["share_of_bf16"]
+        bar(
+            f"{recipe}: whole file, share of bf16",
+            f"<= {limit}",
+            round(share, 4),
+            share <= limit,
+            found[recipe]["command_seconds"],
+        )
+    allowed = 1.5 * found["forward"]["seconds"] + 180
+    spent = found["codebook-4bit"]["seconds"]["compress"]
+    claim = f"codebook-4bit: seconds to compress; one calibration forward pass took {found['forward']['seconds']:.1f}"
+    bar(claim, f"<= 1.5 x forward + 180 = {allowed:.0f}", round(spent, 1), spent <= allowed, spent)
+    memory = found["memory"]
+    bar("disk door: peak resident MB", f"<= {memory['bound_bytes'] / 1e6:.0f} (embeddings + 2 blocks + activations + 400)",
+        round(memory["peak_bytes"] / 1e6), memory["held"], memory["seconds"])  # fmt: skip
+    four = next(row for row in found["encoder"] if row["label"] == "4 bit")
+    for text, values in four["cosines"].items():
+        bar(f"MiniLM, 4 bit: mean cosine of sentence embeddings to dense, {text}", ">= 0.99", round(values["mean"], 4),
+            values["mean"] >= 0.99, four["seconds"])  # fmt: skip
+    return result
+
+
+def main() -> int:
+    """Measure what is missing and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="SmolLM2-135M-Instruct: folder or .gguf file")
+    parser.add_argument("--encoder", required=True, help="folder of all-MiniLM-L6-v2")
+    parser.add_argument("--calibration", required=True, help="calibration text")
+    parser.add_argument("--encoder-calibration", action="append", default=[], help="more calibration text for the encoder")
+    parser.add_argument("--text", action="append", required=True, help="two texts to score")
+    parser.add_argument("--work", type=Path, default=Path("runs/spine"))
+    options = parser.parse_args()
+    found = steps(options)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    result = bars(found, options.text, commit)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "01-spine.json").write_text(
+        json.dumps({"bars": result, "rows": found["peers"], "encoder": found["encoder"]}, indent=2) + "\n"
+    )
+    lines = ["| claim | target | measured | held |", "|---|---|---|---|"]
+    lines += [
+        f"| {bar['claim']} | {bar['target']} | {bar['measured']} | {'yes' if bar['held'] else '**no**'} |" for bar in result
+    ]
+    table = (options.work / "peers.md").read_text()
+    text = f"# Spine and first codebook slice\n\n{machine()}, commit {commit}, seed 0.\n\n" + "\n".join(lines)
+    text += "\n\n## All rows of the run\n\n" + table
+    (RESULTS / "01-spine.md").write_text(text)
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
