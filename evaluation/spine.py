@@ -1,6 +1,6 @@
-"""Every number of the spine and the first codebook slice, in one run that goes on where it was stopped.
+r"""Every number of the spine and the first codebook slice, in one run that goes on where it was stopped.
 
-    python evaluation/spine.py --model MODEL.gguf --encoder MINILM_FOLDER --calibration wiki.valid.raw \\
+    python evaluation/spine.py --model MODEL.gguf --encoder MINILM_FOLDER --calibration wiki.valid.raw \
         --encoder-calibration technical.utf8 --text wiki.test.raw --text c4.utf8 --work runs/spine
 
 Steps leave their JSON in the work folder and are skipped when it is there. The bars and their values go to
@@ -107,72 +107,68 @@ def steps(options: argparse.Namespace) -> dict[str, Any]:
 
 def bars(found: dict[str, Any], texts: list[str], commit: str) -> list[dict[str, Any]]:
     """Claim by claim: target, measured, held."""
-    rows = {row["label"]: row for row in found["peers"]}
-    dense = rows["dense bf16"]["scores"]
-    wiki, second = (Path(text).name for text in texts)
-    common = {
-        "seed": 0,
-        "commit": commit,
-        "machine": machine(),
-        "command": __doc__.split("\n\n")[1].strip().replace(" \\\n       ", ""),
-    }
+    command = __doc__.split("\n\n")[1].replace("\\\n", "").split()
+    common = {"seed": 0, "commit": commit, "machine": machine(), "command": " ".join(command)}
+    names = [Path(text).name for text in texts]
+    return [row | common for row in (*quality_bars(found["peers"], names), *cost_bars(found))]
 
-    def ours(recipe: str) -> dict[str, Any]:
-        return next(row for label, row in rows.items() if Path(label).name == recipe)
 
-    def ratio(row: dict[str, Any], text: str) -> float:
-        return row["scores"][text] / dense[text]
+def bar(claim: str, target: str, measured: Any, held: bool, seconds: float) -> dict[str, Any]:
+    """One row of the results."""
+    return {"claim": claim, "target": target, "measured": measured, "held": bool(held), "seconds": round(seconds, 1)}
+
+
+def quality_bars(rows: list[dict[str, Any]], texts: list[str]) -> list[dict[str, Any]]:
+    """Perplexity against the limits and against the peers of the run."""
+    by_name = {Path(row["label"]).name: row for row in rows}
+    dense = by_name["dense bf16"]["scores"]
+
+    def ratios(row: dict[str, Any]) -> list[float]:
+        return [round(row["scores"][text] / dense[text], 4) for text in texts]
 
     result = []
-
-    def bar(claim: str, target: str, measured: Any, held: bool, seconds: float) -> None:
-        result.append({"claim": claim, "target": target, "measured": measured, "held": bool(held), "seconds": seconds, **common})
-
-    for recipe, limits in (("codebook-4bit", (4.35, 1.09, 1.12)), ("codebook-3bit", (3.3, 1.42, 1.65))):
-        row = ours(recipe)
-        bits = row["body_bits_per_weight"]
-        bar(
-            f"{recipe}: bits per block weight",
-            f"<= {limits[0]}",
-            round(bits, 4),
-            bits <= limits[0],
-            found[recipe]["command_seconds"],
+    for recipe, most_bits, limits in (("codebook-4bit", 4.35, (1.09, 1.12)), ("codebook-3bit", 3.3, (1.42, 1.65))):
+        ours = by_name[recipe]
+        bits = ours["body_bits_per_weight"]
+        result.append(
+            bar(f"{recipe}: bits per block weight", f"<= {most_bits}", round(bits, 4), bits <= most_bits, ours["seconds"])
         )
-        for text, limit in ((wiki, limits[1]), (second, limits[2])):
-            value = ratio(row, text)
-            bar(f"{recipe}: perplexity on {text}, times dense", f"<= {limit}", round(value, 4), value <= limit, row["seconds"])
-        for label, peer in rows.items():
-            is_peer = label.startswith(("bitsandbytes", "HQQ", "optimum")) and ("3 bit" in label) == ("3bit" in recipe)
-            if not is_peer:
-                continue
+        for text, limit, value in zip(texts, limits, ratios(ours), strict=True):
+            claim = f"{recipe}: perplexity on {text}, times dense"
+            result.append(bar(claim, f"<= {limit}", value, value <= limit, ours["seconds"]))
+        peers = [row for row in rows if row["label"].startswith(("bitsandbytes", "HQQ", "optimum"))]
+        for peer in (row for row in peers if ("3 bit" in row["label"]) == ("3bit" in recipe)):
             if "skipped" in peer:
-                bar(f"{recipe} against {label}", "better on both texts", f"peer skipped: {peer['skipped']}", False, 0.0)
+                result.append(
+                    bar(f"{recipe} against {peer['label']}", "better on both texts", f"skipped: {peer['skipped']}", False, 0.0)
+                )
                 continue
-            better = all(row["scores"][text] < peer["scores"][text] for text in (wiki, second))
-            values = {text: [round(ratio(row, text), 4), round(ratio(peer, text), 4)] for text in (wiki, second)}
-            sizes = [round(bits, 3), round(peer["body_bits_per_weight"], 3)]
-            claim = f"{recipe} against {label}, at {sizes[0]} and {sizes[1]} bits"
-            bar(claim, "better on both texts [ours, peer]", values, better, peer["seconds"])
+            pairs = [list(pair) for pair in zip(ratios(ours), ratios(peer), strict=True)]
+            is_better = all(mine < other for mine, other in pairs) and bits <= peer["body_bits_per_weight"] * 1.1
+            claim = f"{recipe} ({bits:.3f} bits) against {peer['label']} ({peer['body_bits_per_weight']:.3f} bits)"
+            result.append(bar(claim, "better on both texts: [ours, peer]", pairs, is_better, peer["seconds"]))
+    return result
+
+
+def cost_bars(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Bytes, seconds, memory, and the second architecture."""
+    result = []
     for recipe, limit in (("codebook-4bit", 0.32), ("codebook-4bit-small", 0.275)):
         share = found[recipe]["totals"]["share_of_bf16"]
-        bar(
-            f"{recipe}: whole file, share of bf16",
-            f"<= {limit}",
-            round(share, 4),
-            share <= limit,
-            found[recipe]["command_seconds"],
-        )
-    allowed = 1.5 * found["forward"]["seconds"] + 180
-    spent = found["codebook-4bit"]["seconds"]["compress"]
-    claim = f"codebook-4bit: seconds to compress; one calibration forward pass took {found['forward']['seconds']:.1f}"
-    bar(claim, f"<= 1.5 x forward + 180 = {allowed:.0f}", round(spent, 1), spent <= allowed, spent)
+        claim = f"{recipe}: whole file, share of bf16"
+        result.append(bar(claim, f"<= {limit}", round(share, 4), share <= limit, found[recipe]["command_seconds"]))
+    forward, spent = found["forward"]["seconds"], found["codebook-4bit"]["seconds"]["compress"]
+    limit = 1.5 * forward + 180
+    claim = f"codebook-4bit: seconds to compress; one calibration forward pass took {forward:.1f}"
+    result.append(bar(claim, f"<= 1.5 x forward + 180 = {limit:.0f}", round(spent, 1), spent <= limit, spent))
     memory = found["memory"]
-    bar("disk door: peak resident MB", f"<= {memory['bound_bytes'] / 1e6:.0f} (embeddings + 2 blocks + activations + 400)",
-        round(memory["peak_bytes"] / 1e6), memory["held"], memory["seconds"])  # fmt: skip
+    target = f"<= {memory['bound_bytes'] / 1e6:.0f} (embeddings + 2 blocks + activations + 400)"
+    measured = round(memory["peak_bytes"] / 1e6)
+    result.append(bar("disk door: peak resident MB", target, measured, memory["held"], memory["seconds"]))
     four = next(row for row in found["encoder"] if row["label"] == "4 bit")
     for text, values in four["cosines"].items():
-        bar(f"MiniLM, 4 bit: mean cosine of sentence embeddings to dense, {text}", ">= 0.99", round(values["mean"], 4),
-            values["mean"] >= 0.99, four["seconds"])  # fmt: skip
+        claim = f"MiniLM, 4 bit: mean cosine of sentence embeddings to dense, {text}"
+        result.append(bar(claim, ">= 0.99", round(values["mean"], 4), values["mean"] >= 0.99, four["seconds"]))
     return result
 
 

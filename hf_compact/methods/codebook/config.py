@@ -46,7 +46,16 @@ class CodebookConfig(MethodConfig):
     """Embedding columns that share a scale; null is one per row."""
 
     def __post_init__(self) -> None:
-        """Check ranges and combinations."""
+        """Check ranges, then combinations."""
+        self._check_ranges()
+        if self.grid == "nf4" and self.bits != 4:
+            raise ConfigError(f"codebook.grid nf4 has 16 levels, so codebook.bits must be 4, got {self.bits}")
+        if self.grid == "learned" and self.bits == 8:
+            raise ConfigError("codebook.grid learned is for 2, 3 and 4 bits, got 8: 256 levels gain nothing over equal steps")
+        if self.symmetric and self.grid != "uniform":
+            raise ConfigError(f"codebook.symmetric belongs to the uniform grid, got grid {self.grid}")
+
+    def _check_ranges(self) -> None:
         choices = {"bits": (2, 3, 4, 8), "grid": ("uniform", "nf4", "learned"), "rounding": ("gptq", "nearest"),
                    "embedding_bits": (4, 8, None)}  # fmt: skip
         for name, allowed in choices.items():
@@ -62,12 +71,6 @@ class CodebookConfig(MethodConfig):
                 raise ConfigError(f"codebook.{name} must be null or at least 8, got {size}")
         if self.scale_bits is not None and not 2 <= self.scale_bits <= 8:
             raise ConfigError(f"codebook.scale_bits must be null or in [2, 8], got {self.scale_bits}")
-        if self.grid == "nf4" and self.bits != 4:
-            raise ConfigError(f"codebook.grid nf4 has 16 levels, so codebook.bits must be 4, got {self.bits}")
-        if self.grid == "learned" and self.bits == 8:
-            raise ConfigError("codebook.grid learned is for 2, 3 and 4 bits, got 8: 256 levels gain nothing over equal steps")
-        if self.symmetric and self.grid != "uniform":
-            raise ConfigError(f"codebook.symmetric belongs to the uniform grid, got grid {self.grid}")
 
     @property
     def needs_calibration(self) -> bool:

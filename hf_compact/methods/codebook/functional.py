@@ -242,7 +242,10 @@ def round_with_feedback(
 
     Args:
         weight: `[out, in]` float32. Not written to.
-        scale: `[out, G]`, fixed before the first step ("static groups"); `zero` likewise or None.
+        rounder: finds the nearest level.
+        scale: `[out, G]`, fixed before the first step ("static groups").
+        zero: `[out, G]` likewise, or None.
+        group_size: inputs per group, None for the row.
         factor: `[in, in]` upper factor of the inverse gram matrix, **in processing order** (`inverse_factor`).
         order: `[in]` the input column that each step rounds.
 
@@ -286,6 +289,11 @@ def descend_codes(
     Args:
         weight: `[out, in]` float32 target. Not written to.
         quantized: `[out, in]` float32 values on the grid to start from. Not written to.
+        rounder: finds the nearest level.
+        scale: `[out, G]` as stored.
+        zero: `[out, G]` or None.
+        group_size: inputs per group, None for the row.
+        order: `[in]` the input column that each step visits.
         gram: `[in, in]` float32, with a positive diagonal.
 
     Returns:
@@ -325,6 +333,7 @@ def refit_scale(
         weight: `[out, in]` float32. Not written to.
         unit: `[out, in]` float32, the dequantized values at scale 1.
         scale: `[out, G]` as stored, kept where the solution would not be positive and finite.
+        group_size: inputs per group, None for the row.
         gram: `[in, in]` float32.
         scale_bits: see `stored_scale`.
 
@@ -358,7 +367,12 @@ def refit_levels(weight: Tensor, codes: Tensor, scale: Tensor, levels: Tensor, g
     A table whose error rounding to float16 would raise keeps its levels.
 
     Args:
+        weight: `[out, in]` float32. Not written to.
+        codes: `[out, in]` indices into the levels.
+        scale: `[out, G]` as stored.
         levels: `[tables, K]`, the ridge pulls towards it; it stands where a level is not used.
+        group_size: inputs per group, None for the row.
+        gram: `[in, in]` float32.
 
     Returns:
         `[tables, K]`, rounded to float16 values; not sorted.

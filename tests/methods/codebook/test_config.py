@@ -1,8 +1,7 @@
-import itertools
-
 """Settings of codebook quantization: every value that is not allowed is refused with its name, its value and the rule."""
 
 import dataclasses
+import itertools
 
 import pytest
 
