@@ -27,13 +27,12 @@ def hub_answers() -> bool:
     """Whether the model's repository can be reached within a few seconds."""
     if os.environ.get("HF_HUB_OFFLINE") == "1":
         return False
-    import httpx
     from huggingface_hub import model_info
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
     try:
         model_info(HUB_ID, timeout=5)
-    except (HfHubHTTPError, OfflineModeIsEnabled, httpx.HTTPError, OSError) as error:
+    except (HTTPError, OfflineModeIsEnabled, OSError) as error:
         print(f"the Hub does not answer ({type(error).__name__}); using the packaged model and text")
         return False
     return True
