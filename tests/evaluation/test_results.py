@@ -1,0 +1,64 @@
+import copy
+
+import pytest
+
+from evaluation import peers, spine
+
+
+def row(label: str, bits: float, wiki: float, second: float) -> dict:
+    return {
+        "label": label,
+        "body_bits_per_weight": bits,
+        "file_bytes": None,
+        "seconds": 1.0,
+        "scores": {"wiki": wiki, "c4": second},
+    }
+
+
+ROWS = [
+    row("dense bf16", 16.0, 20.0, 30.0),
+    row("bitsandbytes nf4 g64, double quantized", 4.13, 23.0, 35.0),
+    row("HQQ 4 bit g64", 4.5, 23.0, 35.0),
+    row("HQQ 3 bit g64", 3.7, 90.0, 95.0),
+    row("optimum-quanto qint4", 4.3, 24.0, 36.0),
+    row("somewhere/codebook-4bit", 4.31, 21.0, 32.0),
+    row("somewhere/codebook-3bit", 3.28, 27.0, 46.0),
+]
+
+
+def test_every_claim_of_good_rows_holds():
+    bars = spine.quality_bars(ROWS, ["wiki", "c4"])
+    assert len(bars) == 2 * 3 + 4
+    assert all(bar["held"] for bar in bars), [bar for bar in bars if not bar["held"]]
+
+
+@pytest.mark.parametrize(
+    ("label", "change"),
+    [
+        ("somewhere/codebook-4bit", {"body_bits_per_weight": 4.4}),
+        ("somewhere/codebook-4bit", {"scores": {"wiki": 21.9, "c4": 32.0}}),
+        ("somewhere/codebook-3bit", {"scores": {"wiki": 27.0, "c4": 50.0}}),
+        ("HQQ 3 bit g64", {"scores": {"wiki": 26.0, "c4": 95.0}}),
+        ("HQQ 4 bit g64", {"skipped": "does not run here"}),
+    ],
+    ids=["bits", "first text", "second text", "a better peer", "a skipped peer"],
+)
+def test_a_missed_claim_is_not_held(label, change):
+    rows = copy.deepcopy(ROWS)
+    next(r for r in rows if r["label"] == label).update(change)
+    assert sum(not bar["held"] for bar in spine.quality_bars(rows, ["wiki", "c4"])) == 1
+
+
+def test_table_has_every_row_and_its_ratio():
+    table = peers.markdown([*ROWS, {"label": "absent", "skipped": "no module"}], ["a/wiki", "b/c4"])
+    assert len(table.splitlines()) == 2 + len(ROWS) + 1
+    assert "| 21.000 | 1.0500 | 32.000 | 1.0667 |" in table
+    assert "| absent | skipped: no module |" in table
+
+
+def test_control_row_counts_its_bytes(dense_folder, text_file):
+    found = peers.run_row("nearest, 4 bit g64 (control)", str(dense_folder), [str(text_file)], windows=2, length=64)
+    dense = peers.run_row("dense bf16", str(dense_folder), [str(text_file)], windows=2, length=64)
+    assert 4 < found["body_bits_per_weight"] < 6
+    assert dense["body_bits_per_weight"] == 16
+    assert found["scores"][text_file.name] != dense["scores"][text_file.name]
