@@ -84,7 +84,7 @@ def main() -> int:
         for name in names:
             linear = model.get_submodule(name)
             gram = moments[Path(options.calibration).name][name]
-            module = compress_linear(linear, gram, CodebookConfig(**settings))
+            module = compress_linear(linear, gram, CodebookConfig(**({"group_size": 64, "scale_bits": None} | settings)))
             dense = linear.weight.detach().float()
             size += sum(buffer.nbytes for buffer in module.buffers())
             weights += dense.numel()

@@ -91,7 +91,7 @@ def round_to_nearest(bits: int) -> Callable[[nn.Module, list[str]], int]:
         from hf_compact.methods.codebook import CodebookConfig
         from hf_compact.methods.codebook.apply import compress_linear
 
-        config = CodebookConfig(bits=bits, rounding="nearest")
+        config = CodebookConfig(bits=bits, group_size=64, scale_bits=None, rounding="nearest")
         total = 0
         for name in names:
             new = compress_linear(model.get_submodule(name), None, config)
@@ -163,6 +163,7 @@ def main() -> int:
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--window-length", type=int, default=1024)
     parser.add_argument("--output", type=Path, required=True, help="JSON file; its rows are kept when the run is repeated")
+    parser.add_argument("--commit", default="", help="revision of the code, kept with every row")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.row:
@@ -170,6 +171,7 @@ def main() -> int:
         print(json.dumps(run_row(options.row, name, options.text, options.windows, options.window_length)))
         return 0
     rows = json.loads(options.output.read_text()) if options.output.exists() else []
+    rows = [row for row in rows if "skipped" not in row]
     done = {row["label"] for row in rows}
     for label in [*PEERS, *options.ours]:
         if label in done:
@@ -178,9 +180,9 @@ def main() -> int:
         process = subprocess.run(command, capture_output=True, text=True, check=False)
         if process.returncode:
             reason = process.stderr.strip().splitlines()[-1]
-            rows.append({"label": label, "skipped": reason})
+            rows.append({"label": label, "skipped": reason, "commit": options.commit})
         else:
-            rows.append(json.loads(process.stdout.splitlines()[-1]))
+            rows.append({**json.loads(process.stdout.splitlines()[-1]), "commit": options.commit})
         print(json.dumps(rows[-1]))
         options.output.write_text(json.dumps(rows, indent=2) + "\n")
     table = markdown(rows, options.text)

@@ -57,7 +57,7 @@ def machine() -> str:
     )
 
 
-def steps(options: argparse.Namespace) -> dict[str, Any]:
+def steps(options: argparse.Namespace, commit: str) -> dict[str, Any]:
     """Run what is missing; returns everything that was measured."""
     work: Path = options.work
     work.mkdir(parents=True, exist_ok=True)
@@ -66,9 +66,10 @@ def steps(options: argparse.Namespace) -> dict[str, Any]:
         path = work / f"{name}.json"
         if not path.exists():
             value = measure()
-            path.write_text(json.dumps(value, indent=2) + "\n")
+            path.write_text(json.dumps({"commit": commit, "value": value}, indent=2) + "\n")
         print(f"done: {name}", flush=True)
-        return json.loads(path.read_text())
+        kept = json.loads(path.read_text())
+        return {**kept["value"], "commit": kept["commit"]}
 
     python = sys.executable
     found: dict[str, Any] = {"forward": once("forward", lambda: calibration_forward(options.model, options.calibration))}
@@ -100,22 +101,24 @@ def steps(options: argparse.Namespace) -> dict[str, Any]:
     peers = [python, str(HERE / "peers.py"), options.model, "--output", str(work / "peers.json")]
     peers += [argument for recipe in RECIPES for argument in ("--ours", str(work / recipe))]
     peers += [argument for text in options.text for argument in ("--text", text)]
+    peers += ["--commit", commit]
     run(peers, work / "peers.log")
     found["peers"] = json.loads((work / "peers.json").read_text())
     return found
 
 
-def bars(found: dict[str, Any], texts: list[str], commit: str) -> list[dict[str, Any]]:
+def bars(found: dict[str, Any], texts: list[str]) -> list[dict[str, Any]]:
     """Claim by claim: target, measured, held."""
     command = __doc__.split("\n\n")[1].replace("\\\n", "").split()
-    common = {"seed": 0, "commit": commit, "machine": machine(), "command": " ".join(command)}
+    common = {"seed": 0, "machine": machine(), "command": " ".join(command)}
     names = [Path(text).name for text in texts]
     return [row | common for row in (*quality_bars(found["peers"], names), *cost_bars(found))]
 
 
-def bar(claim: str, target: str, measured: Any, held: bool, seconds: float) -> dict[str, Any]:
-    """One row of the results."""
-    return {"claim": claim, "target": target, "measured": measured, "held": bool(held), "seconds": round(seconds, 1)}
+def bar(claim: str, target: str, measured: Any, held: bool, source: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """One row of the results; `source` is the step that measured it."""
+    row = {"claim": claim, "target": target, "measured": measured, "held": bool(held)}
+    return row | {"seconds": round(seconds, 1), "commit": source["commit"]}
 
 
 def quality_bars(rows: list[dict[str, Any]], texts: list[str]) -> list[dict[str, Any]]:
@@ -131,22 +134,29 @@ def quality_bars(rows: list[dict[str, Any]], texts: list[str]) -> list[dict[str,
         ours = by_name[recipe]
         bits = ours["body_bits_per_weight"]
         result.append(
-            bar(f"{recipe}: bits per block weight", f"<= {most_bits}", round(bits, 4), bits <= most_bits, ours["seconds"])
+            bar(f"{recipe}: bits per block weight", f"<= {most_bits}", round(bits, 4), bits <= most_bits, ours, ours["seconds"])
         )
         for text, limit, value in zip(texts, limits, ratios(ours), strict=True):
             claim = f"{recipe}: perplexity on {text}, times dense"
-            result.append(bar(claim, f"<= {limit}", value, value <= limit, ours["seconds"]))
+            result.append(bar(claim, f"<= {limit}", value, value <= limit, ours, ours["seconds"]))
         peers = [row for row in rows if row["label"].startswith(("bitsandbytes", "HQQ", "optimum"))]
         for peer in (row for row in peers if ("3 bit" in row["label"]) == ("3bit" in recipe)):
             if "skipped" in peer:
                 result.append(
-                    bar(f"{recipe} against {peer['label']}", "better on both texts", f"skipped: {peer['skipped']}", False, 0.0)
+                    bar(
+                        f"{recipe} against {peer['label']}",
+                        "better on both texts",
+                        f"skipped: {peer['skipped']}",
+                        False,
+                        ours,
+                        0.0,
+                    )
                 )
                 continue
             pairs = [list(pair) for pair in zip(ratios(ours), ratios(peer), strict=True)]
             is_better = all(mine < other for mine, other in pairs) and bits <= peer["body_bits_per_weight"] * 1.1
             claim = f"{recipe} ({bits:.3f} bits) against {peer['label']} ({peer['body_bits_per_weight']:.3f} bits)"
-            result.append(bar(claim, "better on both texts: [ours, peer]", pairs, is_better, peer["seconds"]))
+            result.append(bar(claim, "better on both texts: [ours, peer]", pairs, is_better, peer, peer["seconds"]))
     return result
 
 
@@ -156,19 +166,21 @@ def cost_bars(found: dict[str, Any]) -> list[dict[str, Any]]:
     for recipe, limit in (("codebook-4bit", 0.32), ("codebook-4bit-small", 0.275)):
         share = found[recipe]["totals"]["share_of_bf16"]
         claim = f"{recipe}: whole file, share of bf16"
-        result.append(bar(claim, f"<= {limit}", round(share, 4), share <= limit, found[recipe]["command_seconds"]))
+        result.append(bar(claim, f"<= {limit}", round(share, 4), share <= limit, found[recipe], found[recipe]["command_seconds"]))
     forward, spent = found["forward"]["seconds"], found["codebook-4bit"]["seconds"]["compress"]
     limit = 1.5 * forward + 180
     claim = f"codebook-4bit: seconds to compress; one calibration forward pass took {forward:.1f}"
-    result.append(bar(claim, f"<= 1.5 x forward + 180 = {limit:.0f}", round(spent, 1), spent <= limit, spent))
+    result.append(
+        bar(claim, f"<= 1.5 x forward + 180 = {limit:.0f}", round(spent, 1), spent <= limit, found["codebook-4bit"], spent)
+    )
     memory = found["memory"]
     target = f"<= {memory['bound_bytes'] / 1e6:.0f} (embeddings + 2 blocks + activations + 400)"
     measured = round(memory["peak_bytes"] / 1e6)
-    result.append(bar("disk door: peak resident MB", target, measured, memory["held"], memory["seconds"]))
-    four = next(row for row in found["encoder"] if row["label"] == "4 bit")
+    result.append(bar("disk door: peak resident MB", target, measured, memory["held"], memory, memory["seconds"]))
+    four = next(row for row in found["encoder"]["rows"] if row["label"] == "4 bit")
     for text, values in four["cosines"].items():
         claim = f"MiniLM, 4 bit: mean cosine of sentence embeddings to dense, {text}"
-        result.append(bar(claim, ">= 0.99", round(values["mean"], 4), values["mean"] >= 0.99, four["seconds"]))
+        result.append(bar(claim, ">= 0.99", round(values["mean"], 4), values["mean"] >= 0.99, found["encoder"], four["seconds"]))
     return result
 
 
@@ -182,19 +194,23 @@ def main() -> int:
     parser.add_argument("--text", action="append", required=True, help="two texts to score")
     parser.add_argument("--work", type=Path, default=Path("runs/spine"))
     options = parser.parse_args()
-    found = steps(options)
+    if len(options.text) != 2:
+        parser.error(f"--text must be given twice, got {len(options.text)}")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    result = bars(found, options.text, commit)
+    found = steps(options, commit)
+    result = bars(found, options.text)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "01-spine.json").write_text(
-        json.dumps({"bars": result, "rows": found["peers"], "encoder": found["encoder"]}, indent=2) + "\n"
+        json.dumps({"bars": result, "rows": found["peers"], "encoder": found["encoder"]["rows"]}, indent=2) + "\n"
     )
     lines = ["| claim | target | measured | held |", "|---|---|---|---|"]
     lines += [
         f"| {bar['claim']} | {bar['target']} | {bar['measured']} | {'yes' if bar['held'] else '**no**'} |" for bar in result
     ]
     table = (options.work / "peers.md").read_text()
-    text = f"# Spine and first codebook slice\n\n{machine()}, commit {commit}, seed 0.\n\n" + "\n".join(lines)
+    text = f"# Spine and first codebook slice\n\n{machine()}, seed 0; the commit of each row is in the JSON.\n\n" + "\n".join(
+        lines
+    )
     text += "\n\n## All rows of the run\n\n" + table
     (RESULTS / "01-spine.md").write_text(text)
     print(text)

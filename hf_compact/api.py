@@ -7,7 +7,6 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import (
     AutoConfig,
     AutoTokenizer,
+    GenerationConfig,
     GgufConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -28,7 +28,7 @@ from transformers import (
 from . import distributed, verify
 from .arch import Architecture, dense_shape, describe
 from .calibration import Calibration, builtin_text, from_batches, read_texts, sample, tokenize
-from .capture import BlockRunner, Progress, probe_inputs
+from .capture import BlockRunner, Progress, compress_outside_, probe_inputs
 from .checkpoint import (
     FORMAT_VERSION,
     QUANT_METHOD,
@@ -42,18 +42,21 @@ from .checkpoint import (
     write_text,
 )
 from .config import Recipe
-from .errors import CalibrationError, ConfigError, FormatError, UnsupportedModel, VerificationError
+from .errors import CalibrationError, ConfigError, FormatError, OutputError, UnsupportedModel, VerificationError
 from .hf.card import model_card, plot_layers
-from .hf.quantizer import CompactConfig, attach_, expect_
-from .methods import METHODS
+from .hf.quantizer import CompactConfig, attach_, expect_, names_in
+from .methods import LAYERS, METHODS
 from .report import Report, peak_memory_bytes
 from .scoring import perplexity
-from .select import select_names
+from .select import select_stages
+from .version import __version__
 
 logger = logging.getLogger(__name__)
 
 #: What imports and buffers of the libraries themselves take, beside tensors of the model.
 RUNTIME_BYTES = 400_000_000
+#: What of it the solver's matrices may take; wider inputs than that add to it.
+SOLVER_BYTES = 100_000_000
 
 
 @dataclass
@@ -108,6 +111,7 @@ def compress(
     dense = open_dense(model, recipe.dtype)
     arch = describe(dense.model)
     prepared = prepare_calibration(calibration, tokenizer or dense.tokenizer, recipe)
+    check_inputs(dense.model, prepared)
     if dense.source is None:
         _check_model_finite(dense.model)
     else:
@@ -121,7 +125,7 @@ def compress(
         "versions": {name: value for name, value in report.versions.items() if name != "python"},
     }
     stages = [(METHODS[stage.method], stage) for stage in recipe.stages]
-    select_all(arch, recipe)  # a glob that matches nothing is found before a folder is made
+    select_stages(arch.roles, recipe.stages)  # a glob that matches nothing is found before a folder is made
     journal = Journal(output, fingerprint, num_units=1 + len(arch.blocks))
     runner = BlockRunner(dense.model, arch, stages, prepared, report, dense.source, journal)
     logits = runner.run(progress)
@@ -146,41 +150,44 @@ def plan(model: str | Path, recipe: Recipe | Mapping[str, Any] | str | Path, see
     recipe = as_recipe(recipe, seed)
     dense = open_dense(model, recipe.dtype)
     arch = describe(dense.model)
-    width = _element_size(dense.model)
+    width = dense.model.dtype.itemsize
+    num_parameters = count_parameters(dense.model)
+    memory, minutes = peak_memory_estimate(dense, arch, recipe), minutes_estimate(dense.model, arch, recipe)
+    stages = [(METHODS[stage.method], stage) for stage in recipe.stages]
+    chosen = select_stages(arch.roles, recipe.stages)
+    parameters = [name for name, _ in dense.model.named_parameters()]
+    made, _ = compress_outside_(dense.model, arch, stages, LAYERS, solve=False)
     layers, skipped = [], []
-    chosen = select_all(arch, recipe)
-    outside = [(name, role) for name, role in ((arch.embedding, "embedding"), (arch.head, "head")) if name]
-    for name, role in [*outside, *arch.roles.items()]:
-        old = dense.model.get_submodule(name)
-        stage, new = None, None
-        for candidate, names in zip(recipe.stages, chosen, strict=True):
-            method = METHODS[candidate.method]
-            if (name, role) in outside:
-                new = method.compress_embedding(old, candidate, solve=False) or new
-            elif name in names:
-                new = method.compress_linear(_on_meta(old), None, candidate, solve=False)
-            stage = candidate if new is not None else stage
-        if new is None:
-            reason = "the recipe leaves it in the model's dtype" if (name, role) in outside else "excluded by the recipe"
-            skipped.append({"name": name, "reason": reason})
-            continue
+
+    def add(name: str, role: str, method: str, old: torch.nn.Module, new: torch.nn.Module) -> None:
         layers.append(
             {
                 "name": name,
                 "role": role,
                 "shape": list(dense_shape(old)),
-                "method": stage.method,
+                "method": method,
                 "dense_bytes": old.weight.numel() * width,
                 "compressed_bytes": sum(buffer.nbytes for buffer in new.buffers()),
             }
         )
+
+    for name in (arch.embedding, arch.head):
+        if name in made:
+            add(name, made[name].role, made[name].config.method, made[name].old, made[name].new)
+        elif name is not None:
+            skipped.append({"name": name, "reason": "the recipe leaves it in the model's dtype"})
+    for name, role in arch.roles.items():
+        old = dense.model.get_submodule(name)
+        stage = next((pair for pair, names in zip(stages, chosen, strict=True) if name in names), None)
+        if stage is None:
+            skipped.append({"name": name, "reason": "excluded by the recipe"})
+            continue
+        add(name, role, stage[1].method, old, stage[0].compress_linear(_on_meta(old), None, stage[1], solve=False))
     handled = {layer["name"] for layer in layers} | {entry["name"] for entry in skipped} | set(arch.tied)
-    rest = [name for name, _ in dense.model.named_parameters() if name.rpartition(".")[0] not in handled]
+    rest = [name for name in parameters if name.rpartition(".")[0] not in handled]
     skipped += [{"name": name, "reason": "not a Linear of a block: stays in the model's dtype"} for name in rest]
-    num_parameters = count_parameters(dense.model)
     before = num_parameters * width
     after = before - sum(layer["dense_bytes"] - layer["compressed_bytes"] for layer in layers)
-    memory = peak_memory_estimate(dense, arch, recipe)
     return {
         "model": dense.name,
         "family": arch.family,
@@ -194,7 +201,7 @@ def plan(model: str | Path, recipe: Recipe | Mapping[str, Any] | str | Path, see
         "bytes_after": after,
         "body_bits_per_weight": _body_bits(layers, width),
         "peak_memory_bytes": memory,
-        "minutes": minutes_estimate(dense.model, arch, recipe),
+        "minutes": minutes,
     }
 
 
@@ -252,9 +259,9 @@ def inspect_folder(folder: str | Path) -> dict[str, Any]:
     quantization = getattr(config, "quantization_config", None)
     if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
         raise FormatError(f"{folder} is not compressed by hf_compact: its config.json has no quantization_config of ours")
-    table = CompactConfig(**quantization).modules
     del config.quantization_config
     skeleton = build_skeleton(config, torch.bfloat16)
+    table = names_in(skeleton, CompactConfig(**quantization).modules)
     source = TensorSource.in_folder(folder).rename_for(skeleton)
     expect_(copy.deepcopy(skeleton), table, source.files)
     headers = source.headers()
@@ -327,8 +334,10 @@ def open_dense(model: str | Path, dtype: str = "auto") -> Dense:
         skeleton, source = verify.load_model(folder, dtype=chosen), None
     else:
         source.check_fits(skeleton)
+    if skeleton.can_generate() and (folder / "generation_config.json").exists():
+        skeleton.generation_config = GenerationConfig.from_pretrained(folder)
     skeleton.eval()
-    fingerprint = hash_files([*sorted(folder.glob("*.safetensors")), folder / "config.json"])
+    fingerprint = hash_files([*TensorSource.in_folder(folder).files, folder / "config.json"])
     return Dense(name, skeleton, _tokenizer(folder), source, fingerprint, folder)
 
 
@@ -347,7 +356,7 @@ def open_for_scoring(model: str | Path) -> tuple[PreTrainedModel, PreTrainedToke
     tokenizer = _tokenizer(folder)
     if tokenizer is None:
         raise ConfigError(f"model {name!r} has no tokenizer in its folder, which scoring text needs")
-    return loaded, tokenizer, sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return loaded, tokenizer, sum(path.stat().st_size for path in TensorSource.in_folder(folder).files)
 
 
 def local_folder(name: str) -> Path:
@@ -392,6 +401,8 @@ def prepare_calibration(
     """
     if isinstance(calibration, Calibration):
         return calibration
+    if isinstance(calibration, str | Path):
+        calibration = [calibration]
     if calibration and isinstance(calibration[0], Mapping):
         return from_batches(calibration)
     if tokenizer is None:
@@ -403,13 +414,16 @@ def prepare_calibration(
     return sample(tokenizer, text, recipe.calibration, recipe.seed, names)
 
 
-def select_all(arch: Architecture, recipe: Recipe) -> list[set[str]]:
-    """The targets of every stage."""
-    return [set(select_names(arch.roles, stage.include, stage.exclude)) for stage in recipe.stages]
+def check_inputs(model: PreTrainedModel, calibration: Calibration) -> None:
+    """Raise CalibrationError if an encoder-decoder gets nothing to decode."""
+    if model.config.is_encoder_decoder and any("decoder_input_ids" not in batch for batch in calibration.batches):
+        raise CalibrationError(f"{model.config.model_type} has a decoder: give calibration batches with decoder_input_ids")
 
 
 def check_output_or_resume(output: Path) -> None:
     """Raise OutputError unless the output can be created or belongs to an unfinished run."""
+    if output.name in ("", ".."):
+        raise OutputError(f"output {str(output)!r} must name a folder to create")
     if not Journal.is_unfinished(output):
         check_output(output)
 
@@ -430,6 +444,7 @@ def new_report(name: str, model: PreTrainedModel, arch: Architecture, recipe: Re
     report = Report(
         model=name,
         family=arch.family,
+        auto_class="AutoModelForCausalLM" if is_causal_lm(model) else "AutoModel",
         recipe=recipe.to_dict(),
         calibration={
             "sources": list(calibration.sources),
@@ -438,7 +453,7 @@ def new_report(name: str, model: PreTrainedModel, arch: Architecture, recipe: Re
         },
         num_parameters=count_parameters(model),
         versions={
-            "hf_compact": version("hf_compact"),
+            "hf_compact": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),
@@ -454,14 +469,15 @@ def new_report(name: str, model: PreTrainedModel, arch: Architecture, recipe: Re
 
 def peak_memory_estimate(dense: Dense, arch: Architecture, recipe: Recipe) -> int:
     """Expected peak resident bytes: what stays resident, two dense blocks, the activations, the libraries."""
-    width = _element_size(dense.model)
+    width = dense.model.dtype.itemsize
     inside = {block: sum(p.numel() for p in dense.model.get_submodule(block).parameters()) for block in arch.blocks}
     outside = count_parameters(dense.model) - sum(inside.values())
     resident = 2 * max(inside.values()) if dense.source is not None else sum(inside.values())
     hidden = (
         recipe.calibration.num_sequences * recipe.calibration.sequence_length * dense.model.config.get_text_config().hidden_size
     )
-    return width * (outside + resident + hidden) + RUNTIME_BYTES
+    solver = 5 * 8 * max(dense_shape(dense.model.get_submodule(name))[1] for name in arch.roles) ** 2
+    return width * (outside + resident + hidden) + max(0, solver - SOLVER_BYTES) + RUNTIME_BYTES
 
 
 def minutes_estimate(model: PreTrainedModel, arch: Architecture, recipe: Recipe) -> float:
@@ -500,9 +516,12 @@ def _compress_in_memory(
         )
     if output is not None:
         check_output(Path(output))
+    if any(isinstance(module, tuple(LAYERS.values())) for module in model.modules()):
+        raise UnsupportedModel("model holds compressed layers of a run that did not finish: load the dense model again")
     arch = describe(model)
-    select_all(arch, recipe)
+    select_stages(arch.roles, recipe.stages)
     prepared = prepare_calibration(calibration, tokenizer, recipe)
+    check_inputs(model, prepared)
     _check_model_finite(model)
     report = new_report(model.config.name_or_path or type(model).__name__, model, arch, recipe, prepared)
     stages = [(METHODS[stage.method], stage) for stage in recipe.stages]
@@ -618,10 +637,6 @@ def _read_config(folder: Path) -> PreTrainedConfig:
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
     return AutoTokenizer.from_pretrained(folder) if any((folder / name).exists() for name in names) else None
-
-
-def _element_size(model: PreTrainedModel) -> int:
-    return torch.empty(0, dtype=model.dtype).element_size()
 
 
 def _on_meta(module: torch.nn.Module) -> torch.nn.Linear:

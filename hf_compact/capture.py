@@ -14,21 +14,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import distributed
-from .arch import Architecture, as_linear
+from .arch import Architecture, as_linear, dense_shape
 from .calibration import Calibration
 from .checkpoint import Journal, TensorSource, check_finite, rebuild_, share_buffers_
 from .config import MethodConfig
-from .errors import NumericalError
+from .errors import NumericalError, UnsupportedModel
 from .functional.gram import add_gram_, centered, output_energy
 from .report import LayerReport, Report, peak_memory_bytes
-from .select import replace_modules, select_names
+from .select import replace_modules, select_stages
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class BlockRunner:
         self.model, self.arch, self.stages = model, arch, list(stages)
         self.report, self.source, self.journal = report, source, journal
         self.layers = {name: cls for method, _ in stages for name, cls in method.layers.items()}
-        self.targets = [set(select_names(arch.roles, config.include, config.exclude)) for _, config in stages]
+        self.targets = select_stages(arch.roles, [config for _, config in stages])
         batches = distributed.share(calibration.batches)
         self.batches = [
             {name: value.to(model.device) if source is None else value for name, value in batch.items()}
@@ -208,28 +208,16 @@ class BlockRunner:
     # Compression of one unit. Each returns module name -> its layer report, None for a module that shares another's tensors.
 
     def _compress_outside(self) -> dict[str, LayerReport | None]:
-        found: dict[str, LayerReport | None] = {}
-        for method, config in self.stages:
-            for name, role in ((self.arch.embedding, "embedding"), (self.arch.head, "head")):
-                if name is None or name in found:
-                    continue
-                old = self.model.get_submodule(name)
-                check_finite(name + ".weight", old.weight)
-                started = time.perf_counter()
-                new = method.compress_embedding(old, config)
-                if new is None:
-                    continue
-                found[name] = self._report(name, role, config, old, new, None, started)
-                self.table[name] = method.table_entry(new)
-                self.model.set_submodule(name, new)
-                if role == "embedding":
-                    for other in self.arch.tied:
-                        linear = isinstance(self.model.get_submodule(other), nn.Linear)
-                        entry = {**self.table[name], "layer": method.tied_layer if linear else self.table[name]["layer"]}
-                        self.table[other] = {**entry, "tied_to": name}
-                        rebuild_(self.model, {other: self.table[other]}, self.layers)
-                        found[other] = None
-        return found
+        for name in (self.arch.embedding, self.arch.head):
+            if name is not None:
+                check_finite(name + ".weight", self.model.get_submodule(name).weight)
+        made, table = compress_outside_(self.model, self.arch, self.stages, self.layers)
+        self.table |= table
+        reports = {
+            name: self._report(name, part.role, part.config, part.old, part.new, None, part.seconds)
+            for name, part in made.items()
+        }
+        return {name: reports.get(name) for name in table}
 
     def _compress_block(self, block: str, calls: list[_Call]) -> dict[str, LayerReport | None]:
         found: dict[str, LayerReport | None] = {}
@@ -242,8 +230,7 @@ class BlockRunner:
                 check_finite(name + ".weight", self.model.get_submodule(name).weight)
             self.settled = {}
             for group in self._input_groups(module, names, calls) if config.needs_calibration else [names]:
-                target = self.model.get_submodule(group[0])
-                gram, total = self._moments(module, target, calls) if config.needs_calibration else (None, None)
+                gram, total = self._moments(block, group[0], calls) if config.needs_calibration else (None, None)
                 found |= self._compress_group(group, gram, total, method, config)
                 for part, child in module.named_children():
                     inside = [name for name in names if name.startswith(f"{block}.{part}.")]
@@ -274,15 +261,16 @@ class BlockRunner:
             if moments is not None and linear.bias is not None:
                 mean = (total[:-1] / total[-1]).to(linear.weight.device, torch.float32)
                 new[name].bias.data += ((linear.weight.float() - new[name].to_dense()) @ mean).to(linear.bias.dtype)
-            found[name] = self._report(name, self.arch.roles[name], config, linear, new[name], moments, started)
+            found[name] = self._report(
+                name, self.arch.roles[name], config, linear, new[name], moments, time.perf_counter() - started
+            )
             self.table[name] = method.table_entry(new[name])
         replace_modules(self.model, names, lambda name, _: new[name])
         return found
 
     def _report(
-        self, name: str, role: str, config: MethodConfig, old: nn.Module, new: nn.Module, gram: Tensor | None, started: float
+        self, name: str, role: str, config: MethodConfig, old: nn.Module, new: nn.Module, gram: Tensor | None, seconds: float
     ) -> LayerReport:  # fmt: skip
-        seconds = time.perf_counter() - started
         return LayerReport(
             name=name,
             role=role,
@@ -324,6 +312,11 @@ class BlockRunner:
             forwards = {block: partial(stand_in, name) for name, block in blocks.items()} | self._replay(number)
             with _forwards(forwards), suppress(_StopForward):
                 self.model(**batch)
+        if any(len(calls[name]) != len(self.batches) for name in stack):
+            raise UnsupportedModel(
+                f"{stack[0]} and its siblings must each run once per calibration batch, and with these inputs they do not: "
+                "the model shares blocks between layers or needs other inputs"
+            )
         return calls
 
     def _replay(self, number: int) -> dict[nn.Module, Callable[..., Any]]:
@@ -358,13 +351,14 @@ class BlockRunner:
         seen = {name for group in groups.values() for name in group}
         return [*groups.values(), *([name] for name in names if name not in seen)]
 
-    def _moments(self, block: nn.Module, target: nn.Linear, calls: list[_Call]) -> tuple[Tensor, Tensor]:
+    def _moments(self, block: str, name: str, calls: list[_Call]) -> tuple[Tensor, Tensor]:
         """Moments of a target's inputs over all calibration batches (and ranks), padding left out.
 
         Returns:
             `(gram [in, in], total [in + 1])` float64: sum of x x^T, sum of x with the number of inputs behind it.
         """
-        size = as_linear(target).in_features
+        target = self.model.get_submodule(name)
+        size = dense_shape(target)[1]
         gram = torch.zeros(size, size, dtype=torch.float64, device=self.hidden[0].device)
         total = torch.zeros(size + 1, dtype=torch.float64, device=gram.device)
         mask: Tensor | None = None
@@ -380,15 +374,22 @@ class BlockRunner:
         handle = target.register_forward_pre_hook(note)
         try:
             for number, batch in enumerate(self.batches[:-1]):
-                mask = batch.get("attention_mask")
+                mask = batch.get(self._mask_name(block, name))
                 with suppress(_StopForward):
-                    self._run_block(block, number, calls[number])
+                    self._run_block(self.model.get_submodule(block), number, calls[number])
         finally:
             handle.remove()
         distributed.sum_([gram, total])
         if not gram.isfinite().all():
             raise NumericalError("inputs of a layer are not finite: the model overflows on the calibration text")
         return gram.cpu(), total.cpu()  # solvers work there, in float64
+
+    def _mask_name(self, block: str, name: str) -> str:
+        """The input that says which of a target's inputs are padding; cross attention reads the encoder's keys and values."""
+        is_decoder = len(self.arch.stacks) > 1 and block in self.arch.stacks[-1]
+        return (
+            "decoder_attention_mask" if is_decoder and self.arch.roles[name] not in ("cross_k", "cross_v") else "attention_mask"
+        )
 
     def _run_block(self, block: nn.Module, number: int, call: _Call) -> Tensor:
         """One block on one batch; the parts of it that are settled run once and are remembered."""
@@ -413,7 +414,57 @@ class BlockRunner:
 
     def _probe_output(self) -> Tensor:
         with _forwards(self._replay(len(self.batches) - 1)):
-            return self.model(**self.batches[-1])[0]
+            return self.model(**self.batches[-1])[0].cpu()
+
+
+class Outside(NamedTuple):
+    """An embedding or a head that was replaced."""
+
+    role: str
+    method: Method
+    config: MethodConfig
+    old: nn.Module
+    new: nn.Module
+    seconds: float
+
+
+def compress_outside_(
+    model: PreTrainedModel, arch: Architecture, stages: Sequence[tuple[Method, MethodConfig]],
+    layers: Mapping[str, type[nn.Module]], solve: bool = True,
+) -> tuple[dict[str, Outside], dict[str, dict[str, Any]]]:  # fmt: skip
+    """Replace embedding and head, each by the first stage that takes it; what is tied to the embedding shares its tensors.
+
+    Args:
+        model: dense outside its blocks; with `solve=False` also on meta.
+        arch: names the embedding, the head and what is tied.
+        stages: methods with their configs, in order.
+        layers: class name -> class, for the tied modules.
+        solve: whether the new modules are filled.
+
+    Returns:
+        What was made by name, and the modules-table entries, those of tied modules included.
+    """
+    made: dict[str, Outside] = {}
+    table: dict[str, dict[str, Any]] = {}
+    for name, role in ((arch.embedding, "embedding"), (arch.head, "head")):
+        for method, config in stages if name else ():
+            started = time.perf_counter()
+            old = model.get_submodule(name)
+            new = method.compress_embedding(old, config, solve=solve)
+            if new is None:
+                continue
+            made[name] = Outside(role, method, config, old, new, time.perf_counter() - started)
+            table[name] = method.table_entry(new)
+            model.set_submodule(name, new)
+            if role == "embedding":
+                ties = {}
+                for other in arch.tied:
+                    layer = method.tied_layer if isinstance(model.get_submodule(other), nn.Linear) else table[name]["layer"]
+                    ties[other] = {**table[name], "layer": layer, "tied_to": name}
+                rebuild_(model, ties, layers)
+                table |= ties
+            break
+    return made, table
 
 
 def probe_inputs(calibration: Calibration) -> dict[str, Tensor]:

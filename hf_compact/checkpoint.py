@@ -75,20 +75,23 @@ class TensorSource:
 
     @classmethod
     def in_folder(cls, folder: Path) -> Self:
-        """All safetensors files of a folder.
+        """The files that transformers reads: `model.safetensors`, else what the index names, else all there are.
 
         Raises:
             FormatError: there is none, or one is damaged or named in the index but missing.
         """
+        single, index = folder / "model.safetensors", folder / INDEX_NAME
+        if single.exists():
+            return cls([single])
+        if index.exists():
+            files = [folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
+            for path in files:
+                if not path.exists():
+                    raise FormatError(f"{folder} lacks the shard {path.name}, which its index names")
+            return cls(files)
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             raise FormatError(f"{folder} holds no .safetensors file")
-        index = folder / INDEX_NAME
-        if index.exists():
-            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            missing = sorted(named - {path.name for path in files})
-            if missing:
-                raise FormatError(f"{folder} lacks the shard {missing[0]}, which its index names")
         return cls(files)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -132,10 +135,6 @@ class TensorSource:
                     raise FormatError(f"the checkpoint lacks {name}, which {type(model).__name__} needs")
             elif tuple(headers[name][1]) != tuple(tensor.shape):
                 raise FormatError(f"{name} has the shape {headers[name][1]} in the checkpoint, {list(tensor.shape)} in the model")
-
-    def fingerprint(self) -> str:
-        """SHA-256 over the contents of all files."""
-        return hash_files(self.files)
 
 
 def keys_by_model(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:

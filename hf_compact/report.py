@@ -48,6 +48,8 @@ class Report:
     """Name or path of the dense model as the user gave it."""
     family: str
     """`config.model_type`."""
+    auto_class: str = "AutoModel"
+    """The Auto class of transformers that loads the folder as what it was."""
     recipe: dict[str, Any]
     """The recipe with every default written out."""
     calibration: dict[str, Any] | None = None
@@ -172,7 +174,14 @@ class Report:
 
 
 def peak_memory_bytes() -> int:
-    """Largest resident set of this process so far."""
+    """Largest resident set of this process so far.
+
+    Linux counts the parent's pages into `ru_maxrss` of a process it starts, so the high-water mark of the own memory is read.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -1,11 +1,12 @@
 """Which modules a method touches: whole-name globs, and replacement that keeps shared modules shared."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import nn
 
-from .errors import NothingMatched
+from .config import MethodConfig
+from .errors import ConfigError, NothingMatched
 
 
 def glob_matches(name: str, glob: str) -> bool:
@@ -32,7 +33,9 @@ def select_names(names: Iterable[str], include: Sequence[str] = ("*",), exclude:
         for glob in globs:
             if not any(glob_matches(name, glob) for name in names):
                 shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-                raise NothingMatched(f"{field} glob {glob!r} matches none of {len(names)} modules ({shown})")
+                raise NothingMatched(
+                    f"{field} glob {glob!r} matches none of {len(names)} modules ({shown}); embedding and head have fields of their own"
+                )
     chosen = [
         name
         for name in names
@@ -43,9 +46,22 @@ def select_names(names: Iterable[str], include: Sequence[str] = ("*",), exclude:
     return chosen
 
 
-def named_modules(model: nn.Module, kind: type[nn.Module] | tuple[type[nn.Module], ...]) -> Iterator[tuple[str, nn.Module]]:
-    """Every name of every module of a kind, aliases included."""
-    return ((name, module) for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, kind))
+def select_stages(names: Iterable[str], stages: Sequence[MethodConfig]) -> list[set[str]]:
+    """The targets of every stage.
+
+    Raises:
+        NothingMatched: a stage selects nothing.
+        ConfigError: two stages select the same module.
+    """
+    names = list(names)
+    chosen = [set(select_names(names, stage.include, stage.exclude)) for stage in stages]
+    for position, here in enumerate(chosen):
+        twice = sorted(here.intersection(*[set().union(*chosen[:position])]))
+        if twice:
+            raise ConfigError(
+                f"recipe.stages[{position}] selects {twice[0]}, which an earlier stage compresses: exclude it in one"
+            )
+    return chosen
 
 
 def replace_modules(model: nn.Module, names: Iterable[str], build: Callable[[str, nn.Module], nn.Module]) -> dict[str, nn.Module]:

@@ -127,8 +127,11 @@ def main() -> int:
     transformers.utils.logging.disable_progress_bar()
     windows = 3 if options.quick else options.windows
     folder = options.output / Path(options.recipe).stem
-    if folder.exists():
-        shutil.rmtree(folder)
+    if folder.exists() and not (folder / "config.json").exists():
+        sys.exit(f"{folder} is not an earlier result: choose another --output")
+    partial = folder.with_name(folder.name + ".partial")
+    for earlier in (folder, *([partial] if options.quick else [])):
+        shutil.rmtree(earlier, ignore_errors=True)
     options.output.mkdir(parents=True, exist_ok=True)
     recipe = hf_compact.Recipe.from_yaml(options.recipe).to_dict()
     if options.quick:

@@ -368,7 +368,7 @@ def test_another_seed_is_refused(stopped, dense_folder, text_file):
 
 
 def test_other_versions_are_refused(stopped, dense_folder, text_file, monkeypatch):
-    monkeypatch.setattr(transformers, "__version__", "9.9.9")
+    monkeypatch.setattr(hf_compact.compress.__globals__["transformers"], "__version__", "9.9.9")
     with pytest.raises(OutputError, match="belongs to a run with another versions "):
         compress(dense_folder, stopped, text_file)
 

@@ -189,7 +189,7 @@ def test_extra_tensor_outside_the_table(folder):
     ("name", "dtype", "rule"),
     [
         (f"{UP}.weight", torch.uint8, "torch.int8, the file has U8"),
-        (f"{UP}.scale", torch.float32, "torch.float16, the file has F32"),
+        (f"{UP}.scale", torch.float32, "torch.uint8, the file has F32"),
         (f"{UP}.zero", torch.int32, "torch.uint8, the file has I32"),
         ("model.embed_tokens.scale", torch.bfloat16, "torch.float16, the file has BF16"),
     ],

@@ -291,7 +291,7 @@ def test_dtype_override_keeps_the_packed_state(saved):
     model = load(transformers.AutoModelForCausalLM, folder, dtype=torch.bfloat16)
     assert model.model.norm.weight.dtype == torch.bfloat16
     layer = model.model.layers[0].mlp.up_proj
-    assert (layer.weight.dtype, layer.scale.dtype) == (torch.int8, torch.float16)
+    assert (layer.weight.dtype, layer.scale.dtype, layer.row_scale.dtype) == (torch.int8, torch.uint8, torch.float16)
     assert logits(model, "llama").dtype == torch.bfloat16
 
 

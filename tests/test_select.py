@@ -3,8 +3,9 @@
 import pytest
 from torch import nn
 
-from hf_compact.errors import NothingMatched
-from hf_compact.select import glob_matches, named_modules, replace_modules, select_names
+from hf_compact import CodebookConfig
+from hf_compact.errors import ConfigError, NothingMatched
+from hf_compact.select import glob_matches, replace_modules, select_names, select_stages
 
 NAMES = ["layers.1.q", "layers.1.k", "layers.11.q", "layers.11.mlp.up", "head"]
 
@@ -81,14 +82,15 @@ def test_no_modules_at_all():
         select_names([])
 
 
-def test_named_modules_gives_aliases():
-    assert [name for name, _ in named_modules(Twice(), nn.Linear)] == ["first", "inner.again", "inner.own"]
-    assert [name for name, _ in named_modules(Twice(), (nn.ModuleDict, nn.Linear))] == [
-        "first",
-        "inner",
-        "inner.again",
-        "inner.own",
-    ]
+def test_stages_share_the_modules_out():
+    stages = [CodebookConfig(include=("*.q",)), CodebookConfig(bits=3, exclude=("*.q",))]
+    assert select_stages(NAMES, stages) == [{"layers.1.q", "layers.11.q"}, {"layers.1.k", "layers.11.mlp.up", "head"}]
+
+
+def test_two_stages_on_one_module_are_refused():
+    stages = [CodebookConfig(), CodebookConfig(bits=3, include=("*.mlp.*",))]
+    with pytest.raises(ConfigError, match=r"recipe.stages\[1\] selects layers.11.mlp.up, which an earlier stage compresses"):
+        select_stages(NAMES, stages)
 
 
 @pytest.mark.parametrize("names", [["first"], ["inner.again"], ["first", "inner.again"]], ids=str)

@@ -1,15 +1,12 @@
 """The model card and the plot of a compressed folder, made from the measured report."""
 
+from dataclasses import replace
 from pathlib import Path
 
-import matplotlib
 from huggingface_hub import ModelCard, ModelCardData
+from matplotlib.figure import Figure
 
 from ..report import Report, format_bytes
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 
 _USE = """```python
 import hf_compact  # registers the format with transformers
@@ -29,8 +26,7 @@ def model_card(report: Report) -> str:
         library_name="transformers",
         tags=["hf_compact", "compressed", *sorted({layer.method for layer in report.layers})],
     )
-    auto = "AutoModelForCausalLM" if (report.verification or {}).get("perplexity") is not None else "AutoModel"
-    name = Path(report.model).name
+    name = (Path(report.model).resolve() if is_local else Path(report.model)).name
     state = (
         "The folder was reloaded in a fresh process, which gave the same logits, before this card was written."
         if report.is_verified
@@ -42,9 +38,9 @@ def model_card(report: Report) -> str:
         f"# {name}, compressed",
         state,
         "## Measured",
-        report.to_markdown().replace(report.model, name),
+        replace(report, model=name).to_markdown(),
         "## Use",
-        _USE.format(auto=auto),
+        _USE.format(auto=report.auto_class),
         "## Layers with the largest error",
         "| layer | bits per weight | relative output error |\n|---|---|---|\n"
         + "\n".join(f"| {layer.name} | {layer.bits_per_weight:.2f} | {layer.relative_error:.2e} |" for layer in worst),
@@ -63,7 +59,8 @@ def model_card(report: Report) -> str:
 
 def plot_layers(report: Report, path: Path) -> None:
     """A PNG: relative error and bytes of every compressed module, in the order of the model."""
-    figure, (errors, sizes) = plt.subplots(2, 1, sharex=True, figsize=(10, 6), layout="constrained")
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    errors, sizes = figure.subplots(2, 1, sharex=True)
     roles = list(dict.fromkeys(layer.role for layer in report.layers))
     for role in roles:
         points = [(i, layer) for i, layer in enumerate(report.layers) if layer.role == role]
@@ -79,4 +76,3 @@ def plot_layers(report: Report, path: Path) -> None:
     total = "" if report.file_bytes is None else f", {format_bytes(report.file_bytes)} on disk"
     errors.set_title(f"{Path(report.model).name}: {report.body_bits_per_weight:.2f} bits per block weight{total}")
     figure.savefig(path, dpi=120)
-    plt.close(figure)

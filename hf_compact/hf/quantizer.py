@@ -21,12 +21,12 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..arch import as_linear, describe
-from ..capture import Method
+from ..capture import Method, compress_outside_
 from ..checkpoint import DTYPES, FORMAT_VERSION, QUANT_METHOD, TensorSource, rebuild_, share_buffers_
 from ..config import MethodConfig, Recipe
 from ..errors import ConfigError, FormatError
 from ..methods import LAYERS, METHODS
-from ..select import select_names
+from ..select import select_stages
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class CompactConfig(QuantizationConfigMixin):
 
     >>> config = CompactConfig(stages=[{"method": "codebook", "bits": 4, "rounding": "nearest"}])
     >>> config.stages[0]["group_size"]
-    64
+    32
     """
 
     def __init__(
@@ -106,31 +106,24 @@ class CompactQuantizer(HfQuantizer):
     def _prepare_quantization(self, model: PreTrainedModel) -> None:
         """Put empty compressed modules into a skeleton and remember which dense weights fill them."""
         arch = describe(model)
-        table: dict[str, dict[str, Any]] = {}
-        for stage in Recipe.from_dict({"stages": self.quantization_config.stages}).stages:
-            method = METHODS[stage.method]
+        stages = [
+            (METHODS[stage.method], stage) for stage in Recipe.from_dict({"stages": self.quantization_config.stages}).stages
+        ]
+        for _, stage in stages:
             if stage.needs_calibration:
                 raise ConfigError(
                     f"{stage.method} with these settings needs calibration, which loading has not: "
                     "set rounding to nearest, or use hf-compact compress"
                 )
-            names = select_names(arch.roles, stage.include, stage.exclude)
-            outer = [name for name in (arch.embedding, arch.head) if name]
-            for name in [*names, *outer]:
+        made, table = compress_outside_(model, arch, stages, LAYERS, solve=False)
+        self.pending |= {f"{name}.weight": _Pending(part.method, part.config, part.old, True) for name, part in made.items()}
+        for (method, stage), names in zip(stages, select_stages(arch.roles, [stage for _, stage in stages]), strict=True):
+            for name in (name for name in arch.roles if name in names):
                 old = model.get_submodule(name)
-                make = method.compress_embedding if name in outer else None
-                new = make(old, stage, solve=False) if make else method.compress_linear(as_linear(old), None, stage, solve=False)
-                if new is None:
-                    continue
+                new = method.compress_linear(as_linear(old), None, stage, solve=False)
                 table[name] = method.table_entry(new)
                 model.set_submodule(name, new)
-                self.pending[f"{name}.weight"] = _Pending(method, stage, old, name in outer)
-            if arch.embedding in table:
-                for other in arch.tied:
-                    linear = isinstance(model.get_submodule(other), nn.Linear)
-                    layer = method.tied_layer if linear else table[arch.embedding]["layer"]
-                    table[other] = {**table[arch.embedding], "layer": layer, "tied_to": arch.embedding}
-                    rebuild_(model, {other: table[other]}, LAYERS)
+                self.pending[f"{name}.weight"] = _Pending(method, stage, old, False)
         self.quantization_config.modules = table
         forget_ties_(model, table)
 
@@ -155,7 +148,7 @@ class CompactQuantizer(HfQuantizer):
         dtype = dtype or model.dtype
         with torch.device("meta"):
             skeleton = type(model)(model.config)
-        for name in self.quantization_config.modules:
+        for name in names_in(model, self.quantization_config.modules):
             module = model.get_submodule(name)
             dense = module.dense_module(dtype)
             original = skeleton.get_submodule(name)

@@ -29,6 +29,7 @@ ROWS = [
 def test_every_claim_of_good_rows_holds():
     bars = spine.quality_bars(ROWS, ["wiki", "c4"])
     assert len(bars) == 2 * 3 + 4
+    assert {bar["commit"] for bar in bars} == {"c0ffee"}
     assert all(bar["held"] for bar in bars), [bar for bar in bars if not bar["held"]]
 
 

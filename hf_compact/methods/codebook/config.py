@@ -9,7 +9,7 @@ from ...errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class CodebookConfig(MethodConfig):
-    """Quantize block Linears to `bits` per weight, and the token embedding with its tied head beside them.
+    """Quantize block Linears to `bits` per weight, and the token embedding and the output head beside them.
 
     >>> CodebookConfig(bits=5)
     Traceback (most recent call last):
@@ -22,9 +22,9 @@ class CodebookConfig(MethodConfig):
     """Bits of a code."""
     grid: Literal["uniform", "nf4", "learned"] = "uniform"
     """Where the levels come from: equal steps, NormalFloat-4, or Lloyd's algorithm on the weights."""
-    group_size: int | None = 64
+    group_size: int | None = 32
     """Inputs that share a scale; null is one scale per row. The last group of a row may be shorter."""
-    scale_bits: int | None = None
+    scale_bits: int | None = 5
     """Bits of a group's scale, in [2, 8], as a multiple of one step per row; null keeps float16."""
     symmetric: bool = False
     """Uniform grid only: levels around zero, without a stored offset."""
@@ -32,7 +32,7 @@ class CodebookConfig(MethodConfig):
     """Learned grid only: rows that share a table of levels."""
     rounding: Literal["gptq", "nearest"] = "gptq"
     """Error feedback through the gram matrix of the inputs, or plain nearest, which needs no calibration."""
-    damp: float = 0.01
+    damp: float = 0.05
     """GPTQ only: ridge as a fraction of the mean diagonal of the gram matrix."""
     act_order: bool = True
     """GPTQ only: round the inputs with the largest second moment first, with static groups."""
@@ -41,7 +41,7 @@ class CodebookConfig(MethodConfig):
     refit_rounds: int = 2
     """GPTQ only: rounds of closed-form refit of scales and codebooks, each followed by a sweep over the codes."""
     embedding_bits: Literal[4, 8] | None = 8
-    """Bits of the token embedding (and of a head tied to it); null leaves it in the model's dtype."""
+    """Bits of the token embedding and of the output head, tied or not, without calibration; null leaves both as they are."""
     embedding_group_size: int | None = None
     """Embedding columns that share a scale; null is one per row."""
 

@@ -34,7 +34,7 @@ class Quantized(NamedTuple):
     zero: Tensor | None
     """`[out, G]` integer offset in units of the levels, or None for a grid without offset."""
     levels: Tensor
-    """`[tables, 2**bits]` ascending; row `r` uses table `r // rows_per_codebook`."""
+    """`[tables, 2**bits]` ascending; row `r` uses table `r // ceil(out / tables)`."""
 
 
 def num_groups(in_features: int, group_size: int | None) -> int:
@@ -341,6 +341,10 @@ def refit_scale(
         `[out, G]`, rounded to what storage keeps.
     """
     groups = scale.shape[1]
+    rows = max(1, 2**25 // groups**2)  # at most 256 MB of normal equations at a time; rows do not depend on each other
+    if len(weight) > rows:
+        parts = zip(weight.split(rows), unit.split(rows), scale.split(rows), strict=True)
+        return torch.cat([refit_scale(w, u, s, group_size, gram, scale_bits) for w, u, s in parts])
     size = weight.shape[1] if group_size is None else group_size
     padding = groups * size - weight.shape[1]
 
