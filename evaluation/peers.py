@@ -26,7 +26,7 @@ from hf_compact.scoring import perplexity
 
 
 def bitsandbytes_nf4(model: nn.Module, names: list[str]) -> int:
-    """NF4 in blocks of 64 with double quantization."""
+    """NF4 in blocks of 64 with float32 scales, the larger and better of its two forms."""
     import bitsandbytes as bnb
 
     total = 0
@@ -38,9 +38,9 @@ def bitsandbytes_nf4(model: nn.Module, names: list[str]) -> int:
             bias=False,
             compute_dtype=torch.bfloat16,
             quant_type="nf4",
-            compress_statistics=True,
+            compress_statistics=False,
         )
-        new.weight = bnb.nn.Params4bit(old.weight.data.clone(), requires_grad=False, quant_type="nf4", compress_statistics=True)
+        new.weight = bnb.nn.Params4bit(old.weight.data.clone(), requires_grad=False, quant_type="nf4", compress_statistics=False)
         new = new.to("cpu")
         new.weight._quantize("cpu") if new.weight.quant_state is None else None
         state = new.weight.quant_state
@@ -106,7 +106,7 @@ PEERS: dict[str, Callable[[nn.Module, list[str]], int] | None] = {
     "dense bf16": None,
     "nearest, 4 bit g64 (control)": round_to_nearest(4),
     "nearest, 3 bit g64 (control)": round_to_nearest(3),
-    "bitsandbytes nf4 g64, double quantized": bitsandbytes_nf4,
+    "bitsandbytes nf4 g64": bitsandbytes_nf4,
     "HQQ 4 bit g64": hqq(4, 64),
     "HQQ 3 bit g64": hqq(3, 64),
     "optimum-quanto qint4": quanto_qint4,

@@ -11,16 +11,17 @@ def row(label: str, bits: float, wiki: float, second: float) -> dict:
         "body_bits_per_weight": bits,
         "file_bytes": None,
         "seconds": 1.0,
+        "commit": "c0ffee",
         "scores": {"wiki": wiki, "c4": second},
     }
 
 
 ROWS = [
     row("dense bf16", 16.0, 20.0, 30.0),
-    row("bitsandbytes nf4 g64, double quantized", 4.13, 23.0, 35.0),
+    row("bitsandbytes nf4 g64", 4.5, 23.0, 35.0),
     row("HQQ 4 bit g64", 4.5, 23.0, 35.0),
     row("HQQ 3 bit g64", 3.7, 90.0, 95.0),
-    row("optimum-quanto qint4", 4.3, 24.0, 36.0),
+    row("optimum-quanto qint4", 4.32, 24.0, 36.0),
     row("somewhere/codebook-4bit", 4.31, 21.0, 32.0),
     row("somewhere/codebook-3bit", 3.28, 27.0, 46.0),
 ]
@@ -36,13 +37,14 @@ def test_every_claim_of_good_rows_holds():
 @pytest.mark.parametrize(
     ("label", "change"),
     [
-        ("somewhere/codebook-4bit", {"body_bits_per_weight": 4.4}),
+        ("somewhere/codebook-3bit", {"body_bits_per_weight": 3.4}),
         ("somewhere/codebook-4bit", {"scores": {"wiki": 21.9, "c4": 32.0}}),
         ("somewhere/codebook-3bit", {"scores": {"wiki": 27.0, "c4": 50.0}}),
         ("HQQ 3 bit g64", {"scores": {"wiki": 26.0, "c4": 95.0}}),
         ("HQQ 4 bit g64", {"skipped": "does not run here"}),
+        ("HQQ 4 bit g64", {"body_bits_per_weight": 4.2}),
     ],
-    ids=["bits", "first text", "second text", "a better peer", "a skipped peer"],
+    ids=["bits", "first text", "second text", "a better peer", "a skipped peer", "a smaller peer"],
 )
 def test_a_missed_claim_is_not_held(label, change):
     rows = copy.deepcopy(ROWS)
