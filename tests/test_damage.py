@@ -72,7 +72,7 @@ def refused(folder: Path, message: str, cls: type = AutoModelForCausalLM) -> Non
 
 
 def test_the_intact_folder_loads(folder):
-    AutoModelForCausalLM.from_pretrained(folder)
+    assert AutoModelForCausalLM.from_pretrained(folder).config.quantization_config.modules
 
 
 # config.json
