@@ -30,7 +30,7 @@ def main() -> int:
         dense = api.open_dense(options.model)
         if dense.source is None:
             dense.model.save_pretrained(folder)
-            dense.tokenizer.save_pretrained(folder)
+            dense.load_tokenizer().save_pretrained(folder)
         else:
             folder = dense.folder
         del dense

@@ -1,7 +1,7 @@
 r"""Every number of the spine and the first codebook slice, in one run that goes on where it was stopped.
 
     python evaluation/spine.py --model MODEL.gguf --encoder MINILM_FOLDER --calibration wiki.valid.raw \
-        --encoder-calibration technical.utf8 --text wiki.test.raw --text c4.utf8 --work runs/spine
+        --encoder-calibration technical.utf8 --encoder-calibration wiki.utf8 --text wiki.test.raw --text c4.utf8 --work runs/spine
 
 Steps leave their JSON in the work folder and are skipped when it is there. The bars and their values go to
 `evaluation/results/01-spine.json` and `.md`.
@@ -37,7 +37,7 @@ def calibration_forward(model: str, text: str) -> dict[str, Any]:
 
     dense = api.open_dense(model)
     recipe = api.as_recipe("configs/recipes/codebook-4bit.yaml")
-    calibration = api.prepare_calibration([text], dense.tokenizer, recipe)
+    calibration = api.prepare_calibration([text], dense.load_tokenizer(), recipe)
     with torch.no_grad():
         dense.model.base_model(**calibration.batches[0], use_cache=False)
         started = time.perf_counter()

@@ -7,6 +7,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ from .errors import CalibrationError, ConfigError, FormatError, OutputError, Uns
 from .hf.card import model_card, plot_layers
 from .hf.quantizer import CompactConfig, attach_, expect_, names_in
 from .methods import LAYERS, METHODS
-from .report import Report, peak_memory_bytes
+from .report import Report, peak_memory_bytes, return_freed_memory
 from .scoring import perplexity
 from .select import select_stages
 from .version import __version__
@@ -65,7 +66,8 @@ class Dense:
 
     name: str
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase | None
+    load_tokenizer: Callable[[], PreTrainedTokenizerBase | None]
+    """Loaded where it is needed: between the calibration text and the finished folder it would only take memory."""
     source: TensorSource | None
     fingerprint: str
     folder: Path | None
@@ -110,7 +112,8 @@ def compress(
     started = time.perf_counter()
     dense = open_dense(model, recipe.dtype)
     arch = describe(dense.model)
-    prepared = prepare_calibration(calibration, tokenizer or dense.tokenizer, recipe)
+    prepared = prepare_calibration(calibration, tokenizer or dense.load_tokenizer(), recipe)
+    return_freed_memory()
     check_inputs(dense.model, prepared)
     if dense.source is None:
         _check_model_finite(dense.model)
@@ -131,7 +134,9 @@ def compress(
     logits = runner.run(progress)
     table = _ordered(runner.table, dense.model)
     config = _final_config(dense.model, table, recipe)
-    report.file_bytes = journal.finish(lambda folder: _write_side_files(folder, dense.model, config, dense.tokenizer, recipe))
+    report.file_bytes = journal.finish(
+        lambda folder: _write_side_files(folder, dense.model, config, dense.load_tokenizer(), recipe)
+    )
     try:
         _verify(output, prepared, logits, report, is_causal_lm(dense.model))
     finally:
@@ -338,7 +343,7 @@ def open_dense(model: str | Path, dtype: str = "auto") -> Dense:
         skeleton.generation_config = GenerationConfig.from_pretrained(folder)
     skeleton.eval()
     fingerprint = hash_files([*TensorSource.in_folder(folder).files, folder / "config.json"])
-    return Dense(name, skeleton, _tokenizer(folder), source, fingerprint, folder)
+    return Dense(name, skeleton, partial(_tokenizer, folder), source, fingerprint, folder)
 
 
 def open_for_scoring(model: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, int]:
@@ -346,7 +351,7 @@ def open_for_scoring(model: str | Path) -> tuple[PreTrainedModel, PreTrainedToke
     name = str(model)
     if name.endswith(".gguf"):
         dense = _open_gguf(Path(name), torch.bfloat16)
-        return dense.model, dense.tokenizer, Path(name).stat().st_size
+        return dense.model, dense.load_tokenizer(), Path(name).stat().st_size
     folder = local_folder(name)
     config = _read_config(folder)
     dtype = torch.bfloat16 if config.dtype in (None, torch.float32) else config.dtype
@@ -623,8 +628,8 @@ def _open_gguf(path: Path, dtype: torch.dtype) -> Dense:
         del model.config.quantization_config
     model.is_quantized = False
     model.config.architectures = config.architectures or [type(model).__name__]
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    return Dense(str(path), model.eval(), tokenizer, None, hash_files([path]), None)
+    load_tokenizer = partial(AutoTokenizer.from_pretrained, path.parent, gguf_file=path.name)
+    return Dense(str(path), model.eval(), load_tokenizer, None, hash_files([path]), None)
 
 
 def _read_config(folder: Path) -> PreTrainedConfig:

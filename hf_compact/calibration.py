@@ -102,7 +102,7 @@ def sample(
     Raises:
         CalibrationError: the text has fewer tokens than one sequence and the held-out part.
     """
-    ids = tokenize(tokenizer, text)
+    ids = torch.cat([tokenize(tokenizer, piece) for piece in _pieces(text)])
     length = config.sequence_length
     held_out = min(2048, len(ids) // 10)
     if len(ids) - held_out <= length or held_out < 2:
@@ -116,6 +116,15 @@ def sample(
     windows = torch.stack([ids[start : start + length] for start in starts])
     batches = tuple({"input_ids": rows} for rows in windows.split(config.batch_size))
     return Calibration(batches, tuple(sources), rest)
+
+
+def _pieces(text: str, size: int = 1 << 16) -> Iterator[str]:
+    """The text cut at line ends: tokenizers take a hundred times the bytes of what they are given at once."""
+    start = 0
+    while start < len(text):
+        stop = text.find("\n", start + size) + 1 or len(text)
+        yield text[start:stop]
+        start = stop
 
 
 def windows(ids: Tensor, length: int, count: int | None) -> Iterator[Tensor]:

@@ -27,12 +27,13 @@ from .checkpoint import Journal, TensorSource, check_finite, rebuild_, share_buf
 from .config import MethodConfig
 from .errors import NumericalError, UnsupportedModel
 from .functional.gram import add_gram_, centered, output_energy
-from .report import LayerReport, Report, peak_memory_bytes
+from .report import LayerReport, Report, peak_memory_bytes, return_freed_memory
 from .select import replace_modules, select_stages
 
 logger = logging.getLogger(__name__)
 
 _PROBE_TOKENS = 64
+_BATCHES_PER_TRIM = 8
 Progress = Callable[[str, int, int], None]
 """Called as `progress(unit, finished units, all units)` before each unit and once at the end."""
 
@@ -256,6 +257,7 @@ class BlockRunner:
                 self.report.notes.append(f"{name} never saw an input that is not zero: rounded to nearest")
             elif moments is not None and linear.bias is not None:
                 moments = centered(gram, total)
+            return_freed_memory()
             new[name] = method.compress_linear(linear, moments, config, solve=owner == distributed.rank())
             distributed.broadcast_(new[name].buffers(), owner)
             if moments is not None and linear.bias is not None:
@@ -393,6 +395,8 @@ class BlockRunner:
 
     def _run_block(self, block: nn.Module, number: int, call: _Call) -> Tensor:
         """One block on one batch; the parts of it that are settled run once and are remembered."""
+        if number % _BATCHES_PER_TRIM == 0:
+            return_freed_memory()
         with _forwards({child: partial(self._remember, child, number) for child in self.settled}):
             output = block(self.hidden[number], *call.args, **call.kwargs)
         return output[0] if isinstance(output, tuple) else output
@@ -487,7 +491,7 @@ def _relative_error(weight: Tensor, module: nn.Module, gram: Tensor | None) -> f
     """Share of the output energy that is lost, row block by row block, so that an embedding needs little memory."""
     lost = total = 0.0
     gram = None if gram is None else gram.to(weight.device)
-    for rows in torch.arange(len(weight), device=weight.device).split(4096):
+    for rows in torch.arange(len(weight), device=weight.device).split(1024):
         dense = weight[rows].float()
         total += output_energy(dense, gram)
         lost += output_energy(dense - module.to_dense(rows=rows), gram)

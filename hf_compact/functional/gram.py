@@ -51,18 +51,20 @@ def centered(gram: Tensor, total: Tensor) -> Tensor:
     return result
 
 
-def inverse_factor(gram: Tensor, damp: float) -> Tensor:
+def inverse_factor(gram: Tensor, damp: float, order: Tensor | None = None) -> Tensor:
     """Upper Cholesky factor `U` of the inverse of a damped gram matrix: `(G + damp * mean(diag G) I)^-1 = U^T U`.
 
-    A matrix that stays indefinite after damping is repaired: the damping grows tenfold until the
+    With the rows and columns of `G` reversed, `G = L L^T` gives `U` as the reversed inverse of `L`: one factorisation
+    and one triangular inverse, and no matrix beside those two. A matrix that stays indefinite after damping is repaired: the damping grows tenfold until the
     factorisation exists. Inputs that never fired (zero diagonal) count as independent with unit moment.
 
     Args:
         gram: `[in, in]` symmetric PSD, sum of x x^T. Not written to.
         damp: ridge as a fraction of the mean diagonal, `>= 0`.
+        order: `[in]` a permutation that `G` is taken in; None leaves it as it is.
 
     Returns:
-        `[in, in]` upper triangular float32.
+        `[in, in]` upper triangular float32, in that order.
 
     Raises:
         ValueError: `gram` holds a value that is not finite, or cannot be repaired.
@@ -73,20 +75,22 @@ def inverse_factor(gram: Tensor, damp: float) -> Tensor:
     """
     if not gram.isfinite().all():
         raise ValueError("the gram matrix of the layer inputs holds values that are not finite")
-    damped = gram.double().clone()
-    diagonal = damped.diagonal()
+    order = (torch.arange(len(gram), device=gram.device) if order is None else order).flip(0)
+    diagonal = gram.diagonal()[order].double()
     diagonal[diagonal == 0] = 1.0
     mean = diagonal.mean().item()
     ridge = damp * mean
     for _ in range(8):
-        diagonal += ridge
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        lower = gram[order[:, None], order].double()
+        lower.diagonal().copy_(diagonal + ridge)
+        failed = torch.linalg.cholesky_ex(lower, out=(lower, torch.empty((), dtype=torch.int32, device=lower.device))).info
         if not failed:
-            inverse = torch.cholesky_inverse(lower)
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not failed:
-                return upper.float()
-        ridge = 9 * ridge if ridge else 1e-8 * mean
+            identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device).T
+            inverse = torch.linalg.solve_triangular(lower, identity, upper=False, out=identity)
+            if inverse.isfinite().all():
+                del lower
+                return inverse.float().flip(0, 1)
+        ridge = 10 * ridge if ridge else 1e-8 * mean
     raise ValueError(f"the gram matrix stays indefinite with a ridge of {ridge / mean:.1e} of its mean diagonal")
 
 

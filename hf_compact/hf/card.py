@@ -4,7 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
-from matplotlib.figure import Figure
 
 from ..report import Report, format_bytes
 
@@ -59,6 +58,8 @@ def model_card(report: Report) -> str:
 
 def plot_layers(report: Report, path: Path) -> None:
     """A PNG: relative error and bytes of every compressed module, in the order of the model."""
+    from matplotlib.figure import Figure  # here, because it takes 25 MB that no other step needs
+
     figure = Figure(figsize=(10, 6), layout="constrained")
     errors, sizes = figure.subplots(2, 1, sharex=True)
     roles = list(dict.fromkeys(layer.role for layer in report.layers))

@@ -25,7 +25,7 @@ from .functional import (
 )
 from .layer import CodebookEmbedding, CodebookLinear
 
-_EMBEDDING_ROWS = 4096  # rows quantized at a time: the float32 copy of a whole embedding would not be small
+_EMBEDDING_ROWS = 1024  # rows quantized at a time: the float32 copy of a whole embedding would not be small
 
 
 def compress_linear(linear: nn.Linear, gram: Tensor | None, config: CodebookConfig, solve: bool = True) -> CodebookLinear:
@@ -75,14 +75,12 @@ def compress_embedding(
         return new
     levels = fixed_levels("uniform", config.embedding_bits, symmetric)
     ones = torch.ones(module.weight.shape[1])
-    parts = []
-    for rows in module.weight.detach().split(_EMBEDDING_ROWS):
-        rows = rows.float().cpu()
-        scale, zero = search_scale(rows, levels, config.embedding_group_size, symmetric, ones, config.shrink_steps)
-        parts.append(_nearest(rows, scale, zero, levels, config.embedding_group_size))
-    zero = torch.cat([part.zero for part in parts]) if not symmetric else None
-    codes, scale = (torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "scale"))
-    return new.load_quantized_(Quantized(codes, scale, zero, levels))
+    for start in range(0, len(module.weight), _EMBEDDING_ROWS):
+        rows = slice(start, start + _EMBEDDING_ROWS)
+        dense = module.weight.detach()[rows].float().cpu()
+        scale, zero = search_scale(dense, levels, config.embedding_group_size, symmetric, ones, config.shrink_steps)
+        new.load_quantized_(_nearest(dense, scale, zero, levels, config.embedding_group_size), rows)
+    return new
 
 
 def quantize(weight: Tensor, gram: Tensor | None, config: CodebookConfig) -> Quantized:
@@ -110,11 +108,12 @@ def quantize(weight: Tensor, gram: Tensor | None, config: CodebookConfig) -> Qua
         return _nearest(weight, scale, zero, levels, size)
     order = gram.diagonal().argsort(descending=True) if config.act_order else torch.arange(len(gram))
     try:
-        factor = inverse_factor(gram[order][:, order], config.damp)
+        factor = inverse_factor(gram, config.damp, order)
     except ValueError as error:
         raise NumericalError(str(error)) from error
     rounder = Rounder(levels, len(weight))
     codes, dense = round_with_feedback(weight, rounder, scale, zero, size, factor, order)
+    del factor  # as large as the gram matrix, and the sweeps need room for a sorted one
     damped = gram.to(torch.float32, copy=True)
     diagonal = damped.diagonal()
     diagonal[diagonal == 0] = 1.0  # an input that never fired, as in `inverse_factor`

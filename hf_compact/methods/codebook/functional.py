@@ -299,7 +299,7 @@ def descend_codes(
     Returns:
         As `round_with_feedback`.
     """
-    gram = gram[order][:, order]
+    gram = gram[order[:, None], order]
     diagonal = gram.diagonal()
     dense = quantized.T[order].contiguous()
     codes = torch.empty_like(dense, dtype=torch.uint8)

@@ -63,17 +63,17 @@ class CodebookModule(nn.Module):
         }
 
     @torch.no_grad()
-    def load_quantized_(self, quantized: Quantized) -> Self:
-        """Pack a solver's result into the buffers."""
-        self.weight.copy_(pack_bits(quantized.codes, self.bits)[:, None].view(torch.int8))
+    def load_quantized_(self, quantized: Quantized, rows: slice = slice(None)) -> Self:
+        """Pack a solver's result into the buffers, or that of the given `rows` into their part of them."""
+        self.weight[rows].copy_(pack_bits(quantized.codes, self.bits)[:, None].view(torch.int8))
         if self.scale_bits is None:
-            self.scale.copy_(quantized.scale)
+            self.scale[rows].copy_(quantized.scale)
         else:
             codes, step = scale_codes(quantized.scale, self.scale_bits)
-            self.scale.copy_(pack_bits(codes.to(torch.uint8), self.scale_bits)[:, None])
-            self.row_scale.copy_(step)
+            self.scale[rows].copy_(pack_bits(codes.to(torch.uint8), self.scale_bits)[:, None])
+            self.row_scale[rows].copy_(step)
         if quantized.zero is not None:
-            self.zero.copy_(pack_bits(quantized.zero.to(torch.uint8), self.bits)[:, None])
+            self.zero[rows].copy_(pack_bits(quantized.zero.to(torch.uint8), self.bits)[:, None])
         if self.grid == "learned":
             self.levels.copy_(quantized.levels)
         return self
