@@ -86,7 +86,7 @@ def steps(options: argparse.Namespace, commit: str) -> dict[str, Any]:
             }
 
         found[recipe] = once(f"compress-{recipe}", compress)
-    memory = [python, str(HERE / "memory.py"), options.model, "--recipe", "configs/recipes/codebook-4bit.yaml"]
+    memory = [options.memory_python, str(HERE / "memory.py"), options.model, "--recipe", "configs/recipes/codebook-4bit.yaml"]
     memory += ["--text", options.calibration, "--output", str(work / "memory-result.json")]
     found["memory"] = once(
         "memory", lambda: run(memory, work / "memory.log") and json.loads((work / "memory-result.json").read_text())
@@ -194,6 +194,10 @@ def main() -> int:
     parser.add_argument("--calibration", required=True, help="calibration text")
     parser.add_argument("--encoder-calibration", action="append", default=[], help="more calibration text for the encoder")
     parser.add_argument("--text", action="append", required=True, help="two texts to score")
+    parser.add_argument(
+        "--memory-python", default=sys.executable,
+        help="interpreter of an environment without the peers: transformers imports hqq where it finds it, which takes 70 MB",
+    )  # fmt: skip
     parser.add_argument("--work", type=Path, default=Path("runs/spine"))
     options = parser.parse_args()
     if len(options.text) != 2:
