@@ -29,7 +29,7 @@ from transformers import (
 from . import distributed, verify
 from .arch import Architecture, dense_shape, describe
 from .calibration import Calibration, builtin_text, from_batches, read_texts, sample, tokenize
-from .capture import BlockRunner, Progress, compress_outside_, probe_inputs
+from .capture import BlockRunner, Progress, compress_outside_, probe_inputs, stored_bytes
 from .checkpoint import (
     FORMAT_VERSION,
     QUANT_METHOD,
@@ -110,7 +110,7 @@ def compress(
     output = Path(output)
     check_output_or_resume(output)
     started = time.perf_counter()
-    dense = open_dense(model, recipe.dtype)
+    dense = open_dense(model, recipe.dtype, is_whole=any(stage.needs_whole_model for stage in recipe.stages))
     arch = describe(dense.model)
     prepared = prepare_calibration(calibration, tokenizer or dense.load_tokenizer(), recipe)
     return_freed_memory()
@@ -154,10 +154,11 @@ def plan(model: str | Path, recipe: Recipe | Mapping[str, Any] | str | Path, see
     """
     recipe = as_recipe(recipe, seed)
     dense = open_dense(model, recipe.dtype)
+    is_whole = any(stage.needs_whole_model for stage in recipe.stages)
     arch = describe(dense.model)
     width = dense.model.dtype.itemsize
     num_parameters = count_parameters(dense.model)
-    memory, minutes = peak_memory_estimate(dense, arch, recipe), minutes_estimate(dense.model, arch, recipe)
+    memory, minutes = peak_memory_estimate(dense, arch, recipe, is_whole), minutes_estimate(dense.model, arch, recipe)
     stages = [(METHODS[stage.method], stage) for stage in recipe.stages]
     chosen = select_stages(arch.roles, recipe.stages)
     parameters = [name for name, _ in dense.model.named_parameters()]
@@ -172,7 +173,7 @@ def plan(model: str | Path, recipe: Recipe | Mapping[str, Any] | str | Path, see
                 "shape": list(dense_shape(old)),
                 "method": method,
                 "dense_bytes": old.weight.numel() * width,
-                "compressed_bytes": sum(buffer.nbytes for buffer in new.buffers()),
+                "compressed_bytes": stored_bytes(new),
             }
         )
 
@@ -197,7 +198,7 @@ def plan(model: str | Path, recipe: Recipe | Mapping[str, Any] | str | Path, see
         "model": dense.name,
         "family": arch.family,
         "is_known_family": arch.is_known,
-        "is_streamed": dense.source is not None,
+        "is_streamed": dense.source is not None and not is_whole,
         "recipe": recipe.to_dict(),
         "layers": layers,
         "skipped": skipped,
@@ -311,8 +312,8 @@ def as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path, seed: int | None 
     return recipe if seed is None else Recipe.from_dict({**recipe.to_dict(), "seed": seed})
 
 
-def open_dense(model: str | Path, dtype: str = "auto") -> Dense:
-    """Open a dense model by Hub id, folder or `.gguf` file.
+def open_dense(model: str | Path, dtype: str = "auto", is_whole: bool = False) -> Dense:
+    """Open a dense model by Hub id, folder or `.gguf` file; with `is_whole` all of it is in memory.
 
     Raises:
         UnsupportedModel: it is compressed already, or its class is not in transformers.
@@ -339,6 +340,8 @@ def open_dense(model: str | Path, dtype: str = "auto") -> Dense:
         skeleton, source = verify.load_model(folder, dtype=chosen), None
     else:
         source.check_fits(skeleton)
+        if is_whole:
+            skeleton, source = verify.load_model(folder, dtype=chosen), None
     if skeleton.can_generate() and (folder / "generation_config.json").exists():
         skeleton.generation_config = GenerationConfig.from_pretrained(folder)
     skeleton.eval()
@@ -472,12 +475,12 @@ def new_report(name: str, model: PreTrainedModel, arch: Architecture, recipe: Re
 # Estimates.
 
 
-def peak_memory_estimate(dense: Dense, arch: Architecture, recipe: Recipe) -> int:
+def peak_memory_estimate(dense: Dense, arch: Architecture, recipe: Recipe, is_whole: bool = False) -> int:
     """Expected peak resident bytes: what stays resident, two dense blocks, the activations, the libraries."""
     width = dense.model.dtype.itemsize
     inside = {block: sum(p.numel() for p in dense.model.get_submodule(block).parameters()) for block in arch.blocks}
     outside = count_parameters(dense.model) - sum(inside.values())
-    resident = 2 * max(inside.values()) if dense.source is not None else sum(inside.values())
+    resident = sum(inside.values()) if is_whole or dense.source is None else 2 * max(inside.values())
     hidden = (
         recipe.calibration.num_sequences * recipe.calibration.sequence_length * dense.model.config.get_text_config().hidden_size
     )

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,16 @@ Progress = Callable[[str, int, int], None]
 """Called as `progress(unit, finished units, all units)` before each unit and once at the end."""
 
 
+class Guide(Protocol):
+    """What a method has found out about the dense model."""
+
+    def tokens(self, names: Sequence[str], number: int) -> Tensor:
+        """Weights `[batch, length]` of the tokens of a batch in the gram matrix of Linears that share their inputs."""
+
+    def share(self, name: str, finished: Sequence[LayerReport]) -> Any:
+        """What `compress_linear` gets as `guide`, given the layers that are finished."""
+
+
 @dataclass(frozen=True)
 class Method:
     """What a slice gives to the runner."""
@@ -53,6 +63,11 @@ class Method:
     """`(embedding or head, config, solve=True) -> module`, or None to leave it."""
     tied_layer: str
     """Name in `layers` of the Linear that shares the tensors of a compressed embedding."""
+    prepare: Callable[..., Guide | None] | None = None
+    """`(model, arch, names, batches, config) -> guide`, run on the dense model before anything is compressed."""
+    is_dealt: bool = True
+    """Whether the ranks deal the Linears out and send each other the results, whose sizes they must know beforehand;
+    otherwise each solves all of them."""
 
     def table_entry(self, module: nn.Module) -> dict[str, Any]:
         """The modules-table entry of a module that this method made."""
@@ -107,6 +122,7 @@ class BlockRunner:
         # this it would run for each group of inputs that comes after it.
         self.settled: dict[nn.Module, dict[int, Any]] = {}
         self.resident: set[int] = set()
+        self.guides: list[Guide | None] = [None] * len(self.stages)
         self.num_resumed = 0 if journal is None else len(journal.entries)
 
     @torch.no_grad()
@@ -126,6 +142,11 @@ class BlockRunner:
         units = ["embeddings", *self.arch.blocks]
         with _without_cache(self.model):
             progress(units[0], 0, len(units))
+            for position, (method, config) in enumerate(self.stages):
+                if method.prepare is not None:
+                    names = [name for name in self.arch.roles if name in self.targets[position]]
+                    self.guides[position] = method.prepare(self.model, self.arch, names, self.batches[:-1], config)
+                    return_freed_memory()
             self._prepare(0, self._outside_blocks())
             self._compress(0, units[0], self._compress_outside)
             for stack in self.arch.stacks:
@@ -223,7 +244,7 @@ class BlockRunner:
     def _compress_block(self, block: str, calls: list[_Call]) -> dict[str, LayerReport | None]:
         found: dict[str, LayerReport | None] = {}
         module = self.model.get_submodule(block)
-        for (method, config), targets in zip(self.stages, self.targets, strict=True):
+        for (method, config), targets, guide in zip(self.stages, self.targets, self.guides, strict=True):
             names = [name for name in self.arch.targets(block) if name in targets]
             if not names:
                 continue
@@ -231,8 +252,8 @@ class BlockRunner:
                 check_finite(name + ".weight", self.model.get_submodule(name).weight)
             self.settled = {}
             for group in self._input_groups(module, names, calls) if config.needs_calibration else [names]:
-                gram, total = self._moments(block, group[0], calls) if config.needs_calibration else (None, None)
-                found |= self._compress_group(group, gram, total, method, config)
+                gram, total = self._moments(block, group, calls, guide) if config.needs_calibration else (None, None)
+                found |= self._compress_group(group, gram, total, method, config, guide)
                 for part, child in module.named_children():
                     inside = [name for name in names if name.startswith(f"{block}.{part}.")]
                     if inside and all(name in found for name in inside):
@@ -240,7 +261,13 @@ class BlockRunner:
         return found
 
     def _compress_group(
-        self, names: list[str], gram: Tensor | None, total: Tensor | None, method: Method, config: MethodConfig
+        self,
+        names: list[str],
+        gram: Tensor | None,
+        total: Tensor | None,
+        method: Method,
+        config: MethodConfig,
+        guide: Guide | None,
     ) -> dict[str, LayerReport | None]:
         """Compress Linears that share one input; the ranks deal them out by cost and exchange the results.
 
@@ -258,8 +285,11 @@ class BlockRunner:
             elif moments is not None and linear.bias is not None:
                 moments = centered(gram, total)
             return_freed_memory()
-            new[name] = method.compress_linear(linear, moments, config, solve=owner == distributed.rank())
-            distributed.broadcast_(new[name].buffers(), owner)
+            is_mine = owner == distributed.rank() or not method.is_dealt
+            hints = {} if guide is None else {"guide": guide.share(name, self.report.layers)}
+            new[name] = method.compress_linear(linear, moments, config, solve=is_mine, **hints)
+            if method.is_dealt:
+                distributed.broadcast_(new[name].buffers(), owner)
             if moments is not None and linear.bias is not None:
                 mean = (total[:-1] / total[-1]).to(linear.weight.device, torch.float32)
                 new[name].bias.data += ((linear.weight.float() - new[name].to_dense()) @ mean).to(linear.bias.dtype)
@@ -278,7 +308,7 @@ class BlockRunner:
             role=role,
             method=config.method,
             num_weights=old.weight.numel(),
-            compressed_bytes=sum(buffer.nbytes for buffer in new.buffers()),
+            compressed_bytes=stored_bytes(new),
             relative_error=_relative_error(old.weight, new, gram),
             seconds=seconds,
         )
@@ -353,30 +383,39 @@ class BlockRunner:
         seen = {name for group in groups.values() for name in group}
         return [*groups.values(), *([name] for name in names if name not in seen)]
 
-    def _moments(self, block: str, name: str, calls: list[_Call]) -> tuple[Tensor, Tensor]:
-        """Moments of a target's inputs over all calibration batches (and ranks), padding left out.
+    def _moments(self, block: str, names: list[str], calls: list[_Call], guide: Guide | None) -> tuple[Tensor, Tensor]:
+        """Moments of the inputs of targets that share them, over all calibration batches (and ranks), padding left out.
+
+        A guide weights the tokens; the weights then stand for the number of inputs.
 
         Returns:
             `(gram [in, in], total [in + 1])` float64: sum of x x^T, sum of x with the number of inputs behind it.
         """
+        name = names[0]
         target = self.model.get_submodule(name)
         size = dense_shape(target)[1]
         gram = torch.zeros(size, size, dtype=torch.float64, device=self.hidden[0].device)
         total = torch.zeros(size + 1, dtype=torch.float64, device=gram.device)
         mask: Tensor | None = None
+        weights: Tensor | None = None
 
         def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0]
-            x = (x[mask.bool()] if mask is not None and mask.shape == x.shape[:2] else x).flatten(0, -2)
+            kept = mask.bool() if mask is not None and mask.shape == x.shape[:2] else slice(None)
+            weight = 1.0
+            if weights is not None and weights.shape == x.shape[:2]:
+                weight = weights[kept].to(x.device).flatten()[:, None].sqrt()
+            x = x[kept].flatten(0, -2).float() * weight
             add_gram_(gram, x)
-            total[:-1] += x.sum(0, dtype=torch.float32)
-            total[-1] += len(x)
+            total[:-1] += (x * weight).sum(0)
+            total[-1] += len(x) if isinstance(weight, float) else weight.square().sum()
             raise _StopForward
 
         handle = target.register_forward_pre_hook(note)
         try:
             for number, batch in enumerate(self.batches[:-1]):
                 mask = batch.get(self._mask_name(block, name))
+                weights = None if guide is None else guide.tokens(names, number)
                 with suppress(_StopForward):
                     self._run_block(self.model.get_submodule(block), number, calls[number])
         finally:
@@ -485,6 +524,12 @@ def assign_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         old = model.get_parameter_or_buffer(name)
         tensor = tensor.to(old.dtype)
         setattr(module, leaf, nn.Parameter(tensor, requires_grad=False) if isinstance(old, nn.Parameter) else tensor)
+
+
+def stored_bytes(module: nn.Module) -> int:
+    """Bytes of a compressed module in a file, its bias left out."""
+    kept = ((name, buffer) for name, buffer in module.named_buffers() if name not in module._non_persistent_buffers_set)
+    return sum(buffer.nbytes for _, buffer in kept)
 
 
 def _relative_error(weight: Tensor, module: nn.Module, gram: Tensor | None) -> float:

@@ -38,6 +38,11 @@ class MethodConfig:
         """Whether the method reads gram matrices of the inputs."""
         return True
 
+    @property
+    def needs_whole_model(self) -> bool:
+        """Whether the dense model has to be in memory as a whole before the first block is compressed."""
+        return False
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, every default included, the method's name first."""
         return {"method": self.method, **_plain(self)}

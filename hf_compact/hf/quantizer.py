@@ -25,6 +25,7 @@ from ..capture import Method, compress_outside_
 from ..checkpoint import DTYPES, FORMAT_VERSION, QUANT_METHOD, TensorSource, rebuild_, share_buffers_
 from ..config import MethodConfig, Recipe
 from ..errors import ConfigError, FormatError
+from ..functional.stored import CodedModule
 from ..methods import LAYERS, METHODS
 from ..select import select_stages
 
@@ -140,7 +141,12 @@ class CompactQuantizer(HfQuantizer):
             if not pending.is_solved:  # transformers warns and goes on with random numbers
                 raise FormatError(f"{name} is missing from the files of the model")
         self.pending.clear()
-        for name, spec in names_in(model, self.quantization_config.modules).items():
+        specs = names_in(model, self.quantization_config.modules)
+        for name, spec in specs.items():
+            module = model.get_submodule(name)
+            if "tied_to" not in spec and isinstance(module, CodedModule):
+                module.decode_()
+        for name, spec in specs.items():
             if "tied_to" in spec:
                 share_buffers_(model.get_submodule(name), model.get_submodule(spec["tied_to"]))
 

@@ -1,9 +1,10 @@
 """Every method by its name in a recipe. Adding one is a folder and one line here."""
 
 from ..capture import Method
-from . import codebook
+from . import codebook, entropy
 
 METHODS: dict[str, Method] = {
     "codebook": codebook.METHOD,
+    "entropy": entropy.METHOD,
 }
 LAYERS = {name: cls for method in METHODS.values() for name, cls in method.layers.items()}

@@ -11,14 +11,13 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ...errors import UnsupportedModel
 from ...functional.packing import pack_bits, packed_row_bytes, unpack_bits
+from ...functional.stored import StoredEmbedding, StoredLinear, StoredModule
 from .functional import Quantized, dequantize, fixed_levels, num_groups, scale_codes
 
 
-class CodebookModule(nn.Module):
+class CodebookModule(StoredModule):
     """State and accounting that the Linear and the Embedding share.
 
     Buffers: `weight [out, 1, row bytes]` int8, the packed codes; `scale [out, G]` float16, or packed codes
@@ -99,19 +98,8 @@ class CodebookModule(nn.Module):
             levels = fixed_levels(self.grid, self.bits, self.symmetric).to(codes.device)
         return dequantize(Quantized(codes, scale.to(dtype), zero, levels), self.group_size, self.grid == "uniform")
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """Move to a device but keep every stored dtype: a cast sees bytes, which no float cast touches."""
-        buffers, self._buffers = self._buffers, {}
-        super()._apply(fn, recurse)
-        self._buffers = {name: fn(buffer.view(torch.uint8)).view(buffer.dtype) for name, buffer in buffers.items()}
-        return self
 
-    def extra_repr(self) -> str:
-        """Shape and settings, for `print(model)`."""
-        return f"{self.in_features}, {self.out_features}, " + ", ".join(f"{k}={v}" for k, v in self.spec().items())
-
-
-class CodebookLinear(CodebookModule):
+class CodebookLinear(CodebookModule, StoredLinear):
     """`y = x W^T + b` with `W` dequantized on the fly.
 
     >>> layer = CodebookLinear.empty_like(nn.Linear(8, 4), bits=4, grid="nf4", group_size=None, symmetric=False)
@@ -132,29 +120,8 @@ class CodebookLinear(CodebookModule):
             out_features, in_features, bias=linear.bias, num_codebooks=num_codebooks, device=linear.weight.device, **settings
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `[..., in]` to `[..., out]` in the dtype of `x`, or autocast's.
 
-        Raises:
-            UnsupportedModel: the model has cast `x` to the dtype of the packed bytes.
-        """
-        if not x.is_floating_point():
-            raise UnsupportedModel(f"the input of a compressed layer must be floating point, got {x.dtype}: exclude the layer")
-        device = x.device.type
-        is_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # meta has none
-        dtype = torch.get_autocast_dtype(device) if is_autocast else x.dtype
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return F.linear(x.to(dtype), self.to_dense(dtype), bias)
-
-    def dense_module(self, dtype: torch.dtype) -> nn.Linear:
-        """An ordinary Linear with the same values."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(self.to_dense(dtype), requires_grad=False)
-        linear.bias = self.bias
-        return linear
-
-
-class CodebookEmbedding(CodebookModule):
+class CodebookEmbedding(CodebookModule, StoredEmbedding):
     """Row lookup in a quantized table; only the rows that are asked for are dequantized."""
 
     def __init__(self, out_features: int, in_features: int, *, factor: float, dtype: torch.dtype, **settings: Any) -> None:
@@ -170,17 +137,3 @@ class CodebookEmbedding(CodebookModule):
             rows, columns, factor=getattr(embedding, "scalar_embed_scale", 1.0), dtype=embedding.weight.dtype,
             num_codebooks=num_codebooks, device=embedding.weight.device, **settings,
         )  # fmt: skip
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Rows `[..., in]` of the ids `[...]`."""
-        rows = self.to_dense(self.dtype, rows=ids.flatten()).reshape(*ids.shape, self.in_features)
-        return rows if self.factor == 1 else rows * torch.tensor(self.factor, dtype=self.dtype)
-
-    def dense_module(self, dtype: torch.dtype) -> nn.Embedding:
-        """An ordinary Embedding with the same values; only for a table without a factor."""
-        return nn.Embedding.from_pretrained(self.to_dense(dtype), freeze=True)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """As in the base; a cast changes the dtype of the returned rows."""
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
-        return super()._apply(fn, recurse)

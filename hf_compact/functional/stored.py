@@ -1,0 +1,98 @@
+"""The base of modules that hold a compressed matrix in buffers and compute with its dense form."""
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import UnsupportedModel
+
+
+class StoredModule(nn.Module):
+    """A matrix `[out, in]` in buffers of their own dtypes, which no cast of the model changes."""
+
+    out_features: int
+    in_features: int
+
+    def to_dense(self, dtype: torch.dtype = torch.float32, rows: Tensor | None = None) -> Tensor:
+        """The matrix `[out, in]`, or only the given `rows`; computed in `dtype`."""
+        raise NotImplementedError
+
+    def spec(self) -> dict[str, Any]:
+        """The settings that rebuild the empty module, as stored in the modules table."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Move to a device but keep every stored dtype: a cast sees bytes, which no float cast touches."""
+        buffers, self._buffers = self._buffers, {}
+        super()._apply(fn, recurse)
+        stored = {name: buffer for name, buffer in buffers.items() if buffer is not None}
+        self._buffers = {name: fn(buffer.view(torch.uint8)).view(buffer.dtype) for name, buffer in stored.items()}
+        return self
+
+    def extra_repr(self) -> str:
+        """Shape and settings, for `print(model)`."""
+        return f"{self.in_features}, {self.out_features}, " + ", ".join(f"{k}={v}" for k, v in self.spec().items())
+
+
+class CodedModule(StoredModule):
+    """A matrix that is decoded once before it is used."""
+
+    def decode_(self) -> None:
+        """Decode what is in memory, unless that is done.
+
+        Raises:
+            FormatError: it is damaged.
+        """
+        raise NotImplementedError
+
+
+class StoredLinear(StoredModule):
+    """`y = x W^T + b` with `W` made dense on the fly."""
+
+    bias: nn.Parameter | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[..., in]` to `[..., out]` in the dtype of `x`, or autocast's.
+
+        Raises:
+            UnsupportedModel: the model has cast `x` to the dtype of the packed bytes.
+        """
+        if not x.is_floating_point():
+            raise UnsupportedModel(f"the input of a compressed layer must be floating point, got {x.dtype}: exclude the layer")
+        device = x.device.type
+        is_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # meta has none
+        dtype = torch.get_autocast_dtype(device) if is_autocast else x.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return F.linear(x.to(dtype), self.to_dense(dtype), bias)
+
+    def dense_module(self, dtype: torch.dtype) -> nn.Linear:
+        """An ordinary Linear with the same values."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(self.to_dense(dtype), requires_grad=False)
+        linear.register_parameter("bias", self.bias)
+        return linear
+
+
+class StoredEmbedding(StoredModule):
+    """Row lookup in a compressed table; only the rows that are asked for are made dense."""
+
+    factor: float
+    """Returned rows are multiplied by it."""
+    dtype: torch.dtype
+    """Of the returned rows."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Rows `[..., in]` of the ids `[...]`."""
+        rows = self.to_dense(self.dtype, rows=ids.flatten()).reshape(*ids.shape, self.in_features)
+        return rows if self.factor == 1 else rows * torch.tensor(self.factor, dtype=self.dtype)
+
+    def dense_module(self, dtype: torch.dtype) -> nn.Embedding:
+        """An ordinary Embedding with the same values; only for a table without a factor."""
+        return nn.Embedding.from_pretrained(self.to_dense(dtype), freeze=True)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """As in the base; a cast changes the dtype of the returned rows."""
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=next(self.buffers()).device)).dtype
+        return super()._apply(fn, recurse)

@@ -1,0 +1,51 @@
+"""Settings of entropy-coded quantization."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from ...config import MethodConfig
+from ...errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntropyConfig(MethodConfig):
+    """Any rate, not only whole bits: the step of the grid follows from the bits that are asked for.
+
+    >>> EntropyConfig(bits=2.3).sensitivity
+    'fisher'
+    """
+
+    method: ClassVar[str] = "entropy"
+
+    bits: float = 3.0
+    """Bits per weight inside the blocks, on average over the model and with every scale and table counted."""
+    sensitivity: Literal["fisher", "none"] = "fisher"
+    """How the bits are dealt out. `fisher`: one step for the whole model in the units of its loss, from gradients of
+    the dense model on the calibration set; the model is loaded whole. `none`: every Linear gets the same rate."""
+    row_power: float = 1.0
+    """How far the step of a row follows the sensitivity of its output: 1 is the optimum of a quadratic loss, 0 not at all."""
+    token_power: float = 1.0
+    """How far a token counts in the gram matrices by the size of its gradient; 0 counts all alike."""
+    damp: float = 0.01
+    """Ridge of the gram matrix as a fraction of its mean diagonal."""
+    embedding_bits: float | None = 6.0
+    """Bits per weight of the token embedding and of the output head, tied or not; null leaves both as they are."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.sensitivity not in ("fisher", "none"):
+            raise ConfigError(f"entropy.sensitivity must be one of fisher, none, got {self.sensitivity}")
+        for name in ("bits", "embedding_bits"):
+            value = getattr(self, name)
+            if value is not None and not 0.5 <= value <= 7:
+                raise ConfigError(f"entropy.{name} must be in [0.5, 7], got {value}")
+        for name in ("row_power", "token_power"):
+            if not 0 <= getattr(self, name) <= 2:
+                raise ConfigError(f"entropy.{name} must be in [0, 2], got {getattr(self, name)}")
+        if self.damp < 0:
+            raise ConfigError(f"entropy.damp must be at least 0, got {self.damp}")
+
+    @property
+    def needs_whole_model(self) -> bool:
+        """Gradients pass through all blocks."""
+        return self.sensitivity == "fisher"

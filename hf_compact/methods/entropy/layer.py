@@ -1,0 +1,89 @@
+"""The modules that hold an entropy-coded matrix.
+
+On disk a weight takes what its integers carry. In memory it takes that and, from the first use on, one byte per weight
+more: the stream is decoded once and the integers stay. `weight` is the stream as int8, because T5 and others cast a
+layer's input to the dtype of its weight unless that is int8.
+"""
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from ...functional.coding import decode
+from ...functional.stored import CodedModule, StoredEmbedding, StoredLinear
+from .functional import Integers, column_multiplier
+
+
+class EntropyModule(CodedModule):
+    """State that the Linear and the Embedding share.
+
+    Buffers: `weight [num_bytes]` int8, the coded integers; `row_scale [out]` float16; `column_scale [in]` uint8, see
+    `functional.column_multiplier`; `codes [out, in]` int8, the decoded integers, not saved, empty until they are needed.
+    """
+
+    def __init__(self, out_features: int, in_features: int, num_bytes: int, device: torch.device | str | None = None) -> None:
+        """Allocate zeroed buffers for a matrix `[out_features, in_features]`."""
+        super().__init__()
+        self.out_features, self.in_features, self.num_bytes = out_features, in_features, num_bytes
+        self.register_buffer("weight", torch.zeros(num_bytes, dtype=torch.int8, device=device))
+        self.register_buffer("row_scale", torch.zeros(out_features, dtype=torch.float16, device=device))
+        self.register_buffer("column_scale", torch.zeros(in_features, dtype=torch.uint8, device=device))
+        self.register_buffer("codes", torch.zeros(0, dtype=torch.int8, device=device), persistent=False)
+
+    def spec(self) -> dict[str, Any]:
+        """The settings that rebuild the empty module, as stored in the modules table."""
+        return {"num_bytes": self.num_bytes}
+
+    @torch.no_grad()
+    def load_integers_(self, integers: Integers, stream: Tensor) -> Self:
+        """Take over a solver's result and its coded form."""
+        self.weight.copy_(stream.view(torch.int8))
+        self.row_scale.copy_(integers.row_scale)
+        self.column_scale.copy_(integers.column_scale)
+        self._buffers["codes"] = integers.codes.to(self.weight.device)
+        return self
+
+    def decode_(self) -> None:
+        """Decode the stream into `codes`, unless that is done or the stream is not in memory.
+
+        Raises:
+            FormatError: the stream is damaged.
+        """
+        if not self.codes.numel() and not self.weight.is_meta:
+            self._buffers["codes"] = decode(self.weight.view(torch.uint8)).to(self.weight.device)
+
+    def to_dense(self, dtype: torch.dtype = torch.float32, rows: Tensor | None = None) -> Tensor:
+        """The matrix `[out, in]`, or only the given `rows`; computed in `dtype`."""
+        self.decode_()
+        codes, row_scale = (self.codes, self.row_scale) if rows is None else (self.codes[rows], self.row_scale[rows])
+        columns = column_multiplier(self.column_scale).to(dtype)
+        return (codes.to(dtype) * columns).mul_(row_scale.to(dtype)[:, None])
+
+
+class EntropyLinear(EntropyModule, StoredLinear):
+    """`y = x W^T + b` with `W` from entropy-coded integers.
+
+    >>> EntropyLinear.empty_like(nn.Linear(8, 4), num_bytes=20).weight.shape
+    torch.Size([20])
+    """
+
+    @classmethod
+    def empty_like(cls, linear: nn.Linear, *, num_bytes: int) -> Self:
+        """An empty module of the Linear's shape on its device (also meta); takes over the bias."""
+        out_features, in_features = linear.weight.shape
+        new = cls(out_features, in_features, num_bytes, linear.weight.device)
+        new.register_parameter("bias", linear.bias)
+        return new
+
+
+class EntropyEmbedding(EntropyModule, StoredEmbedding):
+    """Row lookup in an entropy-coded table."""
+
+    @classmethod
+    def empty_like(cls, embedding: nn.Embedding, *, num_bytes: int) -> Self:
+        """An empty module of the Embedding's shape on its device (also meta)."""
+        rows, columns = embedding.weight.shape
+        new = cls(rows, columns, num_bytes, embedding.weight.device)
+        new.factor, new.dtype = getattr(embedding, "scalar_embed_scale", 1.0), embedding.weight.dtype
+        return new
