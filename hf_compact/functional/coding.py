@@ -22,8 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import FormatError
-
 _MAGIC = b"hfc1"
 _HEAD = struct.Struct("<4sIIBBHI")
 _CHUNK = struct.Struct("<II")
@@ -89,11 +87,11 @@ def decode(stream: Tensor) -> Tensor:
         `[rows, columns]` int8.
 
     Raises:
-        FormatError: the stream is cut short or damaged; the message names the chunk.
+        ValueError: the stream is cut short or damaged; the message names the chunk.
     """
     data = stream.cpu().numpy().tobytes()
     if len(data) < _HEAD.size or data[:4] != _MAGIC:
-        raise FormatError(f"entropy-coded weight of {len(data)} bytes does not begin as one")
+        raise ValueError(f"entropy-coded weight of {len(data)} bytes does not begin as one")
     _, num_rows, num_columns, num_tables, _, num_chunks, crc = _HEAD.unpack_from(data)
     plan, start = _read_side(data, num_rows, num_columns, num_tables, crc)
     models = [_model(table) for _, table in plan.tables]
@@ -103,7 +101,7 @@ def decode(stream: Tensor) -> Tensor:
     column_start = _starts(plan.column_levels)
     parts = list(_chunks(plan.row_levels, num_columns))
     if len(parts) != num_chunks:
-        raise FormatError(f"entropy-coded weight must have {len(parts)} chunks, its header says {num_chunks}")
+        raise ValueError(f"entropy-coded weight must have {len(parts)} chunks, its header says {num_chunks}")
     for number, levels in enumerate(parts):
         words, start = _read_chunk(data, start, number)
         coder = constriction.stream.stack.AnsCoder(words)
@@ -117,7 +115,7 @@ def decode(stream: Tensor) -> Tensor:
                     symbols = coder.decode(models[table], count) + plan.tables[table][0]
                     sorted_values[rows, columns] = symbols.reshape(rows.stop - rows.start, -1)
     if start != len(data):
-        raise FormatError(f"entropy-coded weight has {len(data) - start} bytes behind its last chunk")
+        raise ValueError(f"entropy-coded weight has {len(data) - start} bytes behind its last chunk")
     values = torch.from_numpy(sorted_values)
     return values[torch.from_numpy(row_order.argsort())][:, torch.from_numpy(column_order.argsort())].contiguous()
 
@@ -234,7 +232,7 @@ def _read_side(data: bytes, num_rows: int, num_columns: int, num_tables: int, cr
         nonlocal position
         position += size
         if position > len(data):
-            raise FormatError(f"entropy-coded weight ends inside its tables, after {len(data)} bytes")
+            raise ValueError(f"entropy-coded weight ends inside its tables, after {len(data)} bytes")
         return np.frombuffer(data, np.uint8, size, position - size)
 
     levels = []
@@ -247,18 +245,18 @@ def _read_side(data: bytes, num_rows: int, num_columns: int, num_tables: int, cr
         low, last = struct.unpack("<bB", take(2).tobytes())
         tables.append((low, take(last + 1)))
     if zlib.crc32(data[_HEAD.size : position]) != crc:
-        raise FormatError("entropy-coded weight has damaged tables: their CRC-32 differs")
+        raise ValueError("entropy-coded weight has damaged tables: their CRC-32 differs")
     return _Plan(levels[0], levels[1], table_of, tables), position
 
 
 def _read_chunk(data: bytes, start: int, number: int) -> tuple[np.ndarray, int]:
     if start + _CHUNK.size > len(data):
-        raise FormatError(f"entropy-coded weight ends before chunk {number}")
+        raise ValueError(f"entropy-coded weight ends before chunk {number}")
     size, crc = _CHUNK.unpack_from(data, start)
     start += _CHUNK.size
     content = data[start : start + size]
     if len(content) != size or size % 4:
-        raise FormatError(f"entropy-coded weight ends inside chunk {number}")
+        raise ValueError(f"entropy-coded weight ends inside chunk {number}")
     if zlib.crc32(content) != crc:
-        raise FormatError(f"chunk {number} of an entropy-coded weight is damaged: its CRC-32 differs")
+        raise ValueError(f"chunk {number} of an entropy-coded weight is damaged: its CRC-32 differs")
     return np.frombuffer(content, "<u4").astype(np.uint32), start + size

@@ -25,9 +25,9 @@ from ..capture import Method, compress_outside_
 from ..checkpoint import DTYPES, FORMAT_VERSION, QUANT_METHOD, TensorSource, rebuild_, share_buffers_
 from ..config import MethodConfig, Recipe
 from ..errors import ConfigError, FormatError
-from ..functional.stored import CodedModule
 from ..methods import LAYERS, METHODS
 from ..select import select_stages
+from ..stored import CodedModule
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +145,10 @@ class CompactQuantizer(HfQuantizer):
         for name, spec in specs.items():
             module = model.get_submodule(name)
             if "tied_to" not in spec and isinstance(module, CodedModule):
-                module.decode_()
+                try:
+                    module.decode_()
+                except FormatError as error:
+                    raise FormatError(f"{name}: {error}") from error
         for name, spec in specs.items():
             if "tied_to" in spec:
                 share_buffers_(model.get_submodule(name), model.get_submodule(spec["tied_to"]))

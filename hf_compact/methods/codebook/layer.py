@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...functional.packing import pack_bits, packed_row_bytes, unpack_bits
-from ...functional.stored import StoredEmbedding, StoredLinear, StoredModule
+from ...stored import StoredEmbedding, StoredLinear, StoredModule
 from .functional import Quantized, dequantize, fixed_levels, num_groups, scale_codes
 
 

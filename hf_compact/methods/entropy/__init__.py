@@ -1,10 +1,9 @@
 """Entropy-coded quantization: integers on a uniform grid without bounds, coded to what they really carry."""
 
 from ...capture import Method
-from .apply import compress_embedding, compress_linear
+from .apply import compress_embedding, compress_linear, prepare
 from .config import EntropyConfig
 from .layer import EntropyEmbedding, EntropyLinear
-from .sensitivity import prepare
 
 METHOD = Method(
     config=EntropyConfig,

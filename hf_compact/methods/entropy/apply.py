@@ -1,20 +1,79 @@
 """From a dense module and the gram matrix of its inputs to an entropy-coded module."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from ...errors import UnsupportedModel
+from ...arch import Architecture, as_linear, dense_shape
+from ...errors import NumericalError, UnsupportedModel
 from ...functional.coding import encode
+from ...report import LayerReport
+from ...sensitivity import measure
 from .config import EntropyConfig
-from .functional import Integers, bits_per_weight, refit_rows
+from .functional import Integers, Rounder, bits_per_weight, refit_rows
 from .layer import EntropyEmbedding, EntropyLinear
-from .rounder import Rounder
-from .sensitivity import Share
 
 _TOLERANCE = 0.004  # bits per weight
+_PLAN_TOKENS = 8192
+_PROBES = (-1.0, 0.0, 1.0)  # octaves around the first guess of the step
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one Linear gets."""
+
+    step: float
+    """In units of `U_jj`, for the gram matrix as it is summed."""
+    row_steps: Tensor
+    """`[out]` relative steps of the rows."""
+
+
+class Guide:
+    """The shares of all Linears of one stage; what earlier ones missed of their forecast, the later ones make up for."""
+
+    def __init__(
+        self, log_step: float, predicted: Mapping[str, float], sizes: Mapping[str, int], row_steps: Mapping[str, Tensor],
+        token_weights: Mapping[str, list[Tensor]], num_tokens: float,
+    ) -> None:  # fmt: skip
+        """Keep the plan."""
+        self.log_step, self.predicted, self.sizes = log_step, predicted, sizes
+        self.row_steps, self.token_weights, self.num_tokens = row_steps, token_weights, num_tokens
+
+    def tokens(self, names: Sequence[str], number: int) -> Tensor:
+        """Weights of the tokens of one batch for Linears that share their inputs, `[batch, length]`, about 1 on average."""
+        return torch.stack([self.token_weights[name][number] for name in names]).mean(0)
+
+    def share(self, name: str, finished: Sequence[LayerReport]) -> Share:
+        """The share of the next Linear, given what the finished ones really took."""
+        done = [layer for layer in finished if layer.name in self.predicted]
+        excess = sum(8 * layer.compressed_bytes - self.predicted[layer.name] * layer.num_weights for layer in done)
+        rest = sum(self.sizes.values()) - sum(layer.num_weights for layer in done)
+        log_step = self.log_step + max(-0.5, min(0.5, excess / rest))
+        return Share(2**log_step * math.sqrt(self.num_tokens), self.row_steps[name])
+
+
+def prepare(
+    model: PreTrainedModel, arch: Architecture, names: Sequence[str], batches: Sequence[Mapping[str, Tensor]], config: EntropyConfig
+) -> Guide | None:  # fmt: skip
+    """Measure the sensitivities and find the step whose bits meet the budget; None where every Linear gets the same rate.
+
+    With one weight per row and per token in the loss, one step for the whole model, `step * U_jj / sqrt(b_r)`, is the
+    best way to spend the bits.
+
+    Raises:
+        NumericalError: gradients are not finite.
+    """
+    if config.sensitivity == "none":
+        return None
+    found = measure(model, arch, names, batches, config.token_power, _PLAN_TOKENS)
+    row_steps = {name: _row_steps(row, config.row_power) for name, row in found.rows.items()}
+    predicted, log_step = _find_log_step(model, found.grams, row_steps, config)
+    sizes = {name: dense_shape(model.get_submodule(name)).numel() for name in names}
+    return Guide(log_step, predicted, sizes, row_steps, found.tokens, found.num_tokens)
 
 
 def compress_linear(
@@ -93,13 +152,20 @@ def quantize(weight: Tensor, gram: Tensor | None, config: EntropyConfig, guide: 
     Raises:
         NumericalError: the gram matrix cannot be factorised.
     """
-    rounder = Rounder(weight, gram, config.damp, None if guide is None else guide.row_steps)
+    rounder = _rounder(weight, gram, config, None if guide is None else guide.row_steps)
     if guide is not None:
         step = guide.step
     else:
         step = _find_step(lambda step: rounder.bits(step, rounder.some_rows), config.bits, rounder.guess(config.bits))
         step *= 2 ** (rounder.bits(step, slice(None)) - config.bits)
     return rounder.integers(step, gram)
+
+
+def _rounder(weight: Tensor, gram: Tensor | None, config: EntropyConfig, row_steps: Tensor | None) -> Rounder:
+    try:
+        return Rounder(weight, gram, config.damp, row_steps)
+    except ValueError as error:
+        raise NumericalError(str(error)) from error
 
 
 def _find_step(bits_at: Callable[[float], float], target: float, step: float) -> float:
@@ -115,3 +181,48 @@ def _find_step(bits_at: Callable[[float], float], target: float, step: float) ->
 def _expected_bytes(weight: Tensor, bits: float) -> int:
     rows, columns = weight.shape
     return max(1, math.ceil((bits * weight.numel() - 16 * rows - 8 * columns) / 8))
+
+
+def _row_steps(energy: Tensor, power: float) -> Tensor:
+    """Steps `1 / sqrt(b_r)`; the sensitivity of the Linear as a whole counts in full, that of its rows by the power."""
+    mean = energy.mean().clamp_min(1e-30)
+    relative = (energy / mean).clamp(1e-3, 1e3)
+    return ((relative ** (-power / 2)) * mean**-0.5).float()
+
+
+def _find_log_step(
+    model: PreTrainedModel, grams: dict[str, Tensor], row_steps: Mapping[str, Tensor], config: EntropyConfig
+) -> tuple[dict[str, float], float]:
+    """`(bits per weight of each Linear, log2 of the step)` where their sum meets the budget, on some rows of each.
+
+    Empties `grams`: the factors take as much memory.
+    """
+    rounders = {}
+    sizes, guesses = {}, {}
+    for name in row_steps:
+        gram = grams.pop(name)
+        weight = as_linear(model.get_submodule(name)).weight.detach().float().cpu()
+        rounders[name] = _rounder(weight, gram, config, row_steps[name])
+        sizes[name] = weight.numel()
+        guesses[name] = math.log2(rounders[name].guess(0.0))  # of the step that leaves no bits
+    total = sum(sizes.values())
+    center = sum(sizes[name] * guess for name, guess in guesses.items()) / total - config.bits
+    curves = {
+        name: torch.tensor([rounder.bits(2 ** (center + probe), rounder.some_rows) for probe in _PROBES])
+        for name, rounder in rounders.items()
+    }
+    low, high = _PROBES[0], _PROBES[-1]
+    for _ in range(40):
+        middle = (low + high) / 2
+        bits = {name: _interpolate(curve, middle) for name, curve in curves.items()}
+        if sum(bits[name] * sizes[name] for name in sizes) / total > config.bits:
+            low = middle
+        else:
+            high = middle
+    return bits, center + middle
+
+
+def _interpolate(values: Tensor, at: float) -> float:
+    """The parabola through three equidistant points at -1, 0 and 1."""
+    left, middle, right = values.tolist()
+    return middle + at * (right - left) / 2 + at * at * (left + right - 2 * middle) / 2

@@ -10,8 +10,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from ...errors import FormatError
 from ...functional.coding import decode
-from ...functional.stored import CodedModule, StoredEmbedding, StoredLinear
+from ...stored import CodedModule, StoredEmbedding, StoredLinear
 from .functional import Integers, column_multiplier
 
 
@@ -51,7 +52,11 @@ class EntropyModule(CodedModule):
             FormatError: the stream is damaged.
         """
         if not self.codes.numel() and not self.weight.is_meta:
-            self._buffers["codes"] = decode(self.weight.view(torch.uint8)).to(self.weight.device)
+            try:
+                codes = decode(self.weight.view(torch.uint8))
+            except ValueError as error:
+                raise FormatError(str(error)) from error
+            self._buffers["codes"] = codes.to(self.weight.device)
 
     def to_dense(self, dtype: torch.dtype = torch.float32, rows: Tensor | None = None) -> Tensor:
         """The matrix `[out, in]`, or only the given `rows`; computed in `dtype`."""

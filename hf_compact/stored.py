@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import UnsupportedModel
+from .errors import UnsupportedModel
 
 
 class StoredModule(nn.Module):

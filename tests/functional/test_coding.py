@@ -1,0 +1,107 @@
+"""The entropy coder: every matrix comes back, at the size that was forecast, and damage has a name."""
+
+import math
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+
+from hf_compact.functional.coding import coded_bits, decode, encode
+
+
+def matrix(rows: int, columns: int, spread: float, seed: int = 0, row_spread: float = 0.0, column_spread: float = 0.0):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(rows, columns, generator=generator) * spread
+    values *= torch.exp(row_spread * torch.randn(rows, 1, generator=generator))
+    values *= torch.exp(column_spread * torch.randn(1, columns, generator=generator))
+    return values.round().clamp(-128, 127).to(torch.int8)
+
+
+@settings(max_examples=60)
+@given(st.integers(1, 40), st.integers(1, 40), st.floats(0, 60), st.integers(0, 9), st.floats(0, 2), st.floats(0, 2))
+def test_what_is_coded_comes_back(rows, columns, spread, seed, row_spread, column_spread):
+    codes = matrix(rows, columns, spread, seed, row_spread, column_spread)
+    assert torch.equal(decode(encode(codes)), codes)
+
+
+@pytest.mark.parametrize("value", [-128, -1, 0, 127])
+def test_a_constant_costs_next_to_nothing(value):
+    codes = torch.full((256, 256), value, dtype=torch.int8)
+    stream = encode(codes)
+    assert torch.equal(decode(stream), codes)
+    assert 8 * len(stream) / codes.numel() < 0.06
+
+
+@pytest.mark.parametrize("spread", [0.3, 1.0, 4.0])
+def test_the_rate_is_the_entropy(spread):
+    """Of a rounded normal value, where rows and columns are alike."""
+    codes = matrix(1024, 512, spread)
+    counts = torch.bincount(codes.flatten().int() + 128, minlength=256).double() / codes.numel()
+    entropy = -(counts[counts > 0] * counts[counts > 0].log2()).sum().item()
+    assert 8 * len(encode(codes)) / codes.numel() == pytest.approx(entropy, abs=0.02)
+
+
+def test_spread_of_rows_and_columns_is_used():
+    """A coder that knew the true spreads would need the mean of the entropies; one table for all needs much more."""
+    codes = matrix(1024, 512, 1.0, row_spread=0.7, column_spread=0.7)
+    counts = torch.bincount(codes.flatten().int() + 128, minlength=256).double() / codes.numel()
+    one_table = -(counts[counts > 0] * counts[counts > 0].log2()).sum().item()
+    assert 8 * len(encode(codes)) / codes.numel() < one_table - 0.2
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (64, 64), (1500, 400)])
+def test_the_forecast_is_the_size(shape):
+    codes = matrix(*shape, 2.0, row_spread=0.3, column_spread=0.5)
+    stream = encode(codes)
+    forecast = sum(coded_bits(codes))
+    assert 8 * len(stream) == pytest.approx(forecast, rel=0.002, abs=200)
+
+
+def test_a_stream_is_the_same_every_time():
+    codes = matrix(300, 200, 1.5)
+    assert torch.equal(encode(codes), encode(codes.clone()))
+
+
+def test_a_large_matrix_is_cut_into_chunks_that_fail_alone():
+    codes = matrix(2048, 512, 1.5, row_spread=1.0)
+    stream = encode(codes)
+    assert torch.equal(decode(stream), codes)
+    broken = stream.clone()
+    broken[-1] ^= 1
+    with pytest.raises(ValueError, match=r"chunk [1-9]\d* of an entropy-coded weight is damaged"):
+        decode(broken)
+
+
+@pytest.mark.parametrize("position", range(24, 400, 25))
+def test_one_flipped_bit_is_found(position):
+    stream = encode(matrix(64, 64, 2.0))
+    assert position < len(stream)
+    stream[position] ^= 4
+    with pytest.raises(ValueError, match="damaged|ends|must have|behind"):
+        decode(stream)
+
+
+@pytest.mark.parametrize("kept", [0, 3, 10, 40, 200, -1])
+def test_a_cut_stream_is_found(kept):
+    stream = encode(matrix(64, 64, 2.0))
+    with pytest.raises(ValueError, match="does not begin|ends inside|ends before"):
+        decode(stream[:kept])
+
+
+def test_a_longer_stream_is_found():
+    stream = encode(matrix(64, 64, 2.0))
+    with pytest.raises(ValueError, match="4 bytes behind its last chunk"):
+        decode(torch.cat([stream, stream[:4]]))
+
+
+@pytest.mark.parametrize("codes", [torch.zeros(4, dtype=torch.int8), torch.zeros(2, 2, dtype=torch.uint8)])
+def test_only_int8_matrices_are_taken(codes):
+    with pytest.raises(ValueError, match="codes must be an int8 matrix"):
+        encode(codes)
+
+
+def test_no_bits_are_lost_at_the_ends_of_the_range():
+    codes = torch.arange(-128, 128).to(torch.int8).repeat(16, 1)
+    assert torch.equal(decode(encode(codes)), codes)
+    assert 8 * len(encode(codes)) / codes.numel() < math.log2(256) + 1.5
