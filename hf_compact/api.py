@@ -43,6 +43,7 @@ from .checkpoint import (
     write_text,
 )
 from .config import Recipe
+from .distillation import distill_
 from .errors import CalibrationError, ConfigError, FormatError, OutputError, UnsupportedModel, VerificationError
 from .hf.card import model_card, plot_layers
 from .hf.quantizer import CompactConfig, attach_, expect_, names_in
@@ -110,7 +111,7 @@ def compress(
     output = Path(output)
     check_output_or_resume(output)
     started = time.perf_counter()
-    dense = open_dense(model, recipe.dtype, is_whole=any(stage.needs_whole_model for stage in recipe.stages))
+    dense = open_dense(model, recipe.dtype, is_whole=recipe.needs_whole_model)
     arch = describe(dense.model)
     prepared = prepare_calibration(calibration, tokenizer or dense.load_tokenizer(), recipe)
     return_freed_memory()
@@ -131,7 +132,7 @@ def compress(
     select_stages(arch.roles, recipe.stages)  # a glob that matches nothing is found before a folder is made
     journal = Journal(output, fingerprint, num_units=1 + len(arch.blocks))
     runner = BlockRunner(dense.model, arch, stages, prepared, report, dense.source, journal)
-    logits = runner.run(progress)
+    logits = _run(runner, recipe, prepared, progress, is_done=journal.is_replaced)
     table = _ordered(runner.table, dense.model)
     config = _final_config(dense.model, table, recipe)
     report.file_bytes = journal.finish(
@@ -154,11 +155,10 @@ def plan(model: str | Path, recipe: Recipe | Mapping[str, Any] | str | Path, see
     """
     recipe = as_recipe(recipe, seed)
     dense = open_dense(model, recipe.dtype)
-    is_whole = any(stage.needs_whole_model for stage in recipe.stages)
     arch = describe(dense.model)
     width = dense.model.dtype.itemsize
     num_parameters = count_parameters(dense.model)
-    memory, minutes = peak_memory_estimate(dense, arch, recipe, is_whole), minutes_estimate(dense.model, arch, recipe)
+    memory, minutes = peak_memory_estimate(dense, arch, recipe), minutes_estimate(dense.model, arch, recipe)
     stages = [(METHODS[stage.method], stage) for stage in recipe.stages]
     chosen = select_stages(arch.roles, recipe.stages)
     parameters = [name for name, _ in dense.model.named_parameters()]
@@ -198,7 +198,7 @@ def plan(model: str | Path, recipe: Recipe | Mapping[str, Any] | str | Path, see
         "model": dense.name,
         "family": arch.family,
         "is_known_family": arch.is_known,
-        "is_streamed": dense.source is not None and not is_whole,
+        "is_streamed": dense.source is not None and not recipe.needs_whole_model,
         "recipe": recipe.to_dict(),
         "layers": layers,
         "skipped": skipped,
@@ -419,7 +419,7 @@ def prepare_calibration(
         )
     text = read_texts(calibration) if calibration else builtin_text("calibration")
     names = [Path(path).name for path in calibration] or ["pydoc_data.topics (calibration part)"]
-    return sample(tokenizer, text, recipe.calibration, recipe.seed, names)
+    return sample(tokenizer, text, recipe.calibration, recipe.seed, names, recipe.distillation)
 
 
 def check_inputs(model: PreTrainedModel, calibration: Calibration) -> None:
@@ -475,12 +475,12 @@ def new_report(name: str, model: PreTrainedModel, arch: Architecture, recipe: Re
 # Estimates.
 
 
-def peak_memory_estimate(dense: Dense, arch: Architecture, recipe: Recipe, is_whole: bool = False) -> int:
+def peak_memory_estimate(dense: Dense, arch: Architecture, recipe: Recipe) -> int:
     """Expected peak resident bytes: what stays resident, two dense blocks, the activations, the libraries."""
     width = dense.model.dtype.itemsize
     inside = {block: sum(p.numel() for p in dense.model.get_submodule(block).parameters()) for block in arch.blocks}
     outside = count_parameters(dense.model) - sum(inside.values())
-    resident = sum(inside.values()) if is_whole or dense.source is None else 2 * max(inside.values())
+    resident = sum(inside.values()) if recipe.needs_whole_model or dense.source is None else 2 * max(inside.values())
     hidden = (
         recipe.calibration.num_sequences * recipe.calibration.sequence_length * dense.model.config.get_text_config().hidden_size
     )
@@ -534,7 +534,7 @@ def _compress_in_memory(
     report = new_report(model.config.name_or_path or type(model).__name__, model, arch, recipe, prepared)
     stages = [(METHODS[stage.method], stage) for stage in recipe.stages]
     runner = BlockRunner(model, arch, stages, prepared, report)
-    logits = runner.run(progress)
+    logits = _run(runner, recipe, prepared, progress)
     attach_(model, _ordered(runner.table, model), recipe.stages)
     if output is not None and distributed.rank() == 0:
         model.save_pretrained(output)
@@ -543,6 +543,26 @@ def _compress_in_memory(
         _verify(Path(output), prepared, logits, report, is_causal_lm(model))
     distributed.barrier()
     return report
+
+
+def _run(
+    runner: BlockRunner, recipe: Recipe, calibration: Calibration, progress: Progress, is_done: bool = False
+) -> torch.Tensor:  # fmt: skip
+    """All stages, then the distillation; the output for the probe."""
+    teacher = None if recipe.distillation is None or is_done else copy.deepcopy(runner.model)
+    logits = runner.run(progress)
+    if teacher is None:
+        return logits
+    if distributed.world_size() > 1:
+        raise ConfigError("recipe.distillation runs in one process: set it to null under torchrun")
+    started = time.perf_counter()
+    losses = distill_(
+        runner.model, teacher, calibration.distillation or calibration.batches, recipe.distillation,
+        lambda done, total: progress("distillation", done, total),
+    )  # fmt: skip
+    runner.report.distillation = {"steps": len(losses), "first": sum(losses[:8]) / 8, "last": sum(losses[-8:]) / 8}
+    runner.report.seconds["distill"] = time.perf_counter() - started
+    return runner.rewrite()
 
 
 def _verify(output: Path, calibration: Calibration, logits: torch.Tensor, report: Report, is_causal: bool) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .config import CalibrationConfig
+from .config import CalibrationConfig, DistillationConfig
 from .errors import CalibrationError
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,8 @@ class Calibration:
     """Keyword arguments of the model's forward pass; every tensor is `[batch, ...]`."""
     sources: tuple[str, ...]
     """Names of the texts."""
+    distillation: tuple[dict[str, Tensor], ...] = ()
+    """Other windows of the same texts, for the training after it."""
     held_out: Tensor | None = None
     """Token ids `[T]` of the text's end, in no batch: what the finished model is scored on."""
 
@@ -95,7 +97,12 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
 
 
 def sample(
-    tokenizer: PreTrainedTokenizerBase, text: str, config: CalibrationConfig, seed: int, sources: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    config: CalibrationConfig,
+    seed: int,
+    sources: Sequence[str],
+    distillation: DistillationConfig | None = None,
 ) -> Calibration:
     """Draw `num_sequences` windows at random positions of the text; its last tenth (at most 2048 tokens) is held out.
 
@@ -112,10 +119,15 @@ def sample(
         )
     ids, rest = ids[:-held_out], ids[-held_out:]
     generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(len(ids) - length, (config.num_sequences,), generator=generator)
-    windows = torch.stack([ids[start : start + length] for start in starts])
-    batches = tuple({"input_ids": rows} for rows in windows.split(config.batch_size))
-    return Calibration(batches, tuple(sources), rest)
+
+    def draw(count: int, batch_size: int) -> tuple[dict[str, Tensor], ...]:
+        starts = torch.randint(len(ids) - length, (count,), generator=generator)
+        windows = torch.stack([ids[start : start + length] for start in starts])
+        return tuple({"input_ids": rows} for rows in windows.split(batch_size))
+
+    batches = draw(config.num_sequences, config.batch_size)
+    more = () if distillation is None else draw(distillation.num_sequences, distillation.batch_size)
+    return Calibration(batches, tuple(sources), more, rest)
 
 
 def _pieces(text: str, size: int = 1 << 16) -> Iterator[str]:

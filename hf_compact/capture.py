@@ -140,7 +140,7 @@ class BlockRunner:
         training = self.model.training
         self.model.eval()
         units = ["embeddings", *self.arch.blocks]
-        with _without_cache(self.model):
+        with without_cache(self.model):
             progress(units[0], 0, len(units))
             for position, (method, config) in enumerate(self.stages):
                 if method.prepare is not None:
@@ -167,6 +167,23 @@ class BlockRunner:
         self.report.seconds["compress"] = time.perf_counter() - started
         self.report.peak_memory_bytes = peak_memory_bytes()
         return logits
+
+    @torch.no_grad()
+    def rewrite(self) -> Tensor:
+        """Write every unit again after the whole model was changed; it must be in memory.
+
+        Returns:
+            As `run`.
+
+        Raises:
+            OutputError: the journal cannot be written.
+        """
+        if self.journal is not None:
+            for position, block in enumerate(["", *self.arch.blocks]):
+                names = self._inside(block) if position else self._outside_blocks()
+                self.journal.replace(position, self._tensors(names))
+        with without_cache(self.model):
+            return self.model(**self.batches[-1])[0].cpu()
 
     # Units: what is loaded, compressed and written together.
 
@@ -342,7 +359,7 @@ class BlockRunner:
 
         for number, batch in enumerate(self.batches):
             forwards = {block: partial(stand_in, name) for name, block in blocks.items()} | self._replay(number)
-            with _forwards(forwards), suppress(_StopForward):
+            with patched_forwards(forwards), suppress(_StopForward):
                 self.model(**batch)
         if any(len(calls[name]) != len(self.batches) for name in stack):
             raise UnsupportedModel(
@@ -436,7 +453,7 @@ class BlockRunner:
         """One block on one batch; the parts of it that are settled run once and are remembered."""
         if number % _BATCHES_PER_TRIM == 0:
             return_freed_memory()
-        with _forwards({child: partial(self._remember, child, number) for child in self.settled}):
+        with patched_forwards({child: partial(self._remember, child, number) for child in self.settled}):
             output = block(self.hidden[number], *call.args, **call.kwargs)
         return output[0] if isinstance(output, tuple) else output
 
@@ -456,7 +473,7 @@ class BlockRunner:
         self.settled = {}
 
     def _probe_output(self) -> Tensor:
-        with _forwards(self._replay(len(self.batches) - 1)):
+        with patched_forwards(self._replay(len(self.batches) - 1)):
             return self.model(**self.batches[-1])[0].cpu()
 
 
@@ -552,7 +569,7 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, _Call
 
 
 @contextmanager
-def _forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+def patched_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Let modules run other functions; the modules themselves stay, because models read their attributes."""
     before = {module: module.__dict__.get("forward") for module in forwards}
     try:
@@ -568,7 +585,7 @@ def _forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None
 
 
 @contextmanager
-def _without_cache(model: PreTrainedModel) -> Iterator[None]:
+def without_cache(model: PreTrainedModel) -> Iterator[None]:
     """Generation caches off while calibrating: they would keep every key and value, and pass them on to the next call.
 
     The stacks of T5 have configs of their own.

@@ -281,6 +281,9 @@ class Journal:
                 logger.warning("%s is damaged; going on from its unit %r", shard.name, entry["unit"])
                 break
             self.entries.append(entry)
+        if any(entry.get("is_replaced") for entry in self.entries) and not self.is_replaced:
+            logger.warning("%s was left while its units were written for the second time; starting over", self.folder)
+            self.entries = []
         kept = [lines[0], *self.entries]
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         logger.info("resuming after %d of %d units", len(self.entries), self.num_units)
@@ -296,20 +299,35 @@ class Journal:
             OutputError: the disk is full or cannot be written.
         """
         shard = self.shard_path(len(self.entries))
-        temporary = shard.with_suffix(".tmp")
         with disk_errors(self.folder):
-            try:
-                save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata={"format": "pt"})
-                _sync(temporary)
-                temporary.replace(shard)
-            finally:
-                temporary.unlink(missing_ok=True)
+            _write_shard(shard, tensors)
             entry = {"unit": unit, "file": shard.name, "sha256": hash_files([shard]), **record}
             with (self.folder / _JOURNAL_NAME).open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(entry) + "\n")
                 stream.flush()
                 os.fsync(stream.fileno())
         self.entries.append(entry)
+
+    def replace(self, position: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write a finished unit again after the whole model was changed.
+
+        A run that is killed between two of these starts over: what it has is neither the one state nor the other.
+
+        Raises:
+            OutputError: the disk is full or cannot be written.
+        """
+        entry = self.entries[position]
+        with disk_errors(self.folder):
+            shard = self.folder / entry["file"]
+            _write_shard(shard, tensors)
+            self.entries[position] = {**entry, "sha256": hash_files([shard]), "is_replaced": True}
+            lines = _complete_lines(self.folder / _JOURNAL_NAME)[:1] + self.entries
+            write_text(self.folder / _JOURNAL_NAME, "".join(json.dumps(line) + "\n" for line in lines))
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether every unit has been written again."""
+        return len(self.entries) == self.num_units and all(entry.get("is_replaced") for entry in self.entries)
 
     def finish(self, write_side_files: Callable[[Path], None]) -> int:
         """Write the index and the side files and give the folder its real name; the journal stays until `close`.
@@ -407,6 +425,17 @@ def _complete_lines(path: Path) -> list[dict[str, Any]]:
             break
         lines.append(entry)
     return lines
+
+
+def _write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """By atomic rename, so that the file is the old one, or the new one, or none."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
+        _sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

@@ -67,6 +67,28 @@ class CalibrationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """How long scales, norms and biases of the compressed model are fitted to the dense one."""
+
+    num_sequences: int = 256
+    """Sequences of the calibration text, at positions of their own."""
+    epochs: int = 1
+    """How often each is used."""
+    batch_size: int = 4
+    """Sequences per step."""
+    learning_rate: float = 2e-3
+    """Largest relative change of a scale in one step of Adam."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in ("num_sequences", "epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"distillation.{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.learning_rate <= 0.1:
+            raise ConfigError(f"distillation.learning_rate must be in (0, 0.1], got {self.learning_rate}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """What to do to a model: stages in order, one calibration, one seed.
 
@@ -79,6 +101,8 @@ class Recipe:
     """Methods, applied in this order."""
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     """Size of the calibration set."""
+    distillation: DistillationConfig | None = None
+    """A short training of what is continuous, after all stages; null leaves it out. The model is loaded whole."""
     seed: int = 0
     """Seed of the calibration positions and of every random choice."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -93,11 +117,17 @@ class Recipe:
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ConfigError(f"recipe.dtype must be one of auto, float32, bfloat16, float16, got {self.dtype}")
 
+    @property
+    def needs_whole_model(self) -> bool:
+        """Whether the dense model has to be in memory as a whole."""
+        return self.distillation is not None or any(stage.needs_whole_model for stage in self.stages)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, every default included."""
         return {
             "stages": [stage.to_dict() for stage in self.stages],
             "calibration": _plain(self.calibration),
+            "distillation": None if self.distillation is None else _plain(self.distillation),
             "seed": self.seed,
             "dtype": self.dtype,
             "auto_map": self.auto_map,
@@ -119,6 +149,8 @@ class Recipe:
         known: dict[str, Any] = {"stages": tuple(_stage(stage, position) for position, stage in enumerate(stages))}
         if "calibration" in values:
             known["calibration"] = _build(CalibrationConfig, values["calibration"], "calibration")
+        if values.get("distillation") is not None:
+            known["distillation"] = _build(DistillationConfig, values["distillation"], "distillation")
         hints = typing.get_type_hints(cls)
         for name in ("seed", "dtype", "auto_map"):
             if name in values:

@@ -67,6 +67,8 @@ class Report:
     """Largest resident set of the compressing process."""
     versions: dict[str, str] = field(default_factory=dict)
     """Versions of the libraries that decide the result."""
+    distillation: dict[str, Any] | None = None
+    """Steps, and the mean loss of the first and the last eight, in nats per token."""
     verification: dict[str, Any] | None = None
     """What the fresh process found: `verified`, largest logit difference, perplexity."""
     notes: list[str] = field(default_factory=list)

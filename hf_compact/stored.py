@@ -48,6 +48,22 @@ class CodedModule(StoredModule):
         raise NotImplementedError
 
 
+class ScaledModule(CodedModule):
+    """A coded matrix with scales that may be trained while the integers stay."""
+
+    trained_scales: tuple[str, ...] = ()
+    """Names of the buffers."""
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the buffers are another module's."""
+        return bool(self._non_persistent_buffers_set & set(self.trained_scales))
+
+    def scaled_forward(self, x: Tensor) -> Tensor:
+        """As `forward`, but the scales act on inputs and outputs: their gradients then need no product of full size."""
+        raise NotImplementedError
+
+
 class StoredLinear(StoredModule):
     """`y = x W^T + b` with `W` made dense on the fly."""
 

@@ -30,6 +30,7 @@ ORDER = [
     "sensitivity",
     "checkpoint",
     "capture",
+    "distillation",
     "training",
     "methods",
     "hf",

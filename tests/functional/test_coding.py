@@ -78,14 +78,14 @@ def test_one_flipped_bit_is_found(position):
     stream = encode(matrix(64, 64, 2.0))
     assert position < len(stream)
     stream[position] ^= 4
-    with pytest.raises(ValueError, match="damaged|ends|must have|behind"):
+    with pytest.raises(ValueError, match=r"damaged|ends|must have|behind"):
         decode(stream)
 
 
 @pytest.mark.parametrize("kept", [0, 3, 10, 40, 200, -1])
 def test_a_cut_stream_is_found(kept):
     stream = encode(matrix(64, 64, 2.0))
-    with pytest.raises(ValueError, match="does not begin|ends inside|ends before"):
+    with pytest.raises(ValueError, match=r"does not begin|ends inside|ends before"):
         decode(stream[:kept])
 
 

@@ -135,7 +135,7 @@ def compress_embedding(
 
     step = _find_step(bits_at, config.embedding_bits, 2.0 ** (2 - config.embedding_bits))
     codes = round_rows(step, slice(None))
-    column_scale = torch.full((weight.shape[1],), 128, dtype=torch.uint8)
+    column_scale = torch.ones(weight.shape[1])
     row_scale = torch.cat(
         [
             refit_rows(part.float(), part_codes, column_scale, None, step * scale)
@@ -180,7 +180,7 @@ def _find_step(bits_at: Callable[[float], float], target: float, step: float) ->
 
 def _expected_bytes(weight: Tensor, bits: float) -> int:
     rows, columns = weight.shape
-    return max(1, math.ceil((bits * weight.numel() - 16 * rows - 8 * columns) / 8))
+    return max(1, math.ceil((bits * weight.numel() - 16 * rows - 16 * columns) / 8))
 
 
 def _row_steps(energy: Tensor, power: float) -> Tensor:

@@ -1,6 +1,6 @@
 """Error feedback on a uniform grid without bounds, whose step follows the curvature column by column.
 
-A weight is `row_scale * multiplier[column] * integer`. With `U` the upper factor of the inverse gram matrix, the error
+A weight is `row_scale * column_scale * integer`. With `U` the upper factor of the inverse gram matrix, the error
 of column j counts `1 / U_jj^2` and costs bits as `-log(step)`, so at a fixed number of bits the best step of a column is
 proportional to `U_jj` (WaterSIC). The solvers work in units of the rows' steps, where every row looks alike.
 """
@@ -14,7 +14,6 @@ from ...functional.coding import coded_bits
 from ...functional.gram import inverse_factor
 
 _BLOCK = 128  # columns between two delayed updates of the rest of the matrix
-_STEPS_PER_OCTAVE = 16
 _LARGEST = 127
 _SEARCH_ROWS = 128
 
@@ -27,27 +26,18 @@ class Integers(NamedTuple):
     row_scale: Tensor
     """`[out]` float32, rounded to float16 values."""
     column_scale: Tensor
-    """`[in]` uint8, see `column_multiplier`."""
-
-
-def column_multiplier(column_scale: Tensor) -> Tensor:
-    """What the codes of the columns stand for: `2 ** ((code - 128) / 16)`, float32.
-
-    >>> column_multiplier(torch.tensor([128, 144], dtype=torch.uint8)).tolist()
-    [1.0, 2.0]
-    """
-    return torch.exp2((column_scale.float() - 128) / _STEPS_PER_OCTAVE)
+    """`[in]` float32, rounded to float16 values, about 1."""
 
 
 def dequantize(integers: Integers) -> Tensor:
     """The matrix `[out, in]` float32."""
-    return integers.codes.float() * column_multiplier(integers.column_scale) * integers.row_scale[:, None]
+    return integers.codes.float() * integers.column_scale * integers.row_scale[:, None]
 
 
 def round_with_feedback(unit: Tensor, steps: Tensor, factor: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
     """Integers for a matrix whose rows are in units of their step, column by column, each column's error moved on.
 
-    The multiplier of a column is its step, shrunk to what minimises its squared error and rounded to the stored grid
+    The scale of a column is its step, shrunk to what minimises its squared error and rounded to what storage keeps
     before the error is taken, so that the columns behind it make up for that too.
 
     Args:
@@ -57,12 +47,12 @@ def round_with_feedback(unit: Tensor, steps: Tensor, factor: Tensor, order: Tens
         order: `[in]` the input column that each step rounds.
 
     Returns:
-        `(codes [out, in] int8, column_scale [in] uint8)` in the original column order.
+        `(codes [out, in] int8, column_scale [in] float32)` in the original column order.
     Source: GPTQ (arXiv 2210.17323), algorithm 1, with the steps of WaterSIC.
     """
     free = unit.T[order].contiguous()
     codes = torch.empty_like(free, dtype=torch.int8)
-    scales = torch.empty(len(free), dtype=torch.uint8)
+    scales = [0.0] * len(free)
     wanted = steps[order].tolist()
     diagonal = factor.diagonal().tolist()
     for start in range(0, len(free), _BLOCK):
@@ -72,16 +62,18 @@ def round_with_feedback(unit: Tensor, steps: Tensor, factor: Tensor, order: Tens
         for step in range(stop - start):
             position = start + step
             column = block[step]
-            integers = torch.div(column, wanted[position]).round_().clamp_(-_LARGEST, _LARGEST)
+            # Inputs of massive activations ask for steps so small that bytes would overflow: eight bits have to do.
+            step_size = max(wanted[position], column.abs().max().item() / _LARGEST)
+            integers = torch.div(column, step_size).round_()
             energy = torch.dot(integers, integers).item()
-            best = torch.dot(integers, column).item() / energy if energy else wanted[position]
-            scales[position] = _nearest_scale(best)
-            torch.sub(column, integers, alpha=_MULTIPLIERS[scales[position]], out=errors[step]).div_(diagonal[position])
+            best = torch.dot(integers, column).item() / energy if energy else step_size
+            scales[position] = _half(best)
+            torch.sub(column, integers, alpha=scales[position], out=errors[step]).div_(diagonal[position])
             codes[position] = integers
             block[step + 1 :].addr_(factor[position, position + 1 : stop], errors[step], alpha=-1)
         free[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     back = order.argsort()
-    return codes[back].T.contiguous(), scales[back]
+    return codes[back].T.contiguous(), torch.tensor(scales)[back]
 
 
 def refit_rows(weight: Tensor, codes: Tensor, column_scale: Tensor, gram: Tensor | None, fallback: Tensor) -> Tensor:
@@ -90,11 +82,11 @@ def refit_rows(weight: Tensor, codes: Tensor, column_scale: Tensor, gram: Tensor
     Args:
         weight: `[out, in]` float32 target.
         codes: `[out, in]` int8.
-        column_scale: `[in]` uint8.
+        column_scale: `[in]` float32.
         gram: `[in, in]`, or None for the identity.
         fallback: `[out]` for rows whose integers are all zero or whose best scale is not positive.
     """
-    value = codes.float() * column_multiplier(column_scale)
+    value = codes.float() * column_scale
     through = value if gram is None else value @ gram.float()
     best = (through * weight).sum(1) / (through * value).sum(1)
     best = torch.where(best.isfinite() & (best > 0), best, fallback)
@@ -103,7 +95,7 @@ def refit_rows(weight: Tensor, codes: Tensor, column_scale: Tensor, gram: Tensor
 
 
 def bits_per_weight(codes: Tensor, num_rows: int) -> float:
-    """Bits on disk: the coded integers, a float16 per row and a byte per column.
+    """Bits on disk: the coded integers, a float16 per row and per column.
 
     Args:
         codes: `[n, in]` int8, all rows or some.
@@ -111,7 +103,7 @@ def bits_per_weight(codes: Tensor, num_rows: int) -> float:
     """
     entries, side = coded_bits(codes)
     rows, columns = codes.shape
-    return entries / codes.numel() + 16 / columns + 4 / columns + (side - 4 * rows + 8 * columns) / (num_rows * columns)
+    return entries / codes.numel() + 16 / columns + 4 / columns + (side - 4 * rows + 16 * columns) / (num_rows * columns)
 
 
 class Rounder:
@@ -160,9 +152,7 @@ class Rounder:
         return Integers(codes, refit_rows(self.weight, codes, column_scale, gram, fallback), column_scale)
 
 
-_MULTIPLIERS = column_multiplier(torch.arange(256, dtype=torch.uint8)).tolist()
-
-
-def _nearest_scale(value: float) -> int:
-    code = round(_STEPS_PER_OCTAVE * torch.log2(torch.tensor(max(value, 1e-30))).item()) + 128
-    return min(max(code, 0), 255)
+def _half(value: float) -> float:
+    """A positive scale as float16 keeps it."""
+    half = torch.finfo(torch.float16)
+    return torch.tensor(min(max(value, half.smallest_normal), half.max), dtype=torch.float16).item()

@@ -9,18 +9,19 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ...errors import FormatError
 from ...functional.coding import decode
-from ...stored import CodedModule, StoredEmbedding, StoredLinear
-from .functional import Integers, column_multiplier
+from ...stored import CodedModule, ScaledModule, StoredEmbedding, StoredLinear
+from .functional import Integers
 
 
 class EntropyModule(CodedModule):
     """State that the Linear and the Embedding share.
 
-    Buffers: `weight [num_bytes]` int8, the coded integers; `row_scale [out]` float16; `column_scale [in]` uint8, see
-    `functional.column_multiplier`; `codes [out, in]` int8, the decoded integers, not saved, empty until they are needed.
+    Buffers: `weight [num_bytes]` int8, the coded integers; `row_scale [out]` and `column_scale [in]` float16;
+    `codes [out, in]` int8, the decoded integers, not saved, empty until they are needed.
     """
 
     def __init__(self, out_features: int, in_features: int, num_bytes: int, device: torch.device | str | None = None) -> None:
@@ -29,7 +30,7 @@ class EntropyModule(CodedModule):
         self.out_features, self.in_features, self.num_bytes = out_features, in_features, num_bytes
         self.register_buffer("weight", torch.zeros(num_bytes, dtype=torch.int8, device=device))
         self.register_buffer("row_scale", torch.zeros(out_features, dtype=torch.float16, device=device))
-        self.register_buffer("column_scale", torch.zeros(in_features, dtype=torch.uint8, device=device))
+        self.register_buffer("column_scale", torch.zeros(in_features, dtype=torch.float16, device=device))
         self.register_buffer("codes", torch.zeros(0, dtype=torch.int8, device=device), persistent=False)
 
     def spec(self) -> dict[str, Any]:
@@ -62,16 +63,17 @@ class EntropyModule(CodedModule):
         """The matrix `[out, in]`, or only the given `rows`; computed in `dtype`."""
         self.decode_()
         codes, row_scale = (self.codes, self.row_scale) if rows is None else (self.codes[rows], self.row_scale[rows])
-        columns = column_multiplier(self.column_scale).to(dtype)
-        return (codes.to(dtype) * columns).mul_(row_scale.to(dtype)[:, None])
+        return (codes.to(dtype) * self.column_scale.to(dtype)).mul_(row_scale.to(dtype)[:, None])
 
 
-class EntropyLinear(EntropyModule, StoredLinear):
+class EntropyLinear(EntropyModule, ScaledModule, StoredLinear):
     """`y = x W^T + b` with `W` from entropy-coded integers.
 
     >>> EntropyLinear.empty_like(nn.Linear(8, 4), num_bytes=20).weight.shape
     torch.Size([20])
     """
+
+    trained_scales = ("row_scale", "column_scale")
 
     @classmethod
     def empty_like(cls, linear: nn.Linear, *, num_bytes: int) -> Self:
@@ -80,6 +82,11 @@ class EntropyLinear(EntropyModule, StoredLinear):
         new = cls(out_features, in_features, num_bytes, linear.weight.device)
         new.register_parameter("bias", linear.bias)
         return new
+
+    def scaled_forward(self, x: Tensor) -> Tensor:
+        """As in the base."""
+        y = F.linear(x * self.column_scale.to(x.dtype), self.codes.to(x.dtype)) * self.row_scale.to(x.dtype)
+        return y if self.bias is None else y + self.bias
 
 
 class EntropyEmbedding(EntropyModule, StoredEmbedding):

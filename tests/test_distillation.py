@@ -1,0 +1,125 @@
+"""Distillation of scales and norms: it lowers the divergence, leaves integers alone, and survives being killed."""
+
+import copy
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import hf_compact
+from hf_compact.calibration import from_batches
+from hf_compact.checkpoint import Journal
+from hf_compact.config import DistillationConfig, Recipe
+from hf_compact.distillation import distill_, divergence
+from hf_compact.errors import ConfigError, NumericalError
+from tests.conftest import tiny_inputs, tiny_model
+
+STAGE = {"method": "entropy", "bits": 2.0, "sensitivity": "none"}
+
+
+@pytest.fixture(scope="module")
+def pair():
+    teacher = tiny_model("llama")
+    with torch.no_grad():  # logits that say something
+        for parameter in teacher.parameters():
+            parameter.mul_(3 if parameter.dim() == 2 else 1)
+    model = copy.deepcopy(teacher)
+    hf_compact.compress(model, {"stages": [STAGE]}, calibration=from_batches([tiny_inputs("llama")]))
+    return model, teacher
+
+
+def test_the_divergence_falls_and_only_scales_and_norms_move(pair):
+    model, teacher = copy.deepcopy(pair[0]), pair[1]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    inputs = tiny_inputs("llama")
+    with torch.no_grad():
+        start = divergence(model(**inputs)[0], teacher(**inputs)[0]).item()
+    losses = distill_(model, teacher, [inputs], DistillationConfig(epochs=40, learning_rate=0.01))
+    with torch.no_grad():
+        end = divergence(model(**inputs)[0], teacher(**inputs)[0]).item()
+    assert losses[0] == pytest.approx(start, rel=0.02)
+    assert end < 0.8 * start
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved
+    assert all(name.endswith(("row_scale", "column_scale", "norm.weight")) for name in moved)
+    assert not any(name.startswith(("lm_head", "model.embed_tokens")) for name in moved)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_model_that_is_its_teacher_stays_where_it_is(pair):
+    model = copy.deepcopy(pair[0])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    losses = distill_(model, copy.deepcopy(model), [tiny_inputs("llama")], DistillationConfig(learning_rate=1e-6))
+    assert losses[0] < 1e-4
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor.float(), before[name].float(), rtol=2e-3, atol=1e-6)
+
+
+def test_the_scaled_forward_is_the_forward(pair):
+    module = pair[0].model.layers[1].mlp.up_proj
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(module.scaled_forward(x), module(x), rtol=1e-4, atol=1e-5)
+
+
+def test_divergence_is_that_of_torch_distributions():
+    generator = torch.Generator().manual_seed(0)
+    p, q = (torch.randn(2, 3, 7, generator=generator) for _ in range(2))
+    expected = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(logits=p), torch.distributions.Categorical(logits=q)
+    ).mean()
+    torch.testing.assert_close(divergence(q, p), expected)
+
+
+def test_a_loss_that_is_not_finite_is_named(pair):
+    model, teacher = copy.deepcopy(pair[0]), copy.deepcopy(pair[1])
+    with torch.no_grad():
+        teacher.model.norm.weight.fill_(float("inf"))
+    with pytest.raises(NumericalError, match="loss of distillation step 0 is not finite"):
+        distill_(model, teacher, [tiny_inputs("llama")], DistillationConfig())
+
+
+@pytest.mark.parametrize(("field", "value"), [("num_sequences", 0), ("epochs", 0), ("batch_size", 0), ("learning_rate", 0.0)])
+def test_bad_settings_are_named(field, value):
+    with pytest.raises(ConfigError, match=rf"distillation\.{field} must be"):
+        Recipe.from_dict({"stages": [STAGE], "distillation": {field: value}})
+
+
+def test_a_folder_is_distilled_and_says_so(dense_folder, tmp_path):
+    recipe = {
+        "stages": [STAGE], "calibration": {"num_sequences": 4, "sequence_length": 32},
+        "distillation": {"num_sequences": 8, "epochs": 2},
+    }  # fmt: skip
+    report = hf_compact.compress(dense_folder, recipe, output=tmp_path / "small")
+    assert report.is_verified
+    assert report.distillation["steps"] == 4
+    assert json.loads((tmp_path / "small" / "compression_report.json").read_text())["distillation"] == report.distillation
+    assert not (tmp_path / "small" / "journal.jsonl").exists()
+    plain = hf_compact.compress(dense_folder, {**recipe, "distillation": None}, output=tmp_path / "plain")
+    assert plain.distillation is None
+    one, other = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("small", "plain"))
+    name = "model.layers.0.mlp.up_proj"
+    assert torch.equal(one.get_submodule(name).codes, other.get_submodule(name).codes)
+    assert not torch.equal(one.get_submodule(name).row_scale, other.get_submodule(name).row_scale)
+
+
+def test_units_written_twice_count_only_together(tmp_path):
+    tensors = [{"a": torch.zeros(2)}, {"b": torch.ones(2)}]
+    record = {"modules": {}, "layers": [], "notes": []}
+    journal = Journal(tmp_path / "out", {"recipe": 1}, num_units=2)
+    for number, part in enumerate(tensors):
+        journal.append(f"unit {number}", part, record)
+    assert not journal.is_replaced
+    journal.replace(0, {"a": torch.ones(2)})
+    assert not journal.is_replaced
+    assert Journal(tmp_path / "out", {"recipe": 1}, num_units=2).entries == []
+
+
+def test_units_written_twice_are_kept(tmp_path):
+    record = {"modules": {}, "layers": [], "notes": []}
+    journal = Journal(tmp_path / "out", {"recipe": 1}, num_units=1)
+    journal.append("unit", {"a": torch.zeros(2)}, record)
+    journal.replace(0, {"a": torch.ones(2)})
+    again = Journal(tmp_path / "out", {"recipe": 1}, num_units=1)
+    assert again.is_replaced
+    assert again.entries == journal.entries
