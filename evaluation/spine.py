@@ -96,7 +96,8 @@ def steps(options: argparse.Namespace, commit: str) -> dict[str, Any]:
         encoder += ["--calibration", path]
     encoder += [argument for text in options.text for argument in ("--text", text)]
     found["encoder"] = once(
-        "encoder", lambda: run(encoder, work / "encoder.log") and json.loads((work / "encoder-result.json").read_text())
+        "encoder",
+        lambda: run(encoder, work / "encoder.log") and {"rows": json.loads((work / "encoder-result.json").read_text())},
     )
     peers = [python, str(HERE / "peers.py"), options.model, "--output", str(work / "peers.json")]
     peers += [argument for recipe in RECIPES for argument in ("--ours", str(work / recipe))]
