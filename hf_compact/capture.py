@@ -41,9 +41,6 @@ Progress = Callable[[str, int, int], None]
 class Guide(Protocol):
     """What a method has found out about the dense model."""
 
-    def tokens(self, names: Sequence[str], number: int) -> Tensor:
-        """Weights `[batch, length]` of the tokens of a batch in the gram matrix of Linears that share their inputs."""
-
     def share(self, name: str, finished: Sequence[LayerReport]) -> Any:
         """What `compress_linear` gets as `guide`, given the layers that are finished."""
 
@@ -269,7 +266,7 @@ class BlockRunner:
                 check_finite(name + ".weight", self.model.get_submodule(name).weight)
             self.settled = {}
             for group in self._input_groups(module, names, calls) if config.needs_calibration else [names]:
-                gram, total = self._moments(block, group, calls, guide) if config.needs_calibration else (None, None)
+                gram, total = self._moments(block, group[0], calls) if config.needs_calibration else (None, None)
                 found |= self._compress_group(group, gram, total, method, config, guide)
                 for part, child in module.named_children():
                     inside = [name for name in names if name.startswith(f"{block}.{part}.")]
@@ -400,39 +397,30 @@ class BlockRunner:
         seen = {name for group in groups.values() for name in group}
         return [*groups.values(), *([name] for name in names if name not in seen)]
 
-    def _moments(self, block: str, names: list[str], calls: list[_Call], guide: Guide | None) -> tuple[Tensor, Tensor]:
-        """Moments of the inputs of targets that share them, over all calibration batches (and ranks), padding left out.
-
-        A guide weights the tokens; the weights then stand for the number of inputs.
+    def _moments(self, block: str, name: str, calls: list[_Call]) -> tuple[Tensor, Tensor]:
+        """Moments of a target's inputs over all calibration batches (and ranks), padding left out.
 
         Returns:
             `(gram [in, in], total [in + 1])` float64: sum of x x^T, sum of x with the number of inputs behind it.
         """
-        name = names[0]
         target = self.model.get_submodule(name)
         size = dense_shape(target)[1]
         gram = torch.zeros(size, size, dtype=torch.float64, device=self.hidden[0].device)
         total = torch.zeros(size + 1, dtype=torch.float64, device=gram.device)
         mask: Tensor | None = None
-        weights: Tensor | None = None
 
         def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0]
-            kept = mask.bool() if mask is not None and mask.shape == x.shape[:2] else slice(None)
-            weight = 1.0
-            if weights is not None and weights.shape == x.shape[:2]:
-                weight = weights[kept].to(x.device).flatten()[:, None].sqrt()
-            x = x[kept].flatten(0, -2).float() * weight
+            x = (x[mask.bool()] if mask is not None and mask.shape == x.shape[:2] else x).flatten(0, -2)
             add_gram_(gram, x)
-            total[:-1] += (x * weight).sum(0)
-            total[-1] += len(x) if isinstance(weight, float) else weight.square().sum()
+            total[:-1] += x.sum(0, dtype=torch.float32)
+            total[-1] += len(x)
             raise _StopForward
 
         handle = target.register_forward_pre_hook(note)
         try:
             for number, batch in enumerate(self.batches[:-1]):
                 mask = batch.get(self._mask_name(block, name))
-                weights = None if guide is None else guide.tokens(names, number)
                 with suppress(_StopForward):
                     self._run_block(self.model.get_submodule(block), number, calls[number])
         finally:

@@ -37,15 +37,11 @@ class Guide:
 
     def __init__(
         self, log_step: float, predicted: Mapping[str, float], sizes: Mapping[str, int], row_steps: Mapping[str, Tensor],
-        token_weights: Mapping[str, list[Tensor]], num_tokens: float,
+        num_tokens: float,
     ) -> None:  # fmt: skip
         """Keep the plan."""
         self.log_step, self.predicted, self.sizes = log_step, predicted, sizes
-        self.row_steps, self.token_weights, self.num_tokens = row_steps, token_weights, num_tokens
-
-    def tokens(self, names: Sequence[str], number: int) -> Tensor:
-        """Weights of the tokens of one batch for Linears that share their inputs, `[batch, length]`, about 1 on average."""
-        return torch.stack([self.token_weights[name][number] for name in names]).mean(0)
+        self.row_steps, self.num_tokens = row_steps, num_tokens
 
     def share(self, name: str, finished: Sequence[LayerReport]) -> Share:
         """The share of the next Linear, given what the finished ones really took."""
@@ -61,7 +57,7 @@ def prepare(
 ) -> Guide | None:  # fmt: skip
     """Measure the sensitivities and find the step whose bits meet the budget; None where every Linear gets the same rate.
 
-    With one weight per row and per token in the loss, one step for the whole model, `step * U_jj / sqrt(b_r)`, is the
+    With one weight per row in the loss, one step for the whole model, `step * U_jj / sqrt(b_r)`, is the
     best way to spend the bits.
 
     Raises:
@@ -69,11 +65,11 @@ def prepare(
     """
     if config.sensitivity == "none":
         return None
-    found = measure(model, arch, names, batches, config.token_power, _PLAN_TOKENS)
+    found = measure(model, arch, names, batches, _PLAN_TOKENS)
     row_steps = {name: _row_steps(row, config.row_power) for name, row in found.rows.items()}
     predicted, log_step = _find_log_step(model, found.grams, row_steps, config)
     sizes = {name: dense_shape(model.get_submodule(name)).numel() for name in names}
-    return Guide(log_step, predicted, sizes, row_steps, found.tokens, found.num_tokens)
+    return Guide(log_step, predicted, sizes, row_steps, found.num_tokens)
 
 
 def compress_linear(

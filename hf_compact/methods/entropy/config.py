@@ -24,8 +24,6 @@ class EntropyConfig(MethodConfig):
     the dense model on the calibration set; the model is loaded whole. `none`: every Linear gets the same rate."""
     row_power: float = 1.0
     """How far the step of a row follows the sensitivity of its output: 1 is the optimum of a quadratic loss, 0 not at all."""
-    token_power: float = 1.0
-    """How far a token counts in the gram matrices by the size of its gradient; 0 counts all alike."""
     damp: float = 0.01
     """Ridge of the gram matrix as a fraction of its mean diagonal."""
     embedding_bits: float | None = 6.0
@@ -39,9 +37,8 @@ class EntropyConfig(MethodConfig):
             value = getattr(self, name)
             if value is not None and not 0.5 <= value <= 7:
                 raise ConfigError(f"entropy.{name} must be in [0.5, 7], got {value}")
-        for name in ("row_power", "token_power"):
-            if not 0 <= getattr(self, name) <= 2:
-                raise ConfigError(f"entropy.{name} must be in [0, 2], got {getattr(self, name)}")
+        if not 0 <= self.row_power <= 2:
+            raise ConfigError(f"entropy.row_power must be in [0, 2], got {self.row_power}")
         if self.damp < 0:
             raise ConfigError(f"entropy.damp must be at least 0, got {self.damp}")
 

@@ -159,7 +159,7 @@ def test_the_guide_makes_up_for_what_the_first_layers_took():
     layer = hf_compact.report.LayerReport(
         name="a", role="up", method="entropy", num_weights=1000, compressed_bytes=500, relative_error=0.0, seconds=0.0
     )
-    guide = Guide(0.0, {"a": 3.0, "b": 3.0}, {"a": 1000, "b": 2000}, {"b": torch.ones(1)}, {}, 1.0)
+    guide = Guide(0.0, {"a": 3.0, "b": 3.0}, {"a": 1000, "b": 2000}, {"b": torch.ones(1)}, 1.0)
     assert guide.share("b", []).step == 1.0
     assert guide.share("b", [layer]).step == pytest.approx(2**0.5)  # a thousand bits too many, on two thousand weights
 
@@ -224,7 +224,7 @@ def test_a_cast_leaves_the_stored_tensors_alone(folder):
     ("field", "value", "rule"),
     [("bits", 0.2, "in \\[0.5, 7\\]"), ("bits", 8.0, "in \\[0.5, 7\\]"), ("embedding_bits", 9.0, "in \\[0.5, 7\\]"),
      ("sensitivity", "hessian", "one of fisher, none"), ("damp", -1.0, "at least 0"), ("row_power", 3.0, "in \\[0, 2\\]"),
-     ("token_power", -0.1, "in \\[0, 2\\]")],
+     ],
 )  # fmt: skip
 def test_bad_settings_are_named(field, value, rule):
     with pytest.raises(ConfigError, match=rf"entropy\.{field} must be {rule}"):
