@@ -132,7 +132,7 @@ def compress(
     select_stages(arch.roles, recipe.stages)  # a glob that matches nothing is found before a folder is made
     journal = Journal(output, fingerprint, num_units=1 + len(arch.blocks))
     runner = BlockRunner(dense.model, arch, stages, prepared, report, dense.source, journal)
-    logits = _run(runner, recipe, prepared, progress, is_done=journal.is_replaced)
+    logits = _run(runner, recipe, prepared, progress)
     table = _ordered(runner.table, dense.model)
     config = _final_config(dense.model, table, recipe)
     report.file_bytes = journal.finish(
@@ -545,22 +545,27 @@ def _compress_in_memory(
     return report
 
 
-def _run(
-    runner: BlockRunner, recipe: Recipe, calibration: Calibration, progress: Progress, is_done: bool = False
-) -> torch.Tensor:  # fmt: skip
+def _run(runner: BlockRunner, recipe: Recipe, calibration: Calibration, progress: Progress) -> torch.Tensor:
     """All stages, then the distillation; the output for the probe."""
-    teacher = None if recipe.distillation is None or is_done else copy.deepcopy(runner.model)
-    logits = runner.run(progress)
-    if teacher is None:
-        return logits
+    if recipe.distillation is None:
+        return runner.run(progress)
+    if runner.journal is not None and runner.journal.is_replaced:
+        runner.report.distillation = runner.journal.entries[-1]["distillation"]
+        return runner.run(progress)
     if distributed.world_size() > 1:
         raise ConfigError("recipe.distillation runs in one process: set it to null under torchrun")
+    if not is_causal_lm(runner.model):
+        name = type(runner.model).__name__
+        raise ConfigError(f"recipe.distillation compares next-token distributions, which a {name} has not: set it to null")
+    teacher = copy.deepcopy(runner.model)
+    runner.run(progress)
     started = time.perf_counter()
     losses = distill_(
         runner.model, teacher, calibration.distillation or calibration.batches, recipe.distillation,
         lambda done, total: progress("distillation", done, total),
     )  # fmt: skip
-    runner.report.distillation = {"steps": len(losses), "first": sum(losses[:8]) / 8, "last": sum(losses[-8:]) / 8}
+    first, last = losses[:8], losses[-8:]
+    runner.report.distillation = {"steps": len(losses), "first": sum(first) / len(first), "last": sum(last) / len(last)}
     runner.report.seconds["distill"] = time.perf_counter() - started
     return runner.rewrite()
 

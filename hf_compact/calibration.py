@@ -36,7 +36,7 @@ class Calibration:
     def fingerprint(self) -> str:
         """SHA-256 over names, shapes and values of all inputs."""
         digest = hashlib.sha256()
-        for batch in self.batches:
+        for batch in (*self.batches, *self.distillation):
             for name in sorted(batch):
                 tensor = batch[name].cpu().contiguous()
                 digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())

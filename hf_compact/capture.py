@@ -41,8 +41,8 @@ Progress = Callable[[str, int, int], None]
 class Guide(Protocol):
     """What a method has found out about the dense model."""
 
-    def share(self, name: str, finished: Sequence[LayerReport]) -> Any:
-        """What `compress_linear` gets as `guide`, given the layers that are finished."""
+    def share(self, name: str, finished: Sequence[LayerReport], num_inputs: float) -> Any:
+        """What `compress_linear` gets as `guide`, given the layers that are finished and the inputs behind its gram matrix."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Method:
     layers: Mapping[str, type[nn.Module]]
     """Name in the modules table -> class with `empty_like(old, **spec)`, `to_dense()` and `spec()`."""
     compress_linear: Callable[..., nn.Module]
-    """`(linear, gram [in, in] | None, config, solve=True) -> module`; without a gram matrix the inputs are unknown.
+    """`(linear, gram [in, in] | None, config, solve=True) -> module`, and `guide=` its share where there is a `prepare`; without a gram matrix the inputs are unknown.
     With `solve=False` it returns the empty module, which another rank's solution fills."""
     compress_embedding: Callable[..., nn.Module | None]
     """`(embedding or head, config, solve=True) -> module`, or None to leave it."""
@@ -140,7 +140,7 @@ class BlockRunner:
         with without_cache(self.model):
             progress(units[0], 0, len(units))
             for position, (method, config) in enumerate(self.stages):
-                if method.prepare is not None:
+                if method.prepare is not None and self.num_resumed < len(units):
                     names = [name for name in self.arch.roles if name in self.targets[position]]
                     self.guides[position] = method.prepare(self.model, self.arch, names, self.batches[:-1], config)
                     return_freed_memory()
@@ -167,7 +167,7 @@ class BlockRunner:
 
     @torch.no_grad()
     def rewrite(self) -> Tensor:
-        """Write every unit again after the whole model was changed; it must be in memory.
+        """Write every unit again, with `report.distillation`, after the whole model was changed; it must be in memory.
 
         Returns:
             As `run`.
@@ -178,9 +178,13 @@ class BlockRunner:
         if self.journal is not None:
             for position, block in enumerate(["", *self.arch.blocks]):
                 names = self._inside(block) if position else self._outside_blocks()
-                self.journal.replace(position, self._tensors(names))
+                self.journal.replace(position, self._tensors(names), {"distillation": self.report.distillation})
+        training = self.model.training
+        self.model.eval()
         with without_cache(self.model):
-            return self.model(**self.batches[-1])[0].cpu()
+            output = self.model(**self.batches[-1])[0].cpu()
+        self.model.train(training)
+        return output
 
     # Units: what is loaded, compressed and written together.
 
@@ -300,7 +304,7 @@ class BlockRunner:
                 moments = centered(gram, total)
             return_freed_memory()
             is_mine = owner == distributed.rank() or not method.is_dealt
-            hints = {} if guide is None else {"guide": guide.share(name, self.report.layers)}
+            hints = {} if guide is None or total is None else {"guide": guide.share(name, self.report.layers, total[-1].item())}
             new[name] = method.compress_linear(linear, moments, config, solve=is_mine, **hints)
             if method.is_dealt:
                 distributed.broadcast_(new[name].buffers(), owner)

@@ -233,6 +233,8 @@ def share_buffers_(target: nn.Module, source: nn.Module) -> None:
     On another device than the source it holds copies.
     """
     for name, buffer in source._buffers.items():
+        if buffer.is_meta and name in source._non_persistent_buffers_set:
+            continue  # comes into being after loading, and is shared then
         target._buffers[name] = buffer.to(target._buffers[name].device) if not target._buffers[name].is_meta else buffer
         target._non_persistent_buffers_set.add(name)
 
@@ -308,7 +310,7 @@ class Journal:
                 os.fsync(stream.fileno())
         self.entries.append(entry)
 
-    def replace(self, position: int, tensors: Mapping[str, Tensor]) -> None:
+    def replace(self, position: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """Write a finished unit again after the whole model was changed.
 
         A run that is killed between two of these starts over: what it has is neither the one state nor the other.
@@ -320,7 +322,7 @@ class Journal:
         with disk_errors(self.folder):
             shard = self.folder / entry["file"]
             _write_shard(shard, tensors)
-            self.entries[position] = {**entry, "sha256": hash_files([shard]), "is_replaced": True}
+            self.entries[position] = {**entry, **record, "sha256": hash_files([shard]), "is_replaced": True}
             lines = _complete_lines(self.folder / _JOURNAL_NAME)[:1] + self.entries
             write_text(self.folder / _JOURNAL_NAME, "".join(json.dumps(line) + "\n" for line in lines))
 

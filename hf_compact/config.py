@@ -68,7 +68,10 @@ class CalibrationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationConfig:
-    """How long scales, norms and biases of the compressed model are fitted to the dense one."""
+    """How long what is continuous in the compressed model is fitted to the dense one.
+
+    That is norms, biases, and the scales of entropy-coded Linears. Calibration batches given ready are used as they are.
+    """
 
     num_sequences: int = 256
     """Sequences of the calibration text, at positions of their own."""

@@ -6,7 +6,8 @@ from the dense one's.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -45,21 +46,16 @@ def distill_(
     total = config.epochs * len(batches)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, total))
     losses: list[float] = []
-    was_training = model.training
-    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    model.eval()
-    teacher.eval()
-    with without_cache(model), without_cache(teacher), patched_forwards({m: m.scaled_forward for m in modules}):
+    with _frozen(model), without_cache(model), without_cache(teacher), patched_forwards({m: m.scaled_forward for m in modules}):
         for step in range(total):
             progress(step, total)
-            batch = batches[step % len(batches)]
+            batch = {name: value.to(model.device) for name, value in batches[step % len(batches)].items()}
             with torch.no_grad():
-                target = teacher(**batch)[0]
+                target = teacher.eval()(**batch)[0]
             with torch.enable_grad():
-                output = functional_call(model, _values(model, bases, thetas), args=(), kwargs=dict(batch))[0]
-                loss = divergence(output, target)
+                output = functional_call(model, _values(model, bases, thetas), args=(), kwargs=batch)[0]
+                kept = batch["attention_mask"].bool() if "attention_mask" in batch else slice(None)
+                loss = divergence(output[kept], target[kept])
                 loss.backward()
             if not loss.isfinite():
                 raise NumericalError(f"the loss of distillation step {step} is not finite: lower distillation.learning_rate")
@@ -70,10 +66,23 @@ def distill_(
     with torch.no_grad():
         for name, value in _values(model, bases, thetas).items():
             model.get_parameter_or_buffer(name).copy_(value)
-    for parameter in frozen:
-        parameter.requires_grad_(True)
-    model.train(was_training)
     return losses
+
+
+@contextmanager
+def _frozen(model: PreTrainedModel) -> Iterator[None]:
+    """No gradients for the parameters themselves, no dropout."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    was_training = model.training
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        model.eval()
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        model.train(was_training)
 
 
 def divergence(output: Tensor, target: Tensor) -> Tensor:
@@ -98,9 +107,10 @@ def _trained(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _values(model: PreTrainedModel, bases: Mapping[str, Tensor], thetas: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Parameters in the model's dtype; scales stay in float32 until they are stored."""
+    """Parameters in their own dtype; scales stay in float32 until they are stored."""
+    parameters = dict(model.named_parameters())
     values = {name: base * (1 + thetas[name]) for name, base in bases.items()}
-    return {name: value if name.endswith("_scale") else value.to(model.dtype) for name, value in values.items()}
+    return {name: value.to(parameters[name].dtype) if name in parameters else value for name, value in values.items()}
 
 
 def _cosine(step: int, total: int) -> float:

@@ -28,62 +28,66 @@ class Sensitivity:
     """Of the Linears that were asked for, by name; over the batches of all ranks."""
 
     rows: dict[str, Tensor]
-    """`[out]` float64, mean of the squared gradient at each output."""
+    """`[out]` float64, the squared gradient at each output, summed over all tokens and divided by their number."""
     grams: dict[str, Tensor]
     """`[in, in]` mean of x x^T over the first tokens: for forecasts, not for solving."""
-    num_tokens: int
-    """In all batches."""
 
 
 def measure(
     model: PreTrainedModel, arch: Architecture, names: Sequence[str], batches: Sequence[Mapping[str, Tensor]],
-    num_gram_tokens: int,
+    num_tokens: int, num_gram_tokens: int,
 ) -> Sensitivity:  # fmt: skip
-    """One backward pass over every sequence.
+    """One backward pass over the first sequences.
 
     Args:
         model: dense and whole.
         arch: its blocks; gradients start at the inputs of the first.
         names: the Linears to look at.
         batches: model inputs.
-        num_gram_tokens: about how many tokens the gram matrices are made from.
+        num_tokens: about how many tokens gradients are taken of, over all ranks.
+        num_gram_tokens: about how many the gram matrices are made from.
 
     Raises:
         NumericalError: gradients are not finite.
     """
     shapes = {name: dense_shape(model.get_submodule(name)) for name in names}
-    rows = {name: torch.zeros(shape[0], dtype=torch.float64) for name, shape in shapes.items()}
-    grams = {name: torch.zeros(shape[1], shape[1]) for name, shape in shapes.items()}
-    seen = num_inputs = 0
+    device = model.device
+    rows = {name: torch.zeros(shape[0], dtype=torch.float64, device=device) for name, shape in shapes.items()}
+    grams = {name: torch.zeros(shape[1], shape[1], device=device) for name, shape in shapes.items()}
+    counts = {name: torch.zeros(1, dtype=torch.float64, device=device) for name in names}
+    seen = 0
     for number, batch in enumerate(batches):
+        if seen * distributed.world_size() >= num_tokens:
+            break
         is_counted = seen * distributed.world_size() < num_gram_tokens
         seen += next(iter(batch.values())).shape[:2].numel()
-        num_inputs = seen if is_counted else num_inputs
-        _gradients(model, arch, batch, number, rows, grams if is_counted else None)
-    count = torch.tensor([seen, num_inputs], dtype=torch.float64)
-    distributed.sum_([count, *rows.values(), *grams.values()])
-    num_tokens, num_inputs = (int(value) for value in count.tolist())
+        seed = number * distributed.world_size() + distributed.rank()
+        _gradients(model, arch, batch, seed, rows, grams if is_counted else {}, counts)
+    distributed.sum_([*rows.values(), *grams.values(), *counts.values()])
     for name in names:
-        rows[name] /= num_tokens
+        rows[name] = rows[name].cpu() / max(1, seen * distributed.world_size())
+        grams[name] = (grams[name] / counts[name].clamp_min(1)).float().cpu()
         if not rows[name].isfinite().all():
             raise NumericalError(f"gradients at the output of {name} are not finite: set sensitivity to none")
-        grams[name] /= num_inputs
-    return Sensitivity(rows, grams, num_tokens)
+    return Sensitivity(rows, grams)
 
 
 def _gradients(
     model: PreTrainedModel, arch: Architecture, batch: Mapping[str, Tensor], seed: int, rows: Mapping[str, Tensor],
-    grams: Mapping[str, Tensor] | None,
+    grams: Mapping[str, Tensor], counts: Mapping[str, Tensor],
 ) -> None:  # fmt: skip
-    """Forward and backward over one batch, one sequence at a time; adds to both tables."""
+    """Forward and backward over one batch, one sequence at a time; adds to the tables, padding left out."""
     generator = torch.Generator(model.device).manual_seed(seed)
+    one: dict[str, Tensor] = {}
 
     def watch(name: str, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if grams is not None:
-            add_gram_(grams[name], args[0].detach().cpu())
+        if name in grams:
+            x = _kept(args[0].detach(), one)
+            add_gram_(grams[name], x)
+            counts[name].add_(x.shape[:-1].numel())
 
         def note(gradient: Tensor) -> None:
-            rows[name].add_(gradient.flatten(0, -2).float().square().sum(0).cpu())
+            rows[name].add_(_kept(gradient, one).flatten(0, -2).float().square().sum(0))
 
         output.register_hook(note)
 
@@ -101,7 +105,8 @@ def _gradients(
         for index in range(next(iter(batch.values())).shape[0]):
             one = {name: value[index : index + 1] for name, value in batch.items()}
             with torch.enable_grad():
-                _loss(model(**one)[0], model.get_output_embeddings() is not None, generator).backward()
+                output = _kept(model(**one)[0], one)
+                _loss(output, model.get_output_embeddings() is not None, generator).backward()
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
@@ -119,9 +124,19 @@ def _require_grad(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return args, {**kwargs, "hidden_states": kwargs["hidden_states"].detach().requires_grad_(True)}
 
 
+def _kept(x: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The positions that are not padding; of an encoder-decoder the mask that has the length of `x`."""
+    for name in ("attention_mask", "decoder_attention_mask"):
+        if name in inputs and inputs[name].shape == x.shape[:-1]:
+            return x[inputs[name].bool()]
+    return x
+
+
 def _loss(output: Tensor, is_logits: bool, generator: torch.Generator) -> Tensor:
     """Whose gradients have the Fisher matrix as their second moment: of drawn labels, or of normal noise on hidden states."""
     values = output.float().flatten(0, -2)
+    if not values.isfinite().all():
+        raise NumericalError("the model's output on the calibration set is not finite: it overflows")
     if not is_logits:
         return (values * torch.randn(values.shape, generator=generator, device=values.device)).sum()
     with torch.no_grad():

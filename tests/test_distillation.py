@@ -110,7 +110,7 @@ def test_units_written_twice_count_only_together(tmp_path):
     for number, part in enumerate(tensors):
         journal.append(f"unit {number}", part, record)
     assert not journal.is_replaced
-    journal.replace(0, {"a": torch.ones(2)})
+    journal.replace(0, {"a": torch.ones(2)}, {"distillation": None})
     assert not journal.is_replaced
     assert Journal(tmp_path / "out", {"recipe": 1}, num_units=2).entries == []
 
@@ -119,7 +119,7 @@ def test_units_written_twice_are_kept(tmp_path):
     record = {"modules": {}, "layers": [], "notes": []}
     journal = Journal(tmp_path / "out", {"recipe": 1}, num_units=1)
     journal.append("unit", {"a": torch.zeros(2)}, record)
-    journal.replace(0, {"a": torch.ones(2)})
+    journal.replace(0, {"a": torch.ones(2)}, {"distillation": None})
     again = Journal(tmp_path / "out", {"recipe": 1}, num_units=1)
     assert again.is_replaced
     assert again.entries == journal.entries

@@ -4,7 +4,8 @@ Rows and columns of a quantized weight differ in spread, and that is nearly all 
 row and column gets a level (a third of an octave), an entry's table is chosen by the sum of its two levels, and tables
 that few entries use are merged. The coder is `constriction`; the stream around it is ours:
 
-    magic, rows, columns, levels (4 bits each), table of every level sum, the tables, then the chunks
+    magic, rows, columns, number of tables and of chunks, CRC-32 of all that and of what follows;
+    levels (4 bits each), table of every level sum, the tables; then the chunks
 
 A chunk is a run of row levels that is decoded without the others; it has its length and a CRC-32 in front. Tables are
 probabilities on a logarithmic scale of an eighth of an octave, one byte each, expanded with integers only, so that a
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 _MAGIC = b"hfc1"
-_HEAD = struct.Struct("<4sIIBBHI")
+_HEAD = struct.Struct("<4sIIHHI")
 _CHUNK = struct.Struct("<II")
 _LEVELS_PER_OCTAVE = 3
 _MAX_LEVEL = 15
@@ -59,7 +60,7 @@ def encode(codes: Tensor) -> Tensor:
     >>> torch.equal(decode(encode(torch.tensor([[1, 0], [0, -2]], dtype=torch.int8))), torch.tensor([[1, 0], [0, -2]]))
     True
     """
-    if codes.dtype != torch.int8 or codes.dim() != 2:
+    if codes.dtype != torch.int8 or codes.dim() != 2 or not codes.numel():
         raise ValueError(f"codes must be an int8 matrix, got {codes.dtype} {list(codes.shape)}")
     values = codes.cpu().numpy()
     plan = _plan(values)
@@ -73,7 +74,8 @@ def encode(codes: Tensor) -> Tensor:
             coder.encode_reverse(symbols, models[table])
         data = coder.get_compressed().astype("<u4").tobytes()
         chunks.append(_CHUNK.pack(len(data), zlib.crc32(data)) + data)
-    head = _HEAD.pack(_MAGIC, *values.shape, len(plan.tables), 0, len(chunks), zlib.crc32(side))
+    head = _HEAD.pack(_MAGIC, *values.shape, len(plan.tables), len(chunks), 0)
+    head = _HEAD.pack(_MAGIC, *values.shape, len(plan.tables), len(chunks), zlib.crc32(head + side))
     return torch.frombuffer(bytearray(b"".join([head, side, *chunks])), dtype=torch.uint8)
 
 
@@ -92,8 +94,11 @@ def decode(stream: Tensor) -> Tensor:
     data = stream.cpu().numpy().tobytes()
     if len(data) < _HEAD.size or data[:4] != _MAGIC:
         raise ValueError(f"entropy-coded weight of {len(data)} bytes does not begin as one")
-    _, num_rows, num_columns, num_tables, _, num_chunks, crc = _HEAD.unpack_from(data)
-    plan, start = _read_side(data, num_rows, num_columns, num_tables, crc)
+    magic, num_rows, num_columns, num_tables, num_chunks, crc = _HEAD.unpack_from(data)
+    plan, start = _read_side(data, num_rows, num_columns, num_tables)
+    head = _HEAD.pack(magic, num_rows, num_columns, num_tables, num_chunks, 0)
+    if zlib.crc32(head + data[_HEAD.size : start]) != crc:
+        raise ValueError("entropy-coded weight has a damaged header or damaged tables: their CRC-32 differs")
     models = [_model(table) for _, table in plan.tables]
     sorted_values = np.empty((num_rows, num_columns), np.int8)
     row_order, column_order = (np.argsort(levels, kind="stable") for levels in (plan.row_levels, plan.column_levels))
@@ -225,7 +230,7 @@ def _side(plan: _Plan) -> bytes:
     return b"".join(parts)
 
 
-def _read_side(data: bytes, num_rows: int, num_columns: int, num_tables: int, crc: int) -> tuple[_Plan, int]:
+def _read_side(data: bytes, num_rows: int, num_columns: int, num_tables: int) -> tuple[_Plan, int]:
     position = _HEAD.size
 
     def take(size: int) -> np.ndarray:
@@ -244,8 +249,6 @@ def _read_side(data: bytes, num_rows: int, num_columns: int, num_tables: int, cr
     for _ in range(num_tables):
         low, last = struct.unpack("<bB", take(2).tobytes())
         tables.append((low, take(last + 1)))
-    if zlib.crc32(data[_HEAD.size : position]) != crc:
-        raise ValueError("entropy-coded weight has damaged tables: their CRC-32 differs")
     return _Plan(levels[0], levels[1], table_of, tables), position
 
 

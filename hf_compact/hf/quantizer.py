@@ -114,7 +114,7 @@ class CompactQuantizer(HfQuantizer):
             if stage.needs_calibration:
                 raise ConfigError(
                     f"{stage.method} with these settings needs calibration, which loading has not: "
-                    "set rounding to nearest, or use hf-compact compress"
+                    "use a stage that needs none (codebook with rounding nearest), or hf-compact compress"
                 )
         made, table = compress_outside_(model, arch, stages, LAYERS, solve=False)
         self.pending |= {f"{name}.weight": _Pending(part.method, part.config, part.old, True) for name, part in made.items()}

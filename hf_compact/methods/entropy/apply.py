@@ -1,5 +1,6 @@
 """From a dense module and the gram matrix of its inputs to an entropy-coded module."""
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,12 +15,16 @@ from ...functional.coding import encode
 from ...report import LayerReport
 from ...sensitivity import measure
 from .config import EntropyConfig
-from .functional import Integers, Rounder, bits_per_weight, refit_rows
+from .functional import LARGEST, SEARCH_ROWS, Integers, Rounder, bits_per_weight, center_rows, fixed_bits, refit_rows
 from .layer import EntropyEmbedding, EntropyLinear
 
 _TOLERANCE = 0.004  # bits per weight
+_FISHER_TOKENS = 16384
 _PLAN_TOKENS = 8192
-_PROBES = (-1.0, 0.0, 1.0)  # octaves around the first guess of the step
+_PROBES = (2.0, 1.0, 0.0, -1.0, -2.0)  # bits around the budget at which a Linear is tried
+_NO_BITS = (0.0, -2.0)  # and towards the end of its curve, where all integers are zero
+_MOST_BITS = 7.0  # of integers that a byte holds
+_LEAST_SHARE = 1e-12  # of the energy of the most sensitive Linear
 
 
 @dataclass(frozen=True)
@@ -29,27 +34,29 @@ class Share:
     step: float
     """In units of `U_jj`, for the gram matrix as it is summed."""
     row_steps: Tensor
-    """`[out]` relative steps of the rows."""
+    """`[out]` steps of the rows."""
 
 
 class Guide:
     """The shares of all Linears of one stage; what earlier ones missed of their forecast, the later ones make up for."""
 
     def __init__(
-        self, log_step: float, predicted: Mapping[str, float], sizes: Mapping[str, int], row_steps: Mapping[str, Tensor],
-        num_tokens: float,
+        self, bits: float, log_step: float, predicted: Mapping[str, float], sizes: Mapping[str, int], row_steps: Mapping[str, Tensor]
     ) -> None:  # fmt: skip
-        """Keep the plan."""
-        self.log_step, self.predicted, self.sizes = log_step, predicted, sizes
-        self.row_steps, self.num_tokens = row_steps, num_tokens
+        """Keep the plan: forecasts in bits per weight, sizes in weights."""
+        self.bits, self.log_step, self.predicted, self.sizes, self.row_steps = bits, log_step, predicted, sizes, row_steps
 
-    def share(self, name: str, finished: Sequence[LayerReport]) -> Share:
-        """The share of the next Linear, given what the finished ones really took."""
-        done = [layer for layer in finished if layer.name in self.predicted]
-        excess = sum(8 * layer.compressed_bytes - self.predicted[layer.name] * layer.num_weights for layer in done)
-        rest = sum(self.sizes.values()) - sum(layer.num_weights for layer in done)
-        log_step = self.log_step + max(-0.5, min(0.5, excess / rest))
-        return Share(2**log_step * math.sqrt(self.num_tokens), self.row_steps[name])
+    def share(self, name: str, finished: Sequence[LayerReport], num_inputs: float) -> Share | None:
+        """The share of the next Linear, given what the finished ones took; None for one that the loss does not see."""
+        if name not in self.predicted:
+            return None
+        done = {layer.name: 8.0 * layer.compressed_bytes for layer in finished if layer.name in self.sizes}
+        rest = [other for other in self.predicted if other not in done]
+        weights = sum(self.sizes[other] for other in rest)
+        forecast = sum(done.values()) + sum(self.predicted[other] * self.sizes[other] for other in rest)
+        budget = self.bits * sum(self.sizes[other] for other in {*done, *rest})
+        change = max(-1.0, min(1.0, (forecast - budget) / weights))
+        return Share(2 ** (self.log_step + change) * math.sqrt(num_inputs), self.row_steps[name])
 
 
 def prepare(
@@ -65,11 +72,21 @@ def prepare(
     """
     if config.sensitivity == "none":
         return None
-    found = measure(model, arch, names, batches, _PLAN_TOKENS)
-    row_steps = {name: _row_steps(row, config.row_power) for name, row in found.rows.items()}
-    predicted, log_step = _find_log_step(model, found.grams, row_steps, config)
+    found = measure(model, arch, names, batches, _FISHER_TOKENS, _PLAN_TOKENS)
+    least = _LEAST_SHARE * max(row.mean().item() for row in found.rows.values())
     sizes = {name: dense_shape(model.get_submodule(name)).numel() for name in names}
-    return Guide(log_step, predicted, sizes, row_steps, found.num_tokens)
+    row_steps, curves = {}, {}
+    for name, row in found.rows.items():
+        weight = as_linear(model.get_submodule(name)).weight.detach()
+        gram = found.grams.pop(name)
+        if row.mean() > least and weight.any():
+            row_steps[name] = _row_steps(row, config.row_power)
+            curves[name] = _curve(weight, gram, row_steps[name], config)
+    if not curves:
+        return None
+    log_step = _find_log_step(curves, sizes, config.bits)
+    predicted = {name: _interpolate(curve, log_step) for name, curve in curves.items()}
+    return Guide(config.bits, log_step, predicted, sizes, row_steps)
 
 
 def compress_linear(
@@ -82,7 +99,7 @@ def compress_linear(
         gram: `[in, in]` sum of x x^T, or None.
         config: settings.
         solve: with False the module is empty and its size is what the settings ask for.
-        guide: `sensitivity.Share` of this Linear; None gives it `config.bits`.
+        guide: the share of this Linear; None gives it `config.bits`.
 
     Raises:
         NumericalError: the gram matrix cannot be factorised.
@@ -114,32 +131,27 @@ def compress_embedding(
     if not solve:
         return cls.empty_like(module, num_bytes=_expected_bytes(module.weight, config.embedding_bits))
     weight = module.weight.detach().cpu()
-    rms = torch.cat([rows.float().square().mean(1).sqrt() for rows in weight.split(1024)]).clamp_min(1e-12)
+    rms = torch.cat([rows.float().square().mean(1).sqrt() for rows in weight.split(1024)])
+    if not rms.any():
+        return _empty_integers(cls, module)
+    unit, relative = center_rows(rms.clamp_min(1e-30 * rms.max()))
 
     def round_rows(step: float, rows: slice) -> Tensor:
-        parts = [
-            (part.float() / (step * scale[:, None])).round_().clamp_(-127, 127).to(torch.int8)
-            for part, scale in zip(weight[rows].split(1024), rms[rows].split(1024), strict=True)
-        ]
-        return torch.cat(parts)
+        parts = zip(weight[rows].split(1024), relative[rows].split(1024), strict=True)
+        rounded = [(part.float() / (step * unit) / scale[:, None]).round_() for part, scale in parts]
+        return torch.cat([part.clamp_(-LARGEST, LARGEST).to(torch.int8) for part in rounded])
 
     some = slice(None, None, max(1, len(weight) // 2048))
-
-    def bits_at(step: float) -> float:
-        codes = round_rows(step, some)
-        return bits_per_weight(codes, len(weight))
-
-    step = _find_step(bits_at, config.embedding_bits, 2.0 ** (2 - config.embedding_bits))
+    target = max(config.embedding_bits, fixed_bits(*weight.shape) + 0.5)
+    step = _find_step(lambda step: bits_per_weight(round_rows(step, some), len(weight)), target, 2.0 ** (2 - target))
     codes = round_rows(step, slice(None))
+    scale = torch.tensor(step * unit).item()
     column_scale = torch.ones(weight.shape[1])
-    row_scale = torch.cat(
-        [
-            refit_rows(part.float(), part_codes, column_scale, None, step * scale)
-            for part, part_codes, scale in zip(weight.split(1024), codes.split(1024), rms.split(1024), strict=True)
-        ]
-    )
+    parts = zip(weight.split(1024), codes.split(1024), relative.split(1024), strict=True)
+    row_scale = torch.cat([refit_rows(part.float() / scale, code, column_scale, None, rows) for part, code, rows in parts])
     stream = encode(codes)
-    return cls.empty_like(module, num_bytes=len(stream)).load_integers_(Integers(codes, row_scale, column_scale), stream)
+    module = cls.empty_like(module, num_bytes=len(stream))
+    return module.load_integers_(Integers(codes, scale, row_scale, column_scale), stream)
 
 
 def quantize(weight: Tensor, gram: Tensor | None, config: EntropyConfig, guide: Share | None = None) -> Integers:
@@ -148,18 +160,23 @@ def quantize(weight: Tensor, gram: Tensor | None, config: EntropyConfig, guide: 
     Raises:
         NumericalError: the gram matrix cannot be factorised.
     """
+    if not weight.any():
+        return Integers(torch.zeros_like(weight, dtype=torch.int8), 1.0, torch.ones(len(weight)), torch.ones(weight.shape[1]))
     rounder = _rounder(weight, gram, config, None if guide is None else guide.row_steps)
     if guide is not None:
-        step = guide.step
-    else:
-        step = _find_step(lambda step: rounder.bits(step, rounder.some_rows), config.bits, rounder.guess(config.bits))
-        step *= 2 ** (rounder.bits(step, slice(None)) - config.bits)
+        return rounder.integers(guide.step, gram)
+    # A matrix so small that its scales take the budget gets half a bit per weight on top of them.
+    target = max(config.bits, fixed_bits(*weight.shape) + 0.5)
+    step = _find_step(rounder.some().bits, target, rounder.guess(target))
+    step *= 2 ** (rounder.bits(step) - target)
     return rounder.integers(step, gram)
 
 
-def _rounder(weight: Tensor, gram: Tensor | None, config: EntropyConfig, row_steps: Tensor | None) -> Rounder:
+def _rounder(
+    weight: Tensor, gram: Tensor | None, config: EntropyConfig, row_steps: Tensor | None, num_rows: int | None = None
+) -> Rounder:
     try:
-        return Rounder(weight, gram, config.damp, row_steps)
+        return Rounder(weight, gram, config.damp, row_steps, num_rows)
     except ValueError as error:
         raise NumericalError(str(error)) from error
 
@@ -176,7 +193,7 @@ def _find_step(bits_at: Callable[[float], float], target: float, step: float) ->
 
 def _expected_bytes(weight: Tensor, bits: float) -> int:
     rows, columns = weight.shape
-    return max(1, math.ceil((bits * weight.numel() - 16 * rows - 16 * columns) / 8))
+    return max(1, math.ceil((bits * weight.numel() - 16 * rows - 16 * columns - 32) / 8))
 
 
 def _row_steps(energy: Tensor, power: float) -> Tensor:
@@ -186,39 +203,39 @@ def _row_steps(energy: Tensor, power: float) -> Tensor:
     return ((relative ** (-power / 2)) * mean**-0.5).float()
 
 
-def _find_log_step(
-    model: PreTrainedModel, grams: dict[str, Tensor], row_steps: Mapping[str, Tensor], config: EntropyConfig
-) -> tuple[dict[str, float], float]:
-    """`(bits per weight of each Linear, log2 of the step)` where their sum meets the budget, on some rows of each.
+def _curve(weight: Tensor, gram: Tensor, row_steps: Tensor, config: EntropyConfig) -> list[tuple[float, float]]:
+    """`(log2 of the step, bits per weight)` of one Linear at rates around the budget, measured on some of its rows."""
+    rows = slice(None, None, max(1, len(weight) // SEARCH_ROWS))
+    rounder = _rounder(weight[rows].float().cpu(), gram, config, row_steps[rows], len(weight))
+    targets = [*(config.bits + probe for probe in _PROBES), *_NO_BITS]
+    steps = [rounder.guess(target) for target in sorted({max(target, _NO_BITS[-1]) for target in targets}, reverse=True)]
+    return [(math.log2(step), rounder.bits(step)) for step in steps]
 
-    Empties `grams`: the factors take as much memory.
-    """
-    rounders = {}
-    sizes, guesses = {}, {}
-    for name in row_steps:
-        gram = grams.pop(name)
-        weight = as_linear(model.get_submodule(name)).weight.detach().float().cpu()
-        rounders[name] = _rounder(weight, gram, config, row_steps[name])
-        sizes[name] = weight.numel()
-        guesses[name] = math.log2(rounders[name].guess(0.0))  # of the step that leaves no bits
-    total = sum(sizes.values())
-    center = sum(sizes[name] * guess for name, guess in guesses.items()) / total - config.bits
-    curves = {
-        name: torch.tensor([rounder.bits(2 ** (center + probe), rounder.some_rows) for probe in _PROBES])
-        for name, rounder in rounders.items()
-    }
-    low, high = _PROBES[0], _PROBES[-1]
-    for _ in range(40):
+
+def _find_log_step(curves: Mapping[str, list[tuple[float, float]]], sizes: Mapping[str, int], bits: float) -> float:
+    """The log2 of the step at which all Linears together meet the budget."""
+    total = sum(sizes[name] for name in curves)
+    low, high = min(curve[0][0] for curve in curves.values()) - 8, max(curve[-1][0] for curve in curves.values()) + 8
+    for _ in range(50):
         middle = (low + high) / 2
-        bits = {name: _interpolate(curve, middle) for name, curve in curves.items()}
-        if sum(bits[name] * sizes[name] for name in sizes) / total > config.bits:
+        if sum(_interpolate(curve, middle) * sizes[name] for name, curve in curves.items()) > bits * total:
             low = middle
         else:
             high = middle
-    return bits, center + middle
+    return high
 
 
-def _interpolate(values: Tensor, at: float) -> float:
-    """The parabola through three equidistant points at -1, 0 and 1."""
-    left, middle, right = values.tolist()
-    return middle + at * (right - left) / 2 + at * at * (left + right - 2 * middle) / 2
+def _interpolate(curve: Sequence[tuple[float, float]], at: float) -> float:
+    """Piecewise linear; finer than the first point every octave is a bit while bytes hold it, coarser than the last none."""
+    if at <= curve[0][0]:
+        return min(curve[0][1] + curve[0][0] - at, max(_MOST_BITS, curve[0][1]))
+    for (left, high), (right, low) in itertools.pairwise(curve):
+        if at <= right:
+            return high + (low - high) * (at - left) / (right - left)
+    return curve[-1][1]
+
+
+def _empty_integers(cls: type[EntropyLinear | EntropyEmbedding], module: nn.Module) -> EntropyLinear | EntropyEmbedding:
+    integers = quantize(module.weight.detach().float().cpu(), None, EntropyConfig())
+    stream = encode(integers.codes)
+    return cls.empty_like(module, num_bytes=len(stream)).load_integers_(integers, stream)

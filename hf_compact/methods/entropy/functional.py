@@ -1,10 +1,11 @@
 """Error feedback on a uniform grid without bounds, whose step follows the curvature column by column.
 
-A weight is `row_scale * column_scale * integer`. With `U` the upper factor of the inverse gram matrix, the error
+A weight is `scale * row_scale * column_scale * integer`. With `U` the upper factor of the inverse gram matrix, the error
 of column j counts `1 / U_jj^2` and costs bits as `-log(step)`, so at a fixed number of bits the best step of a column is
 proportional to `U_jj` (WaterSIC). The solvers work in units of the rows' steps, where every row looks alike.
 """
 
+import copy
 from typing import NamedTuple
 
 import torch
@@ -14,8 +15,11 @@ from ...functional.coding import coded_bits
 from ...functional.gram import inverse_factor
 
 _BLOCK = 128  # columns between two delayed updates of the rest of the matrix
-_LARGEST = 127
-_SEARCH_ROWS = 128
+LARGEST = 127
+"""Magnitude of an integer: a byte has to hold it."""
+_HALF = torch.finfo(torch.float16)
+SEARCH_ROWS = 128
+"""Rows of a matrix on which steps are tried."""
 
 
 class Integers(NamedTuple):
@@ -23,15 +27,17 @@ class Integers(NamedTuple):
 
     codes: Tensor
     """`[out, in]` int8."""
+    scale: float
+    """Of the whole matrix, as float32 keeps it: rows and columns lie around 1, in the middle of what float16 can say."""
     row_scale: Tensor
     """`[out]` float32, rounded to float16 values."""
     column_scale: Tensor
-    """`[in]` float32, rounded to float16 values, about 1."""
+    """`[in]` float32, rounded to float16 values."""
 
 
 def dequantize(integers: Integers) -> Tensor:
     """The matrix `[out, in]` float32."""
-    return integers.codes.float() * integers.column_scale * integers.row_scale[:, None]
+    return integers.codes.float() * integers.column_scale * (integers.scale * integers.row_scale[:, None])
 
 
 def round_with_feedback(unit: Tensor, steps: Tensor, factor: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,7 +69,7 @@ def round_with_feedback(unit: Tensor, steps: Tensor, factor: Tensor, order: Tens
             position = start + step
             column = block[step]
             # Inputs of massive activations ask for steps so small that bytes would overflow: eight bits have to do.
-            step_size = max(wanted[position], column.abs().max().item() / _LARGEST)
+            step_size = max(wanted[position], column.abs().max().item() / LARGEST)
             integers = torch.div(column, step_size).round_()
             energy = torch.dot(integers, integers).item()
             best = torch.dot(integers, column).item() / energy if energy else step_size
@@ -77,7 +83,7 @@ def round_with_feedback(unit: Tensor, steps: Tensor, factor: Tensor, order: Tens
 
 
 def refit_rows(weight: Tensor, codes: Tensor, column_scale: Tensor, gram: Tensor | None, fallback: Tensor) -> Tensor:
-    """Row scales that minimise the output error for integers that stay as they are, `[out]`, as stored.
+    """Row scales that minimise the output error for integers that stay as they are.
 
     Args:
         weight: `[out, in]` float32 target.
@@ -85,13 +91,15 @@ def refit_rows(weight: Tensor, codes: Tensor, column_scale: Tensor, gram: Tensor
         column_scale: `[in]` float32.
         gram: `[in, in]`, or None for the identity.
         fallback: `[out]` for rows whose integers are all zero or whose best scale is not positive.
+
+    Returns:
+        `[out]` float32, rounded to float16 values.
     """
     value = codes.float() * column_scale
     through = value if gram is None else value @ gram.float()
     best = (through * weight).sum(1) / (through * value).sum(1)
     best = torch.where(best.isfinite() & (best > 0), best, fallback)
-    half = torch.finfo(torch.float16)
-    return best.clamp(half.smallest_normal, half.max).half().float()
+    return best.clamp(_HALF.smallest_normal, _HALF.max).half().float()
 
 
 def bits_per_weight(codes: Tensor, num_rows: int) -> float:
@@ -100,59 +108,87 @@ def bits_per_weight(codes: Tensor, num_rows: int) -> float:
     Args:
         codes: `[n, in]` int8, all rows or some.
         num_rows: rows of the whole matrix, which share what columns and tables take.
+
+    Returns:
+        Forecast for the whole matrix.
     """
     entries, side = coded_bits(codes)
     rows, columns = codes.shape
-    return entries / codes.numel() + 16 / columns + 4 / columns + (side - 4 * rows + 16 * columns) / (num_rows * columns)
+    return entries / codes.numel() + 20 / columns + (side - 4 * rows + 16 * columns + 32) / (num_rows * columns)
+
+
+def fixed_bits(rows: int, columns: int) -> float:
+    """Bits per weight of scales and levels alone: what a matrix takes with all integers zero.
+
+    >>> fixed_bits(16, 32)
+    2.0
+    """
+    return 20 / rows + 20 / columns + 32 / (rows * columns) + 64 / (rows * columns)
+
+
+def center_rows(row_steps: Tensor) -> tuple[float, Tensor]:
+    """`(scale, row steps)`: the steps around 1, none so far from the others that float16 could not say it."""
+    scale = torch.tensor(row_steps.double().log().mean().exp().item()).item()
+    return scale, (row_steps / scale).clamp(_HALF.smallest_normal, 2.0**12)
 
 
 class Rounder:
     """One matrix at any step of the grid: factorised once, every step tried costs one pass over the columns."""
 
-    def __init__(self, weight: Tensor, gram: Tensor | None, damp: float, row_steps: Tensor | None = None) -> None:
+    def __init__(
+        self, weight: Tensor, gram: Tensor | None, damp: float, row_steps: Tensor | None = None, num_rows: int | None = None
+    ) -> None:  # fmt: skip
         """Factorise.
 
         Args:
-            weight: `[out, in]` float32.
+            weight: `[out, in]` float32, or some rows of it to try steps on.
             gram: `[in, in]` or None.
             damp: see `inverse_factor`.
-            row_steps: `[out]` steps of the rows relative to each other; None makes them equal.
+            row_steps: `[out]` steps of these rows relative to each other; None makes them equal.
+            num_rows: rows of the whole matrix if these are some.
 
         Raises:
             ValueError: the gram matrix cannot be factorised.
         """
-        self.weight = weight
+        self.weight, self.num_rows = weight, num_rows or len(weight)
         size = weight.shape[1]
         self.order = torch.arange(size) if gram is None else gram.diagonal().argsort(descending=True)
         self.factor = torch.eye(size) if gram is None else inverse_factor(gram, damp, self.order)
         diagonal = self.factor.diagonal()
-        self.middle = diagonal.log().mean().exp().item()
-        self.steps = (diagonal / self.middle)[self.order.argsort()]
-        self.row_steps = torch.ones(len(weight)) if row_steps is None else row_steps
-        self.some_rows = slice(None, None, max(1, len(weight) // _SEARCH_ROWS))
+        middle = diagonal.log().mean().exp()
+        self.steps = (diagonal / middle)[self.order.argsort()]
+        self.scale, self.row_steps = center_rows(torch.ones(len(weight)) if row_steps is None else row_steps)
+        self.scale *= middle.item()
+
+    def some(self) -> "Rounder":
+        """Itself on some of its rows."""
+        other = copy.copy(self)
+        rows = slice(None, None, max(1, len(self.weight) // SEARCH_ROWS))
+        other.weight, other.row_steps = self.weight[rows], self.row_steps[rows]
+        return other
 
     def guess(self, bits: float) -> float:
         """A step with about that many bits: a normal value of `2**(bits - 2)` steps carries so much."""
-        return (self.weight / self.row_steps[:, None]).square().mean().sqrt().item() / self.middle * 2 ** (2 - bits)
+        spread = (self.weight / self.row_steps[:, None]).square().mean().sqrt().item()
+        return spread / self.scale * 2 ** (2 - bits)
 
-    def codes(self, step: float, rows: slice) -> tuple[Tensor, Tensor]:
-        """`(codes, column_scale)` of some rows at a step in units of `U_jj`."""
-        unit = self.weight[rows] / (step * self.middle * self.row_steps[rows, None])
+    def codes(self, step: float) -> tuple[Tensor, Tensor]:
+        """`(codes, column_scale)` at a step in units of `U_jj`."""
+        unit = self.weight / (step * self.scale) / self.row_steps[:, None]
         return round_with_feedback(unit, self.steps, self.factor, self.order)
 
-    def bits(self, step: float, rows: slice) -> float:
-        """Bits per weight of some rows, as they would be stored."""
-        codes, _ = self.codes(step, rows)
-        return bits_per_weight(codes, len(self.weight))
+    def bits(self, step: float) -> float:
+        """Bits per weight, as they would be stored."""
+        return bits_per_weight(self.codes(step)[0], self.num_rows)
 
     def integers(self, step: float, gram: Tensor | None) -> Integers:
-        """The whole matrix, with the best row scales."""
-        codes, column_scale = self.codes(step, slice(None))
-        fallback = step * self.middle * self.row_steps
-        return Integers(codes, refit_rows(self.weight, codes, column_scale, gram, fallback), column_scale)
+        """The matrix, with the best row scales."""
+        codes, column_scale = self.codes(step)
+        scale = torch.tensor(step * self.scale).item()
+        row_scale = refit_rows(self.weight / scale, codes, column_scale, gram, self.row_steps)
+        return Integers(codes, scale, row_scale, column_scale)
 
 
 def _half(value: float) -> float:
     """A positive scale as float16 keeps it."""
-    half = torch.finfo(torch.float16)
-    return torch.tensor(min(max(value, half.smallest_normal), half.max), dtype=torch.float16).item()
+    return torch.tensor(min(max(value, _HALF.smallest_normal), _HALF.max), dtype=torch.float16).item()

@@ -20,8 +20,8 @@ from .functional import Integers
 class EntropyModule(CodedModule):
     """State that the Linear and the Embedding share.
 
-    Buffers: `weight [num_bytes]` int8, the coded integers; `row_scale [out]` and `column_scale [in]` float16;
-    `codes [out, in]` int8, the decoded integers, not saved, empty until they are needed.
+    Buffers: `weight [num_bytes]` int8, the coded integers; `scale [1]` float32; `row_scale [out]` and
+    `column_scale [in]` float16; `codes [out, in]` int8, the decoded integers, not saved, empty until they are needed.
     """
 
     def __init__(self, out_features: int, in_features: int, num_bytes: int, device: torch.device | str | None = None) -> None:
@@ -29,6 +29,7 @@ class EntropyModule(CodedModule):
         super().__init__()
         self.out_features, self.in_features, self.num_bytes = out_features, in_features, num_bytes
         self.register_buffer("weight", torch.zeros(num_bytes, dtype=torch.int8, device=device))
+        self.register_buffer("scale", torch.zeros(1, dtype=torch.float32, device=device))
         self.register_buffer("row_scale", torch.zeros(out_features, dtype=torch.float16, device=device))
         self.register_buffer("column_scale", torch.zeros(in_features, dtype=torch.float16, device=device))
         self.register_buffer("codes", torch.zeros(0, dtype=torch.int8, device=device), persistent=False)
@@ -41,6 +42,7 @@ class EntropyModule(CodedModule):
     def load_integers_(self, integers: Integers, stream: Tensor) -> Self:
         """Take over a solver's result and its coded form."""
         self.weight.copy_(stream.view(torch.int8))
+        self.scale.fill_(integers.scale)
         self.row_scale.copy_(integers.row_scale)
         self.column_scale.copy_(integers.column_scale)
         self._buffers["codes"] = integers.codes.to(self.weight.device)
@@ -57,12 +59,21 @@ class EntropyModule(CodedModule):
                 codes = decode(self.weight.view(torch.uint8))
             except ValueError as error:
                 raise FormatError(str(error)) from error
+            if codes.shape != (self.out_features, self.in_features):
+                raise FormatError(f"entropy-coded weight is {list(codes.shape)}, not {[self.out_features, self.in_features]}")
             self._buffers["codes"] = codes.to(self.weight.device)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Another stream makes the decoded integers stale."""
+        self._buffers["codes"] = self.codes.new_zeros(0)
+        super()._load_from_state_dict(*args, **kwargs)
 
     def to_dense(self, dtype: torch.dtype = torch.float32, rows: Tensor | None = None) -> Tensor:
         """The matrix `[out, in]`, or only the given `rows`; computed in `dtype`."""
         self.decode_()
-        codes, row_scale = (self.codes, self.row_scale) if rows is None else (self.codes[rows], self.row_scale[rows])
+        codes = self.codes if self.codes.numel() else self.weight.new_empty(self.out_features, self.in_features)  # on meta
+        row_scale = self.scale * self.row_scale
+        codes, row_scale = (codes, row_scale) if rows is None else (codes[rows], row_scale[rows])
         return (codes.to(dtype) * self.column_scale.to(dtype)).mul_(row_scale.to(dtype)[:, None])
 
 
@@ -85,7 +96,7 @@ class EntropyLinear(EntropyModule, ScaledModule, StoredLinear):
 
     def scaled_forward(self, x: Tensor) -> Tensor:
         """As in the base."""
-        y = F.linear(x * self.column_scale.to(x.dtype), self.codes.to(x.dtype)) * self.row_scale.to(x.dtype)
+        y = F.linear(x * self.column_scale.to(x.dtype), self.codes.to(x.dtype)) * (self.scale * self.row_scale).to(x.dtype)
         return y if self.bias is None else y + self.bias
 
 

@@ -11,12 +11,14 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import hf_compact
 from hf_compact.api import inspect_folder
+from hf_compact.arch import describe
 from hf_compact.calibration import from_batches
 from hf_compact.errors import ConfigError, FormatError
 from hf_compact.functional.gram import output_energy
 from hf_compact.methods.entropy.apply import Guide, compress_embedding, compress_linear, quantize
 from hf_compact.methods.entropy.config import EntropyConfig
 from hf_compact.methods.entropy.functional import Rounder, dequantize, refit_rows
+from hf_compact.sensitivity import measure
 from tests.conftest import tiny_inputs, tiny_model
 
 NONE = {"method": "entropy", "sensitivity": "none"}
@@ -78,8 +80,8 @@ def test_refit_never_loses_to_the_scale_in_place():
     weight, gram = normal(64, 48), correlated(48)
     rounder = Rounder(weight, gram, 0.01)
     step = rounder.guess(2.0)
-    codes, columns = rounder.codes(step, slice(None))
-    before = torch.full((64,), step * rounder.middle)
+    codes, columns = rounder.codes(step)
+    before = torch.full((64,), step * rounder.scale)
     after = refit_rows(weight, codes, columns, gram, before)
 
     def rows(scale):
@@ -159,9 +161,9 @@ def test_the_guide_makes_up_for_what_the_first_layers_took():
     layer = hf_compact.report.LayerReport(
         name="a", role="up", method="entropy", num_weights=1000, compressed_bytes=500, relative_error=0.0, seconds=0.0
     )
-    guide = Guide(0.0, {"a": 3.0, "b": 3.0}, {"a": 1000, "b": 2000}, {"b": torch.ones(1)}, 1.0)
-    assert guide.share("b", []).step == 1.0
-    assert guide.share("b", [layer]).step == pytest.approx(2**0.5)  # a thousand bits too many, on two thousand weights
+    guide = Guide(3.0, 0.0, {"a": 3.0, "b": 3.0}, {"a": 1000, "b": 2000}, {"b": torch.ones(1)})
+    assert guide.share("b", [], 4.0).step == 2.0
+    assert guide.share("b", [layer], 1.0).step == pytest.approx(2**0.5)  # a thousand bits too many, on two thousand weights
 
 
 def test_the_measured_model_is_left_as_it_was():
@@ -188,6 +190,120 @@ def test_the_same_seed_gives_the_same_bytes():
     assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
 
 
+@pytest.mark.parametrize("bits", [3.0, 4.0])
+@pytest.mark.parametrize("family", ["llama", "vit"])
+def test_the_model_lands_on_its_bits(family, bits):
+    """Whatever the spread of its sensitivities is; matrices of this size spend most of two bits on scales."""
+    model = (
+        tiny_model(family, hidden_size=64, intermediate_size=256) if family != "t5" else tiny_model(family, d_model=64, d_ff=256)
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(1e-2 if ".1." in name and parameter.dim() == 2 else 1)
+    report = hf_compact.compress(
+        model, {"stages": [{**NONE, "sensitivity": "fisher", "bits": bits}]}, calibration=from_batches([tiny_inputs(family)])
+    )
+    assert report.body_bits_per_weight == pytest.approx(bits, abs=0.25)
+
+
+@pytest.mark.parametrize("sensitivity", ["none", "fisher"])
+def test_linears_of_zeros_stay_zeros(sensitivity):
+    model = tiny_model("llama")
+    torch.nn.init.zeros_(model.model.layers[1].mlp.down_proj.weight)
+    hf_compact.compress(
+        model, {"stages": [{**NONE, "sensitivity": sensitivity}]}, calibration=from_batches([tiny_inputs("llama")])
+    )
+    assert not model.model.layers[1].mlp.down_proj.to_dense().any()
+    assert model(**tiny_inputs("llama")).logits.isfinite().all()
+
+
+def test_a_linear_that_the_loss_does_not_see_leaves_the_others_alone():
+    """Behind a zero the gradient ends: those Linears get the budget of the recipe, and no say in the others' shares."""
+    model = tiny_model("llama")
+    torch.nn.init.zeros_(model.model.layers[1].self_attn.o_proj.weight)
+    report = hf_compact.compress(
+        model, {"stages": [{**NONE, "sensitivity": "fisher", "bits": 5.0}]}, calibration=from_batches([tiny_inputs("llama")])
+    )
+    errors = {layer.name: layer.relative_error for layer in report.body}
+    assert max(value for name, value in errors.items() if "o_proj" not in name) < 0.3
+
+
+@pytest.mark.parametrize("size", [1e-8, 1e-5, 1e-4, 1.0, 1e6])
+def test_the_size_of_the_weights_does_not_matter(size):
+    weight, gram = normal(64, 48), correlated(48)
+    expected = quantize(weight, gram, EntropyConfig(bits=4.0))
+    found = quantize(weight * size, gram, EntropyConfig(bits=4.0))
+    assert error(weight * size, found, gram) == pytest.approx(error(weight, expected, gram), rel=0.05)
+
+
+def test_rows_of_an_embedding_that_are_tiny_stay_tiny():
+    table = nn.Embedding(512, 64)
+    with torch.no_grad():
+        table.weight.mul_(0.02)
+        table.weight[:100] *= 1e-3
+    dense = compress_embedding(table, EntropyConfig()).to_dense()
+    assert (dense - table.weight)[:100].norm() < 0.1 * table.weight[:100].norm()
+
+
+def test_a_matrix_whose_scales_take_the_budget_is_still_a_matrix():
+    weight = normal(8, 256)
+    integers = quantize(weight, None, EntropyConfig(bits=2.0, sensitivity="none"))
+    assert error(weight, integers, None) < 0.9
+
+
+@pytest.mark.parametrize("device_map", [{"": "cpu"}, {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.norm": "cpu",
+    "model.rotary_emb": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}])  # fmt: skip
+def test_a_tied_model_loads_with_a_device_map(folder, device_map, tmp_path):
+    inputs = tiny_inputs("llama")
+    expected = AutoModelForCausalLM.from_pretrained(folder)(**inputs).logits
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map=device_map, offload_folder=tmp_path / "offload")
+    assert torch.equal(model(**inputs).logits, expected)
+
+
+def test_another_state_dict_replaces_the_decoded_integers():
+    linear = nn.Linear(64, 32, bias=False)
+    module, other = (compress_linear(linear, None, EntropyConfig(bits=bits)) for bits in (3.0, 3.0))
+    linear.weight.data.neg_()
+    other = compress_linear(linear, None, EntropyConfig(bits=3.0))
+    if other.num_bytes != module.num_bytes:
+        pytest.skip("another size")
+    module.load_state_dict(other.state_dict())
+    assert torch.equal(module.to_dense(), other.to_dense())
+
+
+def test_padding_changes_nothing():
+    """The same sentences with and without padding behind them give the same sensitivities."""
+    model = tiny_model("bert")
+    names = list(describe(model).roles)
+    ids = tiny_inputs("bert")["input_ids"]
+    padded = torch.nn.functional.pad(ids, (0, 16), value=2)
+    mask = torch.nn.functional.pad(torch.ones_like(ids), (0, 16))
+    plain = measure(model, describe(model), names, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}], 10**6, 10**6)
+    with_padding = measure(model, describe(model), names, [{"input_ids": padded, "attention_mask": mask}], 10**6, 10**6)
+    for name in names:
+        torch.testing.assert_close(with_padding.grams[name], plain.grams[name], rtol=1e-3, atol=1e-4)
+        # Both divide by all positions they were given; the drawn noise is for the kept ones only.
+        scaled = with_padding.rows[name] * padded.numel() / ids.numel()
+        torch.testing.assert_close(scaled, plain.rows[name], rtol=1e-2, atol=1e-6)
+
+
+def test_row_energies_are_those_of_the_gradients():
+    """Of one Linear in front of a head, in closed form: the gradient of drawn labels is `(p - y) W_head`."""
+    model = tiny_model("llama")
+    name = "model.layers.2.mlp.down_proj"
+    inputs = {"input_ids": tiny_inputs("llama")["input_ids"][:1]}
+    found = measure(model, describe(model), [name], [inputs], 10**6, 10**6)
+    captured = {}
+    module = model.get_submodule(name)
+    handle = module.register_forward_hook(lambda m, a, output: captured.setdefault("y", output.detach().requires_grad_(True)))
+    logits = model(**inputs).logits[0].float()
+    handle.remove()
+    labels = torch.multinomial(logits.detach().softmax(1), 1, generator=torch.Generator().manual_seed(0))[:, 0]
+    gradient = torch.autograd.grad(nn.functional.cross_entropy(logits, labels, reduction="sum"), captured["y"])[0][0]
+    expected = gradient.double().square().sum(0) / inputs["input_ids"].numel()
+    torch.testing.assert_close(found.rows[name], expected, rtol=1e-4, atol=1e-12)
+
+
 @pytest.fixture
 def folder(tmp_path):
     model = tiny_model("llama")
@@ -210,7 +326,7 @@ def test_inspect_reads_the_bits_from_the_headers(folder):
     found = inspect_folder(folder)
     layer = next(layer for layer in found["layers"] if layer["name"] == "model.layers.0.mlp.up_proj")
     assert layer["layer"] == "entropy_linear"
-    assert layer["bytes"] == layer["num_bytes"] + 2 * 72 + 2 * 32
+    assert layer["bytes"] == layer["num_bytes"] + 2 * 72 + 2 * 32 + 4
 
 
 def test_a_cast_leaves_the_stored_tensors_alone(folder):
