@@ -484,8 +484,23 @@ def peak_memory_estimate(dense: Dense, arch: Architecture, recipe: Recipe) -> in
     hidden = (
         recipe.calibration.num_sequences * recipe.calibration.sequence_length * dense.model.config.get_text_config().hidden_size
     )
-    solver = 5 * 8 * max(dense_shape(dense.model.get_submodule(name))[1] for name in arch.roles) ** 2
-    return width * (outside + resident + hidden) + max(0, solver - SOLVER_BYTES) + RUNTIME_BYTES
+    shapes = [dense_shape(dense.model.get_submodule(name)) for name in arch.roles]
+    solver = 5 * 8 * max(columns for _, columns in shapes) ** 2
+    training = 0
+    if any(stage.needs_whole_model for stage in recipe.stages):  # a gram matrix of each Linear, and one sequence's gradients
+        training = 4 * sum(columns**2 for _, columns in shapes) + _activation_bytes(dense.model, shapes, recipe, 1)
+    if recipe.distillation is not None:  # the dense model beside the decoded integers, in bytes and as they are multiplied
+        weights = sum(shape.numel() for shape in shapes)
+        batch = _activation_bytes(dense.model, shapes, recipe, recipe.distillation.batch_size)
+        training = max(training, width * (outside + 2 * weights) + weights + batch)
+    return width * (outside + resident + hidden) + training + max(0, solver - SOLVER_BYTES) + RUNTIME_BYTES
+
+
+def _activation_bytes(model: PreTrainedModel, shapes: Sequence[torch.Size], recipe: Recipe, batch_size: int) -> int:
+    """What a backward pass keeps: inputs and outputs of every Linear, and a few float32 copies of the logits."""
+    config = model.config.get_text_config()
+    per_token = model.dtype.itemsize * sum(rows + columns for rows, columns in shapes) + 4 * 4 * getattr(config, "vocab_size", 0)
+    return batch_size * recipe.calibration.sequence_length * per_token
 
 
 def minutes_estimate(model: PreTrainedModel, arch: Architecture, recipe: Recipe) -> float:
@@ -497,6 +512,11 @@ def minutes_estimate(model: PreTrainedModel, arch: Architecture, recipe: Recipe)
     grams = 2 * tokens * sum(columns**2 for _, columns in shapes) / 2 if needs else 0
     solve = sum(columns * (4e-4 + 2e-8 * rows * columns / 100) for rows, columns in shapes) if needs else 0
     passes = 5.0 if needs else 2.0  # attention and elementwise work take about as long as the products of small models
+    if any(stage.needs_whole_model for stage in recipe.stages):  # gradients of a part of the calibration set
+        passes += 3.0
+    if recipe.distillation is not None:  # forward and backward, and the dense model's forward
+        trained = recipe.distillation.num_sequences * recipe.distillation.epochs
+        passes += 6.0 * trained / recipe.calibration.num_sequences
     seconds = passes * forward / _speed(model.dtype) + grams / _speed(torch.float32) + solve
     return seconds / 60
 

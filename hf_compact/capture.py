@@ -61,7 +61,7 @@ class Method:
     tied_layer: str
     """Name in `layers` of the Linear that shares the tensors of a compressed embedding."""
     prepare: Callable[..., Guide | None] | None = None
-    """`(model, arch, names, batches, config) -> guide`, run on the dense model before anything is compressed."""
+    """`(model, arch, names, batches, config, progress) -> guide`, run on the dense model before anything is compressed."""
     is_dealt: bool = True
     """Whether the ranks deal the Linears out and send each other the results, whose sizes they must know beforehand;
     otherwise each solves all of them."""
@@ -142,7 +142,9 @@ class BlockRunner:
             for position, (method, config) in enumerate(self.stages):
                 if method.prepare is not None and self.num_resumed < len(units):
                     names = [name for name in self.arch.roles if name in self.targets[position]]
-                    self.guides[position] = method.prepare(self.model, self.arch, names, self.batches[:-1], config)
+                    self.guides[position] = method.prepare(
+                        self.model, self.arch, names, self.batches[:-1], config, partial(progress, "sensitivity")
+                    )
                     return_freed_memory()
             self._prepare(0, self._outside_blocks())
             self._compress(0, units[0], self._compress_outside)

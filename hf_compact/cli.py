@@ -190,7 +190,13 @@ def progress_bar(title: str) -> Iterator[Callable[[str, int, int], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err) as bar:
         task = bar.add_task(title, total=None)
-        yield lambda unit, done, total: bar.update(task, description=f"{title} {unit}", completed=done, total=total)
+
+        def advance(unit: str, done: int, total: int) -> None:
+            if total != bar.tasks[0].total:  # another phase, with a speed of its own
+                bar.reset(task, total=total)
+            bar.update(task, description=f"{title} {unit}", completed=done)
+
+        yield advance
 
 
 def _write_json(path: Path, value: Any) -> None:

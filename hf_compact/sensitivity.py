@@ -9,7 +9,7 @@ size of their gradients (GuidedQuant, arXiv 2505.07004), which changed nothing a
 layers forget the few tokens that carry massive activations.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,7 @@ class Sensitivity:
 
 def measure(
     model: PreTrainedModel, arch: Architecture, names: Sequence[str], batches: Sequence[Mapping[str, Tensor]],
-    num_tokens: int, num_gram_tokens: int,
+    num_tokens: int, num_gram_tokens: int, progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Sensitivity:  # fmt: skip
     """One backward pass over the first sequences.
 
@@ -46,6 +46,7 @@ def measure(
         batches: model inputs.
         num_tokens: about how many tokens gradients are taken of, over all ranks.
         num_gram_tokens: about how many the gram matrices are made from.
+        progress: called with the tokens that are done and all of them.
 
     Raises:
         NumericalError: gradients are not finite.
@@ -59,6 +60,7 @@ def measure(
     for number, batch in enumerate(batches):
         if seen * distributed.world_size() >= num_tokens:
             break
+        progress(seen, num_tokens)
         is_counted = seen * distributed.world_size() < num_gram_tokens
         seen += next(iter(batch.values())).shape[:2].numel()
         seed = number * distributed.world_size() + distributed.rank()

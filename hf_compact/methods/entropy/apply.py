@@ -60,7 +60,8 @@ class Guide:
 
 
 def prepare(
-    model: PreTrainedModel, arch: Architecture, names: Sequence[str], batches: Sequence[Mapping[str, Tensor]], config: EntropyConfig
+    model: PreTrainedModel, arch: Architecture, names: Sequence[str], batches: Sequence[Mapping[str, Tensor]],
+    config: EntropyConfig, progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Guide | None:  # fmt: skip
     """Measure the sensitivities and find the step whose bits meet the budget; None where every Linear gets the same rate.
 
@@ -72,7 +73,7 @@ def prepare(
     """
     if config.sensitivity == "none":
         return None
-    found = measure(model, arch, names, batches, _FISHER_TOKENS, _PLAN_TOKENS)
+    found = measure(model, arch, names, batches, _FISHER_TOKENS, _PLAN_TOKENS, progress)
     least = _LEAST_SHARE * max(row.mean().item() for row in found.rows.values())
     sizes = {name: dense_shape(model.get_submodule(name)).numel() for name in names}
     row_steps, curves = {}, {}
