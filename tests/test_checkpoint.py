@@ -636,3 +636,40 @@ def test_a_failed_verification_is_said_everywhere(
         assert inspect_folder(output)["is_verified"] is False
     with pytest.raises(OutputError, match="exists and is not an empty folder"):
         compress(dense_folder, output, text_file)
+
+
+TRAINED = {
+    "stages": [{"method": "entropy", "bits": 4.0}],
+    "calibration": {"num_sequences": 4, "sequence_length": 32, "batch_size": 2},
+    "distillation": {"num_sequences": 4, "batch_size": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def trained(dense_folder, text_file, tmp_path_factory) -> Path:
+    """An uninterrupted run with sensitivities before the blocks and a distillation behind them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(api, "plot_layers", lambda report, path: path.write_bytes(b""))
+        output = tmp_path_factory.mktemp("trained") / "small"
+        hf_compact.compress(dense_folder, TRAINED, output=output, calibration=[text_file])
+    return output
+
+
+@pytest.mark.parametrize(("step", "count"), [("append", 1), ("append", 3), ("replace", 1), ("replace", UNITS)])
+def test_a_distilled_run_goes_on_to_the_same_bytes(step, count, trained, dense_folder, text_file, tmp_path, monkeypatch):
+    """Stopped between blocks, between units that are written for the second time, or after the last of them."""
+    original, done = getattr(Journal, step), []
+
+    def stop(journal: Journal, *args) -> None:
+        original(journal, *args)
+        done.append(args)
+        if len(done) == count:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, step, stop)
+    with pytest.raises(KeyboardInterrupt):
+        hf_compact.compress(dense_folder, TRAINED, output=tmp_path / "small", calibration=[text_file])
+    monkeypatch.setattr(Journal, step, original)
+    report = hf_compact.compress(dense_folder, TRAINED, output=tmp_path / "small", calibration=[text_file])
+    assert result(tmp_path / "small") == result(trained)
+    assert report.distillation == json.loads((trained / "compression_report.json").read_text())["distillation"]

@@ -25,6 +25,7 @@ RECIPES = {
     ),
     "more_ranks_than_batches": ({"method": "codebook", "bits": 4, "scale_bits": 6}, 1),
     "nearest": ({"method": "codebook", "bits": 4, "rounding": "nearest"}, 1),
+    "entropy": ({"method": "entropy", "bits": 5.0, "sensitivity": "none", "embedding_bits": 6.0}, 4),
 }  # fmt: skip
 
 
