@@ -1,8 +1,9 @@
 import copy
+import json
 
 import pytest
 
-from evaluation import peers, spine
+from evaluation import peers, rates, spine
 
 
 def row(label: str, bits: float, wiki: float, second: float) -> dict:
@@ -65,3 +66,19 @@ def test_control_row_counts_its_bytes(dense_folder, text_file):
     assert 4 < found["body_bits_per_weight"] < 6
     assert dense["body_bits_per_weight"] == 16
     assert found["scores"][text_file.name] != dense["scores"][text_file.name]
+
+
+def test_rates_are_held_against_their_bars(tmp_path, monkeypatch):
+    monkeypatch.setattr(rates, "RESULTS", tmp_path)
+    kept = {"seconds": {"compress": 600.0}, "file_bytes": 60_000_000, "command_seconds": 700.0, "commit": "c0ffee"}
+    totals = {"body_bits_per_weight": 3.004, "share_of_fp32": 0.11}
+    rows = [
+        {**kept, "bits": "3.0", "is_distilled": True, "perplexity": {"wiki": 21.8, "c4": 36.0}, "totals": totals},
+        {**kept, "bits": "3.0", "is_distilled": False, "perplexity": {"wiki": 23.0, "c4": 38.0}, "totals": totals},
+    ]
+    rates.write(rows, {"wiki": 20.0, "c4": 30.0}, "python -m evaluation.rates")
+    bars = json.loads((tmp_path / "02-codebook.json").read_text())["bars"]
+    assert [bar["held"] for bar in bars] == [True, True, False, True]
+    assert [bar["measured"] for bar in bars[1:3]] == [1.09, 1.2]
+    table = (tmp_path / "02-codebook.md").read_text()
+    assert "| codebook-3.0bpw, without distillation (control) | 3.004 | 60.0 | 11.0 % | 1.150 | 1.267 | 10.0 |" in table
