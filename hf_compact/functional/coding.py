@@ -66,11 +66,12 @@ def encode(codes: Tensor) -> Tensor:
     plan = _plan(values)
     models = [_model(table) for _, table in plan.tables]
     side = _side(plan)
+    by_level = values[np.ix_(*_order(plan))]
     chunks = []
-    for rows in _chunks(plan.row_levels, values.shape[1]):
+    for levels in _chunks(plan.row_levels, values.shape[1]):
         coder = constriction.stream.stack.AnsCoder()
-        for row_part, column_part, table in reversed(list(_blocks(plan, rows))):
-            symbols = values[np.ix_(row_part, column_part)].astype(np.int32).ravel() - plan.tables[table][0]
+        for rows, columns, table in reversed(list(_blocks(plan, levels))):
+            symbols = by_level[rows, columns].astype(np.int32).ravel() - plan.tables[table][0]
             coder.encode_reverse(symbols, models[table])
         data = coder.get_compressed().astype("<u4").tobytes()
         chunks.append(_CHUNK.pack(len(data), zlib.crc32(data)) + data)
@@ -100,29 +101,20 @@ def decode(stream: Tensor) -> Tensor:
     if zlib.crc32(head + data[_HEAD.size : start]) != crc:
         raise ValueError("entropy-coded weight has a damaged header or damaged tables: their CRC-32 differs")
     models = [_model(table) for _, table in plan.tables]
-    sorted_values = np.empty((num_rows, num_columns), np.int8)
-    row_order, column_order = (np.argsort(levels, kind="stable") for levels in (plan.row_levels, plan.column_levels))
-    row_start = _starts(plan.row_levels)
-    column_start = _starts(plan.column_levels)
+    by_level = np.empty((num_rows, num_columns), np.int8)
     parts = list(_chunks(plan.row_levels, num_columns))
     if len(parts) != num_chunks:
         raise ValueError(f"entropy-coded weight must have {len(parts)} chunks, its header says {num_chunks}")
     for number, levels in enumerate(parts):
         words, start = _read_chunk(data, start, number)
         coder = constriction.stream.stack.AnsCoder(words)
-        for row_level in levels:
-            rows = slice(row_start[row_level], row_start[row_level + 1])
-            for column_level in range(_MAX_LEVEL + 1):
-                columns = slice(column_start[column_level], column_start[column_level + 1])
-                count = (rows.stop - rows.start) * (columns.stop - columns.start)
-                if count:
-                    table = plan.table_of[row_level + column_level]
-                    symbols = coder.decode(models[table], count) + plan.tables[table][0]
-                    sorted_values[rows, columns] = symbols.reshape(rows.stop - rows.start, -1)
+        for rows, columns, table in _blocks(plan, levels):
+            block = by_level[rows, columns]
+            block[:] = (coder.decode(models[table], block.size) + plan.tables[table][0]).reshape(block.shape)
     if start != len(data):
         raise ValueError(f"entropy-coded weight has {len(data) - start} bytes behind its last chunk")
-    values = torch.from_numpy(sorted_values)
-    return values[torch.from_numpy(row_order.argsort())][:, torch.from_numpy(column_order.argsort())].contiguous()
+    back = [torch.from_numpy(order.argsort()) for order in _order(plan)]
+    return torch.from_numpy(by_level)[back[0]][:, back[1]].contiguous()
 
 
 def coded_bits(codes: Tensor) -> tuple[float, float]:
@@ -141,9 +133,9 @@ def coded_bits(codes: Tensor) -> tuple[float, float]:
 
 def _plan(values: np.ndarray) -> _Plan:
     """Levels from the root mean squares, tables from the counts."""
-    squares = np.square(values.astype(np.float32))
-    column_rms = np.sqrt(squares.mean(0) + 1e-6)
-    row_rms = np.sqrt((squares / np.square(column_rms)).mean(1) + 1e-6)
+    parts = [values[rows] for rows in _pieces(values)]
+    column_rms = np.sqrt(sum(np.square(part.astype(np.float32)).sum(0) for part in parts) / len(values) + 1e-6)
+    row_rms = np.concatenate([np.sqrt(np.square(part / column_rms).mean(1) + 1e-6) for part in parts])
     row_levels, column_levels = _levels(row_rms), _levels(column_rms)
     sums = np.bincount(row_levels, minlength=16)[:, None] * np.bincount(column_levels, minlength=16)[None]
     entries = np.array([np.trace(sums[::-1], offset=k - 15) for k in range(31)])
@@ -173,10 +165,18 @@ def _levels(rms: np.ndarray) -> np.ndarray:
 
 def _counts(values: np.ndarray, row_levels: np.ndarray, column_levels: np.ndarray, table_of: np.ndarray) -> dict[int, np.ndarray]:
     """Table -> `[256]` how often each value occurs, -128 first."""
-    tables = table_of[row_levels[:, None].astype(np.int64) + column_levels]
-    flat = tables.astype(np.int64) * 256 + values + 128
-    counts = np.bincount(flat.ravel(), minlength=256 * (int(table_of[-1]) + 1)).reshape(-1, 256)
-    return dict(enumerate(counts))
+    counts = np.zeros(256 * (int(table_of[-1]) + 1), np.int64)
+    for rows in _pieces(values):
+        tables = table_of[row_levels[rows, None].astype(np.int64) + column_levels]
+        flat = tables.astype(np.int64) * 256 + values[rows] + 128
+        counts += np.bincount(flat.ravel(), minlength=len(counts))
+    return dict(enumerate(counts.reshape(-1, 256)))
+
+
+def _pieces(values: np.ndarray) -> list[slice]:
+    """Rows by about a million entries: what is computed of them takes ten times their bytes."""
+    step = max(1, _CHUNK_ENTRIES * 4 // values.shape[1])
+    return [slice(start, start + step) for start in range(0, len(values), step)]
 
 
 def _weights(codes: np.ndarray) -> np.ndarray:
@@ -205,12 +205,19 @@ def _chunks(row_levels: np.ndarray, num_columns: int) -> Iterator[list[int]]:
         yield part
 
 
-def _blocks(plan: _Plan, row_levels: list[int]) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+def _order(plan: _Plan) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns sorted by level: entries that share a table then lie in rectangles."""
+    return np.argsort(plan.row_levels, kind="stable"), np.argsort(plan.column_levels, kind="stable")
+
+
+def _blocks(plan: _Plan, row_levels: list[int]) -> Iterator[tuple[slice, slice, int]]:
+    """`(rows, columns, table)` of every such rectangle, in the order of the stream."""
+    row_start, column_start = _starts(plan.row_levels), _starts(plan.column_levels)
     for row_level in row_levels:
-        rows = np.flatnonzero(plan.row_levels == row_level)
+        rows = slice(row_start[row_level], row_start[row_level + 1])
         for column_level in range(_MAX_LEVEL + 1):
-            columns = np.flatnonzero(plan.column_levels == column_level)
-            if len(rows) and len(columns):
+            columns = slice(column_start[column_level], column_start[column_level + 1])
+            if rows.start < rows.stop and columns.start < columns.stop:
                 yield rows, columns, int(plan.table_of[row_level + column_level])
 
 
