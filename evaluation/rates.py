@@ -15,9 +15,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from evaluation.spine import RESULTS, bar, machine
+from hf_compact.checkpoint import TensorSource
+from hf_compact.functional.coding import decode
 
 HERE = Path(__file__).parent
 #: bits -> most perplexity, times dense, on the two texts.
@@ -51,6 +54,19 @@ def measure(options: argparse.Namespace, bits: str, is_distilled: bool) -> dict[
     return {"bits": bits, "is_distilled": is_distilled, "command_seconds": seconds, "perplexity": perplexities, **kept}
 
 
+def decode_speed(folder: Path) -> dict[str, Any]:
+    """Megabytes of bfloat16 weights per second that come out of the streams of a folder, on one core."""
+    torch.set_num_threads(1)
+    source = TensorSource.in_folder(folder)
+    table = json.loads((folder / "config.json").read_text())["quantization_config"]["modules"]
+    names = [f"{name}.weight" for name, spec in table.items() if spec["layer"] == "entropy_linear" and "tied_to" not in spec]
+    streams = [stream.view(torch.uint8) for stream in source.read(names).values()]
+    started = time.perf_counter()
+    weights = sum(decode(stream).numel() for stream in streams)
+    seconds = time.perf_counter() - started
+    return {"weights": weights, "command_seconds": seconds, "megabytes_per_second": 2 * weights / seconds / 1e6}
+
+
 def dense(options: argparse.Namespace) -> dict[str, Any]:
     """Scores of the uncompressed model."""
     scores = options.work / "dense.scores.json"
@@ -60,9 +76,19 @@ def dense(options: argparse.Namespace) -> dict[str, Any]:
     return {"perplexity": {Path(row["text"]).name: row["perplexity"] for row in json.loads(scores.read_text())}}
 
 
-def write(rows: list[dict[str, Any]], base: dict[str, float], command: str) -> None:
+def write(rows: list[dict[str, Any]], base: dict[str, float], speed: dict[str, Any], command: str) -> None:
     """Bars of the distilled rows, and a table of all."""
-    result = []
+    measured = round(speed["megabytes_per_second"])
+    result = [
+        bar(
+            "decoding: MB of bfloat16 weights per second on one core",
+            ">= 100",
+            measured,
+            measured >= 100,
+            speed,
+            speed["command_seconds"],
+        )
+    ]
     lines = [
         "| recipe | bits per block weight | MB on disk | share of fp32 | " + " | ".join(f"{text}, × dense" for text in base) + " | minutes |",
         "|---" * (5 + len(base)) + "|",
@@ -149,7 +175,9 @@ def main() -> int:
             kept.write_text(json.dumps(found, indent=2) + "\n")
         print(f"done: {name}", flush=True)
     base = found.pop("dense")["perplexity"]
-    write(sorted(found.values(), key=lambda row: (-float(row["bits"]), not row["is_distilled"])), base, command)
+    rows = sorted(found.values(), key=lambda row: (-float(row["bits"]), not row["is_distilled"]))
+    speed = decode_speed(options.work / f"codebook-{rows[0]['bits']}bpw") | {"commit": commit}
+    write(rows, base, speed, command)
     print((RESULTS / "02-codebook.md").read_text())
     return 0
 

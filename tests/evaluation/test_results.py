@@ -76,9 +76,10 @@ def test_rates_are_held_against_their_bars(tmp_path, monkeypatch):
         {**kept, "bits": "3.0", "is_distilled": True, "perplexity": {"wiki": 21.8, "c4": 36.0}, "totals": totals},
         {**kept, "bits": "3.0", "is_distilled": False, "perplexity": {"wiki": 23.0, "c4": 38.0}, "totals": totals},
     ]
-    rates.write(rows, {"wiki": 20.0, "c4": 30.0}, "python -m evaluation.rates")
+    speed = {"megabytes_per_second": 120.4, "command_seconds": 1.0, "commit": "c0ffee"}
+    rates.write(rows, {"wiki": 20.0, "c4": 30.0}, speed, "python -m evaluation.rates")
     bars = json.loads((tmp_path / "02-codebook.json").read_text())["bars"]
-    assert [bar["held"] for bar in bars] == [True, True, False, True]
-    assert [bar["measured"] for bar in bars[1:3]] == [1.09, 1.2]
+    assert [bar["held"] for bar in bars] == [True, True, True, False, True]
+    assert [bar["measured"] for bar in bars[2:4]] == [1.09, 1.2]
     table = (tmp_path / "02-codebook.md").read_text()
     assert "| codebook-3.0bpw, without distillation (control) | 3.004 | 60.0 | 11.0 % | 1.150 | 1.267 | 10.0 |" in table
