@@ -146,11 +146,11 @@ def markdown(rows: list[dict], texts: list[str]) -> str:
     ]
     for row in rows:
         if "skipped" in row:
-            lines.append(f"| {row['label']} | skipped: {row['skipped']} |" + " |" * (1 + 2 * len(names)))
+            lines.append(f"| {Path(row['label']).name} | skipped: {row['skipped']} |" + " |" * (1 + 2 * len(names)))
             continue
         size = "" if row["file_bytes"] is None else f"{row['file_bytes'] / 1e6:.1f}"
         cells = [f"{row['scores'][name]:.3f} | {row['scores'][name] / dense['scores'][name]:.4f}" for name in names]
-        lines.append(f"| {row['label']} | {row['body_bits_per_weight']:.3f} | {size} | {' | '.join(cells)} |")
+        lines.append(f"| {Path(row['label']).name} | {row['body_bits_per_weight']:.3f} | {size} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,6 +1,6 @@
 r"""Every number of the spine and the first codebook slice, in one run that goes on where it was stopped.
 
-    python evaluation/spine.py --model MODEL.gguf --encoder MINILM_FOLDER --calibration wiki.valid.raw \
+    python -m evaluation.spine --model MODEL.gguf --encoder MINILM_FOLDER --calibration wiki.valid.raw \
         --encoder-calibration technical.utf8 --encoder-calibration wiki.utf8 --text wiki.test.raw --text c4.utf8 --work runs/spine
 
 Steps leave their JSON in the work folder and are skipped when it is there. The bars and their values go to
@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from evaluation.peers import markdown
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -104,7 +106,8 @@ def steps(options: argparse.Namespace, commit: str) -> dict[str, Any]:
     peers += [argument for text in options.text for argument in ("--text", text)]
     peers += ["--commit", commit]
     run(peers, work / "peers.log")
-    found["peers"] = json.loads((work / "peers.json").read_text())
+    rows = json.loads((work / "peers.json").read_text())
+    found["peers"] = [{**row, "label": Path(row["label"]).name} for row in rows]  # where the folders lay is nobody's business
     return found
 
 
@@ -214,7 +217,7 @@ def main() -> int:
     lines += [
         f"| {bar['claim']} | {bar['target']} | {bar['measured']} | {'yes' if bar['held'] else '**no**'} |" for bar in result
     ]
-    table = (options.work / "peers.md").read_text()
+    table = markdown(found["peers"], options.text)
     text = f"# Spine and first codebook slice\n\n{machine()}, seed 0; the commit of each row is in the JSON.\n\n" + "\n".join(
         lines
     )
