@@ -432,7 +432,7 @@ def test_quantize_on_load_of_a_sharded_checkpoint(tmp_path):
 
 def test_quantize_on_load_needs_a_stage_without_calibration(dense_folder):
     config = hf_compact.CompactConfig(stages=[{"method": "codebook", "bits": 4, "rounding": "gptq"}])
-    with pytest.raises(ConfigError, match="needs calibration, which loading has not: set rounding to nearest"):
+    with pytest.raises(ConfigError, match="needs calibration, which loading has not: use a stage that needs none"):
         transformers.AutoModelForCausalLM.from_pretrained(dense_folder, quantization_config=config)
 
 
