@@ -315,6 +315,8 @@ SETTINGS = {
     "uniform-2-symmetric": {"bits": 2, "symmetric": True},
     "uniform-8-symmetric": {"bits": 8, "symmetric": True},
     "nf4": {"grid": "nf4"},
+    "power": {"grid": "power", "bits": 3},
+    "powers-of-two": {"grid": "pot", "bits": 3},
     "learned-2": {"grid": "learned", "bits": 2},
     "learned-3": {"grid": "learned", "bits": 3, "rows_per_codebook": 7},
     "learned-4": {"grid": "learned", "bits": 4},

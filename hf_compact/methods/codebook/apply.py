@@ -19,6 +19,7 @@ from .functional import (
     refit_levels,
     refit_scale,
     round_with_feedback,
+    search_power,
     search_scale,
     sort_levels,
     spread_groups,
@@ -101,8 +102,11 @@ def quantize(weight: Tensor, gram: Tensor | None, config: CodebookConfig) -> Qua
             weight / spread, importance * spread.square(), 2**config.bits, math.ceil(len(weight) / config.rows_per_codebook)
         )
     else:
-        levels = fixed_levels(config.grid, config.bits, config.symmetric)
-        symmetric = config.symmetric or config.grid == "nf4"
+        if config.grid == "power":
+            levels = search_power(weight, config.bits, size, importance, config.shrink_steps, config.scale_bits)
+        else:
+            levels = fixed_levels(config.grid, config.bits, config.symmetric)
+        symmetric = config.symmetric or config.grid != "uniform"
         scale, zero = search_scale(weight, levels, size, symmetric, importance, config.shrink_steps, config.scale_bits)
     if gram is None or config.rounding == "nearest":
         return _nearest(weight, scale, zero, levels, size)

@@ -20,8 +20,9 @@ class CodebookConfig(MethodConfig):
 
     bits: Literal[2, 3, 4, 8] = 4
     """Bits of a code."""
-    grid: Literal["uniform", "nf4", "learned"] = "uniform"
-    """Where the levels come from: equal steps, NormalFloat-4, or Lloyd's algorithm on the weights."""
+    grid: Literal["uniform", "nf4", "learned", "power", "pot"] = "uniform"
+    """Where the levels come from: equal steps; NormalFloat-4; Lloyd's algorithm on the weights; steps that grow by a
+    power, whose exponent is searched for each Linear together with the clipping; signed powers of two without a zero."""
     group_size: int | None = 32
     """Inputs that share a scale; null is one scale per row. The last group of a row may be shorter."""
     scale_bits: int | None = 5
@@ -52,11 +53,13 @@ class CodebookConfig(MethodConfig):
             raise ConfigError(f"codebook.grid nf4 has 16 levels, so codebook.bits must be 4, got {self.bits}")
         if self.grid == "learned" and self.bits == 8:
             raise ConfigError("codebook.grid learned is for 2, 3 and 4 bits, got 8: 256 levels gain nothing over equal steps")
+        if self.grid == "pot" and self.bits not in (2, 3):
+            raise ConfigError(f"codebook.grid pot is for 2 and 3 bits, got {self.bits}: more levels crowd around zero")
         if self.symmetric and self.grid != "uniform":
             raise ConfigError(f"codebook.symmetric belongs to the uniform grid, got grid {self.grid}")
 
     def _check_ranges(self) -> None:
-        choices = {"bits": (2, 3, 4, 8), "grid": ("uniform", "nf4", "learned"), "rounding": ("gptq", "nearest"),
+        choices = {"bits": (2, 3, 4, 8), "grid": ("uniform", "nf4", "learned", "power", "pot"), "rounding": ("gptq", "nearest"),
                    "embedding_bits": (4, 8, None)}  # fmt: skip
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

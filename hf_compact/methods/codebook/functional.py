@@ -1,7 +1,8 @@
 """Weight-only quantization to codebooks: nearest or with error feedback, then closed-form refits.
 
 Every grid is one thing: a weight is `scale[row, group] * (levels[table, code] - zero[row, group])`. A uniform grid
-has the levels 0..2^b-1, NF4 sixteen fixed ones, a learned grid one table for every `rows_per_codebook` rows. The
+has the levels 0..2^b-1, NF4 sixteen fixed ones, a learned grid one table for every `rows_per_codebook` rows, a power
+grid one table for the matrix. The
 solvers never look inside a grid: they ask for the nearest value. They work on the transposed weight [in, out], so
 that one input column is contiguous and the rank-1 update of a step touches memory in order.
 
@@ -21,6 +22,8 @@ NF4 = (
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
+_EXPONENTS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
+_POWER_ROWS = 256  # rows on which exponents are tried
 _BLOCK = 128  # columns between two delayed updates of the rest of the matrix
 
 
@@ -54,8 +57,58 @@ def fixed_levels(grid: str, bits: int, symmetric: bool) -> Tensor:
     """
     if grid == "nf4":
         return torch.tensor([NF4])
+    if grid == "pot":
+        powers = 2.0 ** torch.arange(2 ** (bits - 1))
+        return torch.cat([-powers.flip(0), powers])[None]
     levels = torch.arange(2**bits, dtype=torch.float32)[None]
     return levels - 2 ** (bits - 1) if symmetric else levels
+
+
+def power_levels(bits: int, exponent: float) -> Tensor:
+    """Integers `q` from `-2^(b-1)` drawn together towards zero: `sign(q) |q|^(1/a)`, scaled back to the same range.
+
+    Args:
+        bits: width of a code.
+        exponent: `a` in (0, 1]; 1 gives equal steps.
+
+    Returns:
+        `[1, 2**bits]` ascending, rounded to float16 values.
+    Source: the automorphisms of PowerQuant (arXiv 2301.09858) and NUPES (arXiv 2308.05600), for weights only.
+
+    >>> power_levels(bits=2, exponent=0.5).tolist()
+    [[-2.0, -0.5, 0.0, 0.5]]
+    """
+    integers = fixed_levels("uniform", bits, symmetric=True)
+    largest = 2.0 ** (bits - 1)
+    return _half_precision(integers.sign() * largest * (integers.abs() / largest) ** (1 / exponent))
+
+
+def search_power(
+    weight: Tensor, bits: int, group_size: int | None, importance: Tensor, shrink_steps: int, scale_bits: int | None
+) -> Tensor:
+    """Levels of the exponent with the least weighted error, each tried with its own best clipping, on some rows.
+
+    Args:
+        weight: `[out, in]` float32.
+        bits: width of a code.
+        group_size: inputs per group, None for the row.
+        importance: `[in]` non-negative.
+        shrink_steps: see `search_scale`.
+        scale_bits: see `stored_scale`.
+
+    Returns:
+        `[1, 2**bits]`, see `power_levels`.
+    """
+    rows = weight[:: max(1, len(weight) // _POWER_ROWS)]
+    best, least = fixed_levels("uniform", bits, symmetric=True), math.inf
+    for exponent in _EXPONENTS:
+        levels = power_levels(bits, exponent)
+        scale, _ = search_scale(rows, levels, group_size, True, importance, shrink_steps, scale_bits)
+        value = Rounder(levels, len(rows))(rows, spread_groups(scale, group_size, rows.shape[1]), None)[1]
+        error = ((value - rows).square() * importance).sum().item()
+        if error < least:
+            best, least = levels, error
+    return best
 
 
 def dequantize(quantized: Quantized, group_size: int | None, is_uniform: bool | None = None) -> Tensor:

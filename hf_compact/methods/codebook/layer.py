@@ -16,13 +16,17 @@ from ...functional.packing import pack_bits, packed_row_bytes, unpack_bits
 from ...stored import StoredEmbedding, StoredLinear, StoredModule
 from .functional import Quantized, dequantize, fixed_levels, num_groups, scale_codes
 
+#: Grids whose levels are a part of the checkpoint.
+STORED_LEVELS = ("learned", "power")
+
 
 class CodebookModule(StoredModule):
     """State and accounting that the Linear and the Embedding share.
 
     Buffers: `weight [out, 1, row bytes]` int8, the packed codes; `scale [out, G]` float16, or packed codes
     `[out, 1, row bytes]` with `row_scale [out, 1]` float16 where `scale_bits` is given; `zero [out, 1, row bytes]`
-    uint8, the packed offsets of an asymmetric grid; `levels [tables, 2**bits]` float16, the tables of a learned grid.
+    uint8, the packed offsets of an asymmetric grid; `levels [tables, 2**bits]` float16, the tables of a learned
+    or a power grid.
     """
 
     def __init__(  # noqa: PLR0913 - the settings of a spec, by keyword
@@ -47,7 +51,7 @@ class CodebookModule(StoredModule):
             buffer("row_scale", out_features, 1, dtype=torch.float16)
         if grid == "uniform" and not symmetric:
             buffer("zero", out_features, 1, packed_row_bytes(groups, bits), dtype=torch.uint8)
-        if grid == "learned":
+        if grid in STORED_LEVELS:
             buffer("levels", num_codebooks, 2**bits, dtype=torch.float16)
 
     def spec(self) -> dict[str, Any]:
@@ -73,13 +77,12 @@ class CodebookModule(StoredModule):
             self.row_scale[rows].copy_(step)
         if quantized.zero is not None:
             self.zero[rows].copy_(pack_bits(quantized.zero.to(torch.uint8), self.bits)[:, None])
-        if self.grid == "learned":
+        if self.grid in STORED_LEVELS:
             self.levels.copy_(quantized.levels)
         return self
 
     def to_dense(self, dtype: torch.dtype = torch.float32, rows: Tensor | None = None) -> Tensor:
         """The dequantized matrix `[out, in]`, or only the given `rows`; computed in `dtype`."""
-        learned = self.grid == "learned"
 
         def take(buffer: Tensor) -> Tensor:
             return buffer if rows is None else buffer[rows]
@@ -90,7 +93,7 @@ class CodebookModule(StoredModule):
             scale = unpack_bits(scale[:, 0], self.scale_bits, groups).to(dtype) * take(self.row_scale).to(dtype)
         zero = unpack_bits(take(self.zero)[:, 0], self.bits, groups) if "zero" in self._buffers else None
         codes = unpack_bits(take(self.weight)[:, 0].view(torch.uint8), self.bits, self.in_features)
-        if learned:
+        if self.grid in STORED_LEVELS:
             levels = self.levels
             tables = torch.arange(self.out_features, device=codes.device) // math.ceil(self.out_features / len(levels))
             levels = levels[take(tables)] if len(levels) > 1 and len(codes) else levels
