@@ -23,18 +23,23 @@ from hf_compact.calibration import Calibration, read_texts, sample
 from hf_compact.functional.gram import add_gram_, output_energy
 from hf_compact.methods.codebook.apply import compress_linear
 
-BLOCKS = (4, 14, 24, 29)
+BLOCKS = (4, 24)
 SETTINGS = {
     "4 bit, groups of 64, feedback only, damp 0.01": {"bits": 4, "refit_rounds": 0, "damp": 0.01},
     "4 bit, groups of 64, damp 0.01": {"bits": 4, "damp": 0.01},
     "4 bit, groups of 64, damp 0.05": {"bits": 4, "damp": 0.05},
     "4 bit, learned levels, groups of 64, damp 0.05": {"bits": 4, "grid": "learned", "damp": 0.05},
+    "4 bit, power levels, groups of 64, damp 0.05": {"bits": 4, "grid": "power", "damp": 0.05},
+    "4 bit, symmetric, groups of 64, damp 0.05": {"bits": 4, "symmetric": True, "damp": 0.05},
     "4 bit, groups of 32, scales of 6 bits, damp 0.05": {"bits": 4, "group_size": 32, "scale_bits": 6, "damp": 0.05},
     "4 bit, groups of 32, scales of 5 bits, damp 0.05 (recipe)": {"bits": 4, "group_size": 32, "scale_bits": 5, "damp": 0.05},
     "3 bit, groups of 64, feedback only, damp 0.01": {"bits": 3, "refit_rounds": 0, "damp": 0.01},
     "3 bit, groups of 64, damp 0.01": {"bits": 3, "damp": 0.01},
     "3 bit, groups of 64, damp 0.05": {"bits": 3, "damp": 0.05},
     "3 bit, learned levels, groups of 64, damp 0.05": {"bits": 3, "grid": "learned", "damp": 0.05},
+    "3 bit, power levels, groups of 64, damp 0.05": {"bits": 3, "grid": "power", "damp": 0.05},
+    "3 bit, symmetric, groups of 64, damp 0.05": {"bits": 3, "symmetric": True, "damp": 0.05},
+    "3 bit, powers of two, groups of 64, damp 0.05": {"bits": 3, "grid": "pot", "damp": 0.05},
     "3 bit, groups of 48, scales of 8 bits, damp 0.05": {"bits": 3, "group_size": 48, "scale_bits": 8, "damp": 0.05},
     "3 bit, groups of 24, symmetric, scales of 5 bits": {
         "bits": 3, "group_size": 24, "symmetric": True, "scale_bits": 5, "damp": 0.05},
