@@ -49,7 +49,7 @@ from .hf.card import model_card, plot_layers
 from .hf.quantizer import CompactConfig, attach_, expect_, names_in
 from .methods import LAYERS, METHODS
 from .report import Report, peak_memory_bytes, return_freed_memory
-from .scoring import perplexity
+from .scoring import max_positions, perplexity
 from .select import select_stages
 from .version import __version__
 
@@ -116,6 +116,7 @@ def compress(
     prepared = prepare_calibration(calibration, tokenizer or dense.load_tokenizer(), recipe)
     return_freed_memory()
     check_inputs(dense.model, prepared)
+    check_distillation(dense.model, recipe)
     if dense.source is None:
         _check_model_finite(dense.model)
     else:
@@ -155,6 +156,7 @@ def plan(model: str | Path, recipe: Recipe | Mapping[str, Any] | str | Path, see
     """
     recipe = as_recipe(recipe, seed)
     dense = open_dense(model, recipe.dtype)
+    check_distillation(dense.model, recipe)
     arch = describe(dense.model)
     width = dense.model.dtype.itemsize
     num_parameters = count_parameters(dense.model)
@@ -423,9 +425,26 @@ def prepare_calibration(
 
 
 def check_inputs(model: PreTrainedModel, calibration: Calibration) -> None:
-    """Raise CalibrationError if an encoder-decoder gets nothing to decode."""
+    """Raise CalibrationError if an encoder-decoder gets nothing to decode, or sequences are longer than the model allows."""
     if model.config.is_encoder_decoder and any("decoder_input_ids" not in batch for batch in calibration.batches):
         raise CalibrationError(f"{model.config.model_type} has a decoder: give calibration batches with decoder_input_ids")
+    longest = max((batch["input_ids"].shape[1] for batch in calibration.batches if "input_ids" in batch), default=0)
+    positions = max_positions(model)
+    if positions is not None and longest > positions:
+        raise CalibrationError(
+            f"calibration.sequence_length must be at most {positions}, the positions of the model, got {longest}"
+        )
+
+
+def check_distillation(model: PreTrainedModel, recipe: Recipe) -> None:
+    """Raise ConfigError if a distillation is asked for where it cannot run."""
+    if recipe.distillation is None:
+        return
+    if distributed.world_size() > 1:
+        raise ConfigError("recipe.distillation runs in one process: set it to null under torchrun")
+    if not is_causal_lm(model):
+        name = type(model).__name__
+        raise ConfigError(f"recipe.distillation compares next-token distributions, which a {name} has not: set it to null")
 
 
 def check_output_or_resume(output: Path) -> None:
@@ -491,7 +510,9 @@ def peak_memory_estimate(dense: Dense, arch: Architecture, recipe: Recipe) -> in
         training = 4 * sum(columns**2 for _, columns in shapes) + _activation_bytes(dense.model, shapes, recipe, 1)
     if recipe.distillation is not None:  # the dense model beside the decoded integers, in bytes and as they are multiplied
         weights = sum(shape.numel() for shape in shapes)
-        batch = _activation_bytes(dense.model, shapes, recipe, recipe.distillation.batch_size)
+        batch = _activation_bytes(
+            dense.model, shapes, recipe, min(recipe.distillation.batch_size, recipe.distillation.num_sequences)
+        )
         training = max(training, width * (outside + 2 * weights) + weights + batch)
     return width * (outside + resident + hidden) + training + max(0, solver - SOLVER_BYTES) + RUNTIME_BYTES
 
@@ -550,6 +571,7 @@ def _compress_in_memory(
     select_stages(arch.roles, recipe.stages)
     prepared = prepare_calibration(calibration, tokenizer, recipe)
     check_inputs(model, prepared)
+    check_distillation(model, recipe)
     _check_model_finite(model)
     report = new_report(model.config.name_or_path or type(model).__name__, model, arch, recipe, prepared)
     stages = [(METHODS[stage.method], stage) for stage in recipe.stages]
@@ -572,11 +594,6 @@ def _run(runner: BlockRunner, recipe: Recipe, calibration: Calibration, progress
     if runner.journal is not None and runner.journal.is_replaced:
         runner.report.distillation = runner.journal.entries[-1]["distillation"]
         return runner.run(progress)
-    if distributed.world_size() > 1:
-        raise ConfigError("recipe.distillation runs in one process: set it to null under torchrun")
-    if not is_causal_lm(runner.model):
-        name = type(runner.model).__name__
-        raise ConfigError(f"recipe.distillation compares next-token distributions, which a {name} has not: set it to null")
     teacher = copy.deepcopy(runner.model)
     runner.run(progress)
     started = time.perf_counter()

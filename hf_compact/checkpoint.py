@@ -271,6 +271,9 @@ class Journal:
         if not lines:
             raise OutputError(f"{self.folder} has a journal that cannot be read: choose another --output or delete the folder")
         earlier = lines[0]["fingerprint"]
+        if len(lines) == 1:  # nothing is finished that could be mixed up
+            write_text(path, json.dumps({"fingerprint": fingerprint}) + "\n")
+            return
         for key in fingerprint:
             if earlier.get(key) != fingerprint[key]:
                 raise OutputError(

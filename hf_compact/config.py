@@ -5,6 +5,7 @@ Unknown keys and wrong types are errors that name the key, the value and the rul
 """
 
 import dataclasses
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -14,6 +15,9 @@ from typing import Any, ClassVar, Literal
 import yaml
 
 from .errors import ConfigError
+
+#: YAML 1.1 reads a number without a point, like 2e-3, as text.
+_YAML_FLOAT = re.compile(r"[+-]?\d+[eE][+-]?\d+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +121,8 @@ class Recipe:
         """Check that there is work to do."""
         if not self.stages:
             raise ConfigError("recipe.stages must name at least one stage, got []")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"recipe.seed must be in [0, 2**63), got {self.seed}")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ConfigError(f"recipe.dtype must be one of auto, float32, bfloat16, float16, got {self.dtype}")
 
@@ -215,6 +221,8 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
             (type(a), a) for a in typing.get_args(option)
         ]:
             return value
+        if option is float and isinstance(value, str) and _YAML_FLOAT.fullmatch(value):
+            return float(value)
         if option is float and isinstance(value, int) and not isinstance(value, bool):
             return float(value)
         if isinstance(option, type) and isinstance(value, option) and (option is bool or not isinstance(value, bool)):

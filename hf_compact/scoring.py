@@ -19,6 +19,11 @@ _ROWS = 256  # positions whose logits are in float32 at a time
 
 
 @torch.no_grad()
+def max_positions(model: PreTrainedModel) -> int | None:
+    """Tokens that the model has positions for, None if its config does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 def perplexity(
     model: PreTrainedModel, ids: Tensor, window_length: int = 1024, num_windows: int | None = 40,
     progress: Callable[[int], None] = lambda done: None,
@@ -41,6 +46,9 @@ def perplexity(
     """
     if window_length < 2:
         raise ConfigError(f"window_length must be at least 2, got {window_length}")
+    positions = max_positions(model)
+    if positions is not None and window_length > positions:
+        raise ConfigError(f"window_length must be at most {positions}, the positions of the model, got {window_length}")
     if num_windows is not None and num_windows < 1:
         raise ConfigError(f"num_windows must be at least 1 or None for all, got {num_windows}")
     chunks = list(windows(ids, window_length, num_windows))

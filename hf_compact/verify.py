@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import hf_compact  # noqa: F401 - registers the plugin in the fresh process
 
 from .errors import VerificationError
-from .scoring import perplexity
+from .scoring import max_positions, perplexity
 
 #: Largest difference to the reloaded logits, as a fraction of the largest logit. Blocks run one by one and in one pass
 #: may take different kernels, which shows in the last digits of the dtype.
@@ -92,7 +92,7 @@ def main(folder: str, inputs: str, outputs: str) -> None:
     save_file({"logits": logits.contiguous()}, outputs)
     score = None
     if "held_out" in tensors:
-        length = min(512, len(tensors["held_out"]))
+        length = min(512, len(tensors["held_out"]), max_positions(model) or 512)
         score = perplexity(model, tensors["held_out"], window_length=length, num_windows=4)["perplexity"]
     print(json.dumps({"perplexity": score}))  # noqa: T201 - the parent process reads it
 

@@ -155,6 +155,7 @@ class CompactQuantizer(HfQuantizer):
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         dtype = dtype or model.dtype
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # what save_pretrained leaves in the config
         with torch.device("meta"):
             skeleton = type(model)(model.config)
         for name in names_in(model, self.quantization_config.modules):

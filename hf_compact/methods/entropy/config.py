@@ -39,8 +39,8 @@ class EntropyConfig(MethodConfig):
                 raise ConfigError(f"entropy.{name} must be in [0.5, 7], got {value}")
         if not 0 <= self.row_power <= 2:
             raise ConfigError(f"entropy.row_power must be in [0, 2], got {self.row_power}")
-        if self.damp < 0:
-            raise ConfigError(f"entropy.damp must be at least 0, got {self.damp}")
+        if not 0 <= self.damp <= 1:
+            raise ConfigError(f"entropy.damp must be in [0, 1], got {self.damp}")
 
     @property
     def needs_whole_model(self) -> bool:

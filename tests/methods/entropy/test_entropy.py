@@ -339,7 +339,7 @@ def test_a_cast_leaves_the_stored_tensors_alone(folder):
 @pytest.mark.parametrize(
     ("field", "value", "rule"),
     [("bits", 0.2, "in \\[0.5, 7\\]"), ("bits", 8.0, "in \\[0.5, 7\\]"), ("embedding_bits", 9.0, "in \\[0.5, 7\\]"),
-     ("sensitivity", "hessian", "one of fisher, none"), ("damp", -1.0, "at least 0"), ("row_power", 3.0, "in \\[0, 2\\]"),
+     ("sensitivity", "hessian", "one of fisher, none"), ("damp", -1.0, "in \\[0, 1\\]"), ("damp", float("nan"), "in \\[0, 1\\]"), ("row_power", 3.0, "in \\[0, 2\\]"),
      ],
 )  # fmt: skip
 def test_bad_settings_are_named(field, value, rule):
