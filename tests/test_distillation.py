@@ -123,3 +123,24 @@ def test_units_written_twice_are_kept(tmp_path):
     again = Journal(tmp_path / "out", {"recipe": 1}, num_units=1)
     assert again.is_replaced
     assert again.entries == journal.entries
+
+
+def test_a_model_without_logits_is_refused_before_anything_is_written(tmp_path, text_file, tokenizer):
+    tiny_model("bert").save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    recipe = {"stages": [STAGE], "calibration": {"num_sequences": 2, "sequence_length": 32}, "distillation": {}}
+    with pytest.raises(ConfigError, match="next-token distributions, which a BertModel has not"):
+        hf_compact.compress(tmp_path / "bert", recipe, output=tmp_path / "small", calibration=[text_file])
+    assert not list(tmp_path.glob("small*"))
+    with pytest.raises(ConfigError, match="which a BertModel has not"):
+        hf_compact.plan(tmp_path / "bert", recipe)
+
+
+def test_a_journal_without_units_does_not_block_another_recipe(tmp_path):
+    Journal(tmp_path / "out", {"recipe": 1}, num_units=2)
+    assert Journal(tmp_path / "out", {"recipe": 2}, num_units=2).entries == []
+    Journal(tmp_path / "out", {"recipe": 2}, num_units=2).append(
+        "unit", {"a": torch.zeros(1)}, {"modules": {}, "layers": [], "notes": []}
+    )
+    with pytest.raises(hf_compact.errors.OutputError, match="belongs to a run with another recipe"):
+        Journal(tmp_path / "out", {"recipe": 3}, num_units=2)

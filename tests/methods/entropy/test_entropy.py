@@ -345,3 +345,11 @@ def test_a_cast_leaves_the_stored_tensors_alone(folder):
 def test_bad_settings_are_named(field, value, rule):
     with pytest.raises(ConfigError, match=rf"entropy\.{field} must be {rule}"):
         EntropyConfig(**{field: value})
+
+
+def test_dequantize_works_after_saving(folder, tmp_path):
+    """Saving leaves the name of the dtype in the config."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    expected = model(**tiny_inputs("llama")).logits
+    model.save_pretrained(tmp_path / "again")
+    torch.testing.assert_close(model.dequantize()(**tiny_inputs("llama")).logits, expected, rtol=1e-4, atol=1e-5)
