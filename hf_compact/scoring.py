@@ -18,12 +18,12 @@ from .errors import CalibrationError, ConfigError
 _ROWS = 256  # positions whose logits are in float32 at a time
 
 
-@torch.no_grad()
 def max_positions(model: PreTrainedModel) -> int | None:
     """Tokens that the model has positions for, None if its config does not say."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
+@torch.no_grad()
 def perplexity(
     model: PreTrainedModel, ids: Tensor, window_length: int = 1024, num_windows: int | None = 40,
     progress: Callable[[int], None] = lambda done: None,

@@ -66,3 +66,13 @@ def test_window_without_a_prediction(window_length):
 def test_no_windows():
     with pytest.raises(ConfigError, match="num_windows must be at least 1 or None for all, got 0"):
         perplexity(tiny_model("llama"), token_ids(15), window_length=4, num_windows=0)
+
+
+def test_scoring_keeps_no_gradients():
+    model = tiny_model("llama")
+    with torch.enable_grad():
+        seen = []
+        handle = model.register_forward_hook(lambda module, args, output: seen.append(output.logits.requires_grad))
+        perplexity(model, torch.arange(64), window_length=32, num_windows=2)
+        handle.remove()
+    assert seen == [False, False]
