@@ -200,7 +200,7 @@ def main() -> int:
     parser.add_argument("--text", action="append", required=True, help="two texts to score")
     parser.add_argument(
         "--memory-python", default=sys.executable,
-        help="interpreter of an environment without the peers: transformers imports hqq where it finds it, which takes 70 MB",
+        help="interpreter of an environment without the peers: transformers imports hqq where it finds it",
     )  # fmt: skip
     parser.add_argument("--work", type=Path, default=Path("runs/spine"))
     options = parser.parse_args()

@@ -195,7 +195,7 @@ _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform =
 def return_freed_memory() -> None:
     """Give what is freed back to the system (glibc only; elsewhere nothing happens).
 
-    glibc keeps freed tensors of up to 32 MB for later: over a run that alone doubles what a small model takes.
+    glibc keeps freed tensors of up to 32 MB for later, which adds up over a run.
     """
     if _malloc_trim is not None:
         _malloc_trim(0)

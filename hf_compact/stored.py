@@ -1,5 +1,6 @@
 """The base of modules that hold a compressed matrix in buffers and compute with its dense form."""
 
+from abc import ABC, abstractmethod
 from typing import Any, Self
 
 import torch
@@ -9,19 +10,26 @@ from torch.nn import functional as F
 from .errors import UnsupportedModel
 
 
-class StoredModule(nn.Module):
+def check_lookup(module: nn.Module, field: str) -> None:
+    """Raise UnsupportedModel for an embedding whose class computes something of its own; `field` would leave it alone."""
+    is_plain = type(module) is nn.Embedding or hasattr(module, "scalar_embed_scale")
+    if isinstance(module, nn.Embedding) and not is_plain:
+        raise UnsupportedModel(f"embedding class {type(module).__name__} is not a plain lookup: set {field} to null")
+
+
+class StoredModule(nn.Module, ABC):
     """A matrix `[out, in]` in buffers of their own dtypes, which no cast of the model changes."""
 
     out_features: int
     in_features: int
 
+    @abstractmethod
     def to_dense(self, dtype: torch.dtype = torch.float32, rows: Tensor | None = None) -> Tensor:
         """The matrix `[out, in]`, or only the given `rows`; computed in `dtype`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def spec(self) -> dict[str, Any]:
         """The settings that rebuild the empty module, as stored in the modules table."""
-        raise NotImplementedError
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Move to a device but keep every stored dtype: a cast sees bytes, which no float cast touches."""
@@ -39,13 +47,13 @@ class StoredModule(nn.Module):
 class CodedModule(StoredModule):
     """A matrix that is decoded once before it is used."""
 
+    @abstractmethod
     def decode_(self) -> None:
         """Decode what is in memory, unless that is done.
 
         Raises:
             FormatError: it is damaged.
         """
-        raise NotImplementedError
 
 
 class ScaledModule(CodedModule):
@@ -59,9 +67,9 @@ class ScaledModule(CodedModule):
         """Whether the buffers are another module's."""
         return bool(self._non_persistent_buffers_set & set(self.trained_scales))
 
+    @abstractmethod
     def scaled_forward(self, x: Tensor) -> Tensor:
         """As `forward`, but the scales act on inputs and outputs: their gradients then need no product of full size."""
-        raise NotImplementedError
 
 
 class StoredLinear(StoredModule):

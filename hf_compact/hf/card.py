@@ -58,7 +58,7 @@ def model_card(report: Report) -> str:
 
 def plot_layers(report: Report, path: Path) -> None:
     """A PNG: relative error and bytes of every compressed module, in the order of the model."""
-    from matplotlib.figure import Figure  # here, because it takes 25 MB that no other step needs
+    from matplotlib.figure import Figure  # here, because no other step needs the memory it takes
 
     figure = Figure(figsize=(10, 6), layout="constrained")
     errors, sizes = figure.subplots(2, 1, sharex=True)

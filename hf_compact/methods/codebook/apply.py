@@ -5,8 +5,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ...errors import NumericalError, UnsupportedModel
+from ...errors import NumericalError
 from ...functional.gram import inverse_factor
+from ...stored import check_lookup
 from .config import CodebookConfig
 from .functional import (
     Quantized,
@@ -60,10 +61,7 @@ def compress_embedding(
     if config.embedding_bits is None:
         return None
     is_embedding = isinstance(module, nn.Embedding)
-    if is_embedding and type(module) is not nn.Embedding and not hasattr(module, "scalar_embed_scale"):
-        raise UnsupportedModel(
-            f"embedding class {type(module).__name__} is not a plain lookup: set codebook.embedding_bits to null"
-        )
+    check_lookup(module, "codebook.embedding_bits")
     symmetric = config.embedding_bits == 8
     settings = {
         "bits": config.embedding_bits,

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...arch import Architecture, as_linear, dense_shape
-from ...errors import NumericalError, UnsupportedModel
+from ...errors import NumericalError
 from ...functional.coding import encode
 from ...report import LayerReport
 from ...sensitivity import measure
+from ...stored import check_lookup
 from .config import EntropyConfig
 from .functional import LARGEST, SEARCH_ROWS, Integers, Rounder, bits_per_weight, center_rows, fixed_bits, refit_rows
 from .layer import EntropyEmbedding, EntropyLinear
@@ -124,10 +125,7 @@ def compress_embedding(
     if config.embedding_bits is None:
         return None
     is_embedding = isinstance(module, nn.Embedding)
-    if is_embedding and type(module) is not nn.Embedding and not hasattr(module, "scalar_embed_scale"):
-        raise UnsupportedModel(
-            f"embedding class {type(module).__name__} is not a plain lookup: set entropy.embedding_bits to null"
-        )
+    check_lookup(module, "entropy.embedding_bits")
     cls = EntropyEmbedding if is_embedding else EntropyLinear
     if not solve:
         return cls.empty_like(module, num_bytes=_expected_bytes(module.weight, config.embedding_bits))
