@@ -60,6 +60,9 @@ class Method:
     """`(embedding or head, config, solve=True) -> module`, or None to leave it."""
     tied_layer: str
     """Name in `layers` of the Linear that shares the tensors of a compressed embedding."""
+    arrange: Callable[..., set[str]] | None = None
+    """`(model, arch, block, names, config) -> arranged names`, run on a dense block before its Linears are compressed: it may
+    reorder hidden units. `compress_linear` then gets `is_arranged=`."""
     prepare: Callable[..., Guide | None] | None = None
     """`(model, arch, names, batches, config, progress) -> guide`, run on the dense model before anything is compressed."""
     is_dealt: bool = True
@@ -271,9 +274,10 @@ class BlockRunner:
             for name in names:
                 check_finite(name + ".weight", self.model.get_submodule(name).weight)
             self.settled = {}
+            arranged = method.arrange(self.model, self.arch, block, names, config) if method.arrange else set()
             for group in self._input_groups(module, names, calls) if config.needs_calibration else [names]:
                 gram, total = self._moments(block, group[0], calls) if config.needs_calibration else (None, None)
-                found |= self._compress_group(group, gram, total, method, config, guide)
+                found |= self._compress_group(group, gram, total, method, config, guide, arranged)
                 for part, child in module.named_children():
                     inside = [name for name in names if name.startswith(f"{block}.{part}.")]
                     if inside and all(name in found for name in inside):
@@ -288,6 +292,7 @@ class BlockRunner:
         method: Method,
         config: MethodConfig,
         guide: Guide | None,
+        arranged: set[str],
     ) -> dict[str, LayerReport | None]:
         """Compress Linears that share one input; the ranks deal them out by cost and exchange the results.
 
@@ -307,6 +312,8 @@ class BlockRunner:
             return_freed_memory()
             is_mine = owner == distributed.rank() or not method.is_dealt
             hints = {} if guide is None or total is None else {"guide": guide.share(name, self.report.layers, total[-1].item())}
+            if method.arrange:
+                hints["is_arranged"] = name in arranged
             new[name] = method.compress_linear(linear, moments, config, solve=is_mine, **hints)
             if method.is_dealt:
                 distributed.broadcast_(new[name].buffers(), owner)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from .capture import patched_forwards, without_cache
 from .config import DistillationConfig
 from .errors import NumericalError
-from .stored import ScaledModule
+from .stored import CodedModule, ScaledModule
 
 
 def distill_(
@@ -101,7 +101,8 @@ def _trained(model: PreTrainedModel) -> dict[str, Tensor]:
     found = {name: parameter.detach().float() for name, parameter in model.named_parameters() if parameter.dim() == 1}
     for name, module in model.named_modules():
         if isinstance(module, ScaledModule) and not module.is_tied:
-            module.decode_()
+            if isinstance(module, CodedModule):
+                module.decode_()
             found |= {f"{name}.{scale}": module.get_buffer(scale).float() for scale in module.trained_scales}
     return found
 

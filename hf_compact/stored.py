@@ -56,8 +56,8 @@ class CodedModule(StoredModule):
         """
 
 
-class ScaledModule(CodedModule):
-    """A coded matrix with scales that may be trained while the integers stay."""
+class ScaledModule(StoredModule):
+    """A matrix whose scales may be trained while the integers behind it stay."""
 
     trained_scales: tuple[str, ...] = ()
     """Names of the buffers."""

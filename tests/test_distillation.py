@@ -62,6 +62,29 @@ def test_the_scaled_forward_is_the_forward(pair):
     torch.testing.assert_close(module.scaled_forward(x), module(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "settings", [{"grid": "uniform"}, {"grid": "learned"}, {"grid": "nf4", "scale_bits": None, "group_size": None}, {"scale_bits": None}],
+    ids=["uniform", "learned", "row", "groups"],
+)  # fmt: skip
+def test_codebooks_are_distilled_with_their_codes_in_place(settings, tmp_path):
+    teacher = tiny_model("llama")
+    model = copy.deepcopy(teacher)
+    stage = {"method": "codebook", "rounding": "nearest", **settings}
+    hf_compact.compress(model, {"stages": [stage]}, calibration=from_batches([tiny_inputs("llama")]))
+    module = model.model.layers[1].mlp.up_proj
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(module.scaled_forward(x), module(x), rtol=1e-4, atol=1e-5)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    inputs = tiny_inputs("llama")
+    losses = distill_(model, teacher, [inputs], DistillationConfig(epochs=30, learning_rate=0.01))
+    with torch.no_grad():
+        assert divergence(model(**inputs)[0], teacher(**inputs)[0]) < 0.95 * losses[0]
+    moved = {name.rpartition(".")[2] for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    scale = "scale" if settings.get("scale_bits", 5) is None else "row_scale"
+    assert moved - {"weight"} == ({scale, "levels"} if settings.get("grid") == "learned" else {scale})
+    assert torch.equal(module.weight, before["model.layers.1.mlp.up_proj.weight"])
+
+
 def test_divergence_is_that_of_torch_distributions():
     generator = torch.Generator().manual_seed(0)
     p, q = (torch.randn(2, 3, 7, generator=generator) for _ in range(2))

@@ -22,6 +22,7 @@ ORDER = [
     "config",
     "select",
     "arch",
+    "reorder",
     "calibration",
     "scoring",
     "distributed",
@@ -38,7 +39,7 @@ ORDER = [
     "api",
     "cli",
 ]
-SLICE_ORDER = ["config", "functional", "layer", "apply", "callback", "__init__"]
+SLICE_ORDER = ["config", "functional", "joint", "layer", "apply", "callback", "__init__"]
 #: The package's public face and its entry point import downwards from above everything.
 TOP = ("__init__.py", "__main__.py")
 #: The fresh process of a verification registers the plugin by importing the package, once.

@@ -16,7 +16,10 @@ from hf_compact.methods.codebook.functional import dequantize
 FILE = Path(__file__).with_name("codebook.safetensors")
 SETTINGS = {
     "uniform_4bit": CodebookConfig(bits=4, group_size=20, scale_bits=None, damp=0.01),
-    "learned_3bit": CodebookConfig(bits=3, grid="learned", group_size=None, rows_per_codebook=5, scale_bits=None, damp=0.02),
+    "learned_3bit": CodebookConfig(
+        bits=3, grid="learned", group_size=None, rows_per_codebook=5, scale_bits=None, damp=0.02, symmetric=True
+    ),
+    "joint_3bit": CodebookConfig(bits=3, grid="learned", group_size=16, rows_per_codebook=8, learning="soft", learning_steps=20),
     "nf4_nearest": CodebookConfig(grid="nf4", group_size=16, scale_bits=None, rounding="nearest"),
 }
 

@@ -1,7 +1,7 @@
 """Codebook quantization: weights as packed indices into small tables of levels."""
 
 from ...capture import Method
-from .apply import compress_embedding, compress_linear
+from .apply import arrange_, compress_embedding, compress_linear
 from .config import CodebookConfig
 from .layer import CodebookEmbedding, CodebookLinear
 
@@ -11,4 +11,5 @@ METHOD = Method(
     compress_linear=compress_linear,
     compress_embedding=compress_embedding,
     tied_layer="codebook_linear",
+    arrange=arrange_,
 )

@@ -1,12 +1,16 @@
 """From a dense module and the gram matrix of its inputs to a codebook module."""
 
 import math
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from ...arch import Architecture, as_linear
 from ...errors import NumericalError
 from ...functional.gram import inverse_factor
+from ...reorder import attention_shape, block_linears, permute_channels_, permute_heads_, permute_values_
 from ...stored import check_lookup
 from .config import CodebookConfig
 from .functional import (
@@ -16,6 +20,7 @@ from .functional import (
     descend_codes,
     fixed_levels,
     group_scale,
+    has_offset,
     lloyd_levels,
     refit_levels,
     refit_scale,
@@ -25,17 +30,25 @@ from .functional import (
     sort_levels,
     spread_groups,
 )
+from .joint import learn_codes, similarity
 from .layer import CodebookEmbedding, CodebookLinear
 
 _EMBEDDING_ROWS = 1024  # rows quantized at a time: the float32 copy of a whole embedding would not be small
 
 
-def compress_linear(linear: nn.Linear, gram: Tensor | None, config: CodebookConfig, solve: bool = True) -> CodebookLinear:
+def compress_linear(
+    linear: nn.Linear, gram: Tensor | None, config: CodebookConfig, solve: bool = True, is_arranged: bool = False
+) -> CodebookLinear:
     """Quantize one Linear; without a gram matrix, or by the recipe's wish, to the nearest level.
+
+    `is_arranged` says that similar rows are neighbours already, see `arrange_`.
 
     Raises:
         NumericalError: the gram matrix cannot be factorised.
     """
+    is_shared = config.grid == "learned"
+    num_codebooks = math.ceil(linear.out_features / config.rows_per_codebook) if is_shared else 1
+    is_labelled = config.row_order == "similar" and num_codebooks > 1 and not is_arranged
     module = CodebookLinear.empty_like(
         linear,
         bits=config.bits,
@@ -43,9 +56,50 @@ def compress_linear(linear: nn.Linear, gram: Tensor | None, config: CodebookConf
         group_size=config.group_size,
         symmetric=config.symmetric,
         scale_bits=config.scale_bits,
-        num_codebooks=math.ceil(linear.out_features / config.rows_per_codebook) if config.grid == "learned" else 1,
+        num_codebooks=num_codebooks,
+        is_labelled=is_labelled,
     )
-    return module.load_quantized_(quantize(linear.weight.detach().float().cpu(), gram, config)) if solve else module
+    if not solve:
+        return module
+    weight = linear.weight.detach().float().cpu()
+    order = similarity(weight).argsort(stable=True) if is_labelled else torch.arange(len(weight))
+    found = quantize(weight[order], gram, config)
+    back = order.argsort()
+    zero = None if found.zero is None else found.zero[back]
+    tables = back // math.ceil(len(weight) / num_codebooks)
+    return module.load_quantized_(Quantized(found.codes[back], found.scale[back], zero, found.levels), tables=tables)
+
+
+def arrange_(model: PreTrainedModel, arch: Architecture, block: str, names: Collection[str], config: CodebookConfig) -> set[str]:
+    """Put rows of like distribution next to each other wherever a permutation of hidden units does it for nothing.
+
+    Args:
+        model: the block is in memory; its Linears get permuted weights, its output stays what it is.
+        arch: the roles of the Linears.
+        block: whose Linears.
+        names: those that the stage compresses.
+        config: nothing happens unless `row_order` is `similar`.
+
+    Returns:
+        Names of the Linears whose rows need no table of their own any more.
+    """
+    if config.row_order != "similar":
+        return set()
+    arranged: list[nn.Module] = []
+    for linears in block_linears(model, arch, block):
+        rows = {role: as_linear(module).weight.detach().float().cpu() for role, module in linears.items()}
+        if {"up", "down"} <= rows.keys():
+            makers = [role for role in ("up", "gate") if role in rows]
+            permute_channels_(linears, similarity(torch.cat([rows[role] for role in makers], 1)).argsort(stable=True))
+            arranged += [linears[role] for role in makers]
+        if {"q", "k", "v", "o"} <= rows.keys():
+            num_heads, num_kv, width = attention_shape(model, linears)
+            score = similarity(rows["v"]).view(num_kv, width)
+            permute_values_(linears, score.argsort(dim=1, stable=True), num_heads)
+            if arch.family != "t5":  # whose position bias belongs to a head
+                permute_heads_(linears, score.mean(1).argsort(stable=True), num_heads)
+            arranged.append(linears["v"])
+    return {name for name in names if any(model.get_submodule(name) is module for module in arranged)}
 
 
 def compress_embedding(
@@ -93,20 +147,27 @@ def quantize(weight: Tensor, gram: Tensor | None, config: CodebookConfig) -> Qua
     """
     size = config.group_size
     importance = torch.ones(weight.shape[1]) if gram is None else gram.diagonal().float().clamp_min(0)
-    if config.grid == "learned":
+    feedback = gram is not None and config.rounding == "gptq"
+    tables = math.ceil(len(weight) / config.rows_per_codebook)
+    if config.grid == "learned" and config.symmetric:
         scale, zero = group_scale(weight, size, config.scale_bits), None
         spread = spread_groups(scale, size, weight.shape[1])
-        levels = lloyd_levels(
-            weight / spread, importance * spread.square(), 2**config.bits, math.ceil(len(weight) / config.rows_per_codebook)
-        )
+        levels = lloyd_levels(weight / spread, importance * spread.square(), 2**config.bits, tables)
     else:
         if config.grid == "power":
             levels = search_power(weight, config.bits, size, importance, config.shrink_steps, config.scale_bits)
         else:
-            levels = fixed_levels(config.grid, config.bits, config.symmetric)
-        symmetric = config.symmetric or config.grid != "uniform"
+            levels = fixed_levels("uniform" if config.grid == "learned" else config.grid, config.bits, config.symmetric)
+        symmetric = not has_offset(config.grid, config.symmetric)
         scale, zero = search_scale(weight, levels, size, symmetric, importance, config.shrink_steps, config.scale_bits)
-    if gram is None or config.rounding == "nearest":
+    if config.grid == "learned" and zero is not None:
+        # Equal steps are where the refits start from: with an offset per group they end lower than Lloyd's levels.
+        levels = levels.expand(tables, -1).contiguous()
+        if not feedback:
+            spread = spread_groups(scale, size, weight.shape[1])
+            unit = weight / spread + spread_groups(zero, size, weight.shape[1])
+            levels = lloyd_levels(unit, importance * spread.square(), 2**config.bits, tables)
+    if not feedback:
         return _nearest(weight, scale, zero, levels, size)
     order = gram.diagonal().argsort(descending=True) if config.act_order else torch.arange(len(gram))
     try:
@@ -114,20 +175,32 @@ def quantize(weight: Tensor, gram: Tensor | None, config: CodebookConfig) -> Qua
     except ValueError as error:
         raise NumericalError(str(error)) from error
     rounder = Rounder(levels, len(weight))
-    codes, dense = round_with_feedback(weight, rounder, scale, zero, size, factor, order)
+    codes, _ = round_with_feedback(weight, rounder, scale, zero, size, factor, order)
     del factor  # as large as the gram matrix, and the sweeps need room for a sorted one
     damped = gram.to(torch.float32, copy=True)
     diagonal = damped.diagonal()
     diagonal[diagonal == 0] = 1.0  # an input that never fired, as in `inverse_factor`
     diagonal += config.damp * diagonal.mean()
+    found = Quantized(codes, scale, zero, levels)
     for _ in range(config.refit_rounds):
-        if config.grid == "learned":
-            codes, levels = sort_levels(codes, refit_levels(weight, codes, scale, levels, size, damped))
-            rounder = Rounder(levels, len(weight))
-        unit = dequantize(Quantized(codes, torch.ones_like(scale), zero, levels), size)
-        scale = refit_scale(weight, unit, scale, size, damped, config.scale_bits)
-        dense = dequantize(Quantized(codes, scale, zero, levels), size)
-        codes, dense = descend_codes(weight, dense, rounder, scale, zero, size, damped, order)
+        found = _refit(weight, found, config, damped, order)
+    if config.learning != "none":
+        found = learn_codes(weight, found, size, damped, config.learning_steps, config.learning)
+        found = _refit(weight, found, config, damped, order)
+    return found
+
+
+def _refit(weight: Tensor, found: Quantized, config: CodebookConfig, gram: Tensor, order: Tensor) -> Quantized:
+    """Levels and scales in closed form, then a sweep over the codes."""
+    size = config.group_size
+    codes, scale, zero, levels = found
+    if config.grid == "learned":
+        codes, levels = sort_levels(codes, refit_levels(weight, codes, scale, zero, levels, size, gram))
+    unit = dequantize(Quantized(codes, torch.ones_like(scale), zero, levels), size)
+    scale = refit_scale(weight, unit, scale, size, gram, config.scale_bits)
+    dense = dequantize(Quantized(codes, scale, zero, levels), size)
+    rounder = Rounder(levels, len(weight))
+    codes, _ = descend_codes(weight, dense, rounder, scale, zero, size, gram, order)
     return Quantized(codes, scale, zero, levels)
 
 

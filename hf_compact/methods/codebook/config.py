@@ -28,9 +28,16 @@ class CodebookConfig(MethodConfig):
     scale_bits: int | None = 5
     """Bits of a group's scale, in [2, 8], as a multiple of one step per row; null keeps float16."""
     symmetric: bool = False
-    """Uniform grid only: levels around zero, without a stored offset."""
+    """Uniform and learned grids only: levels around zero, without a stored offset."""
     rows_per_codebook: int = 32
     """Learned grid only: rows that share a table of levels."""
+    row_order: Literal["given", "similar"] = "given"
+    """Learned grid only: `similar` lets rows of like distribution share a table. Channels of an MLP, value dimensions
+    inside a head and key-value heads are reordered in the model, which costs nothing; other rows store their table."""
+    learning: Literal["none", "proximal", "soft"] = "none"
+    """GPTQ only: move codes to neighbouring levels by gradient on the layer's output error, after the refits."""
+    learning_steps: int = 60
+    """Gradient steps of it."""
     rounding: Literal["gptq", "nearest"] = "gptq"
     """Error feedback through the gram matrix of the inputs, or plain nearest, which needs no calibration."""
     damp: float = 0.05
@@ -55,17 +62,28 @@ class CodebookConfig(MethodConfig):
             raise ConfigError("codebook.grid learned is for 2, 3 and 4 bits, got 8: 256 levels gain nothing over equal steps")
         if self.grid == "pot" and self.bits not in (2, 3):
             raise ConfigError(f"codebook.grid pot is for 2 and 3 bits, got {self.bits}: more levels crowd around zero")
-        if self.symmetric and self.grid != "uniform":
-            raise ConfigError(f"codebook.symmetric belongs to the uniform grid, got grid {self.grid}")
+        if self.symmetric and self.grid not in ("uniform", "learned"):
+            raise ConfigError(f"codebook.symmetric belongs to the uniform and the learned grid, got grid {self.grid}")
+        if self.row_order == "similar" and self.grid != "learned":
+            raise ConfigError(f"codebook.row_order similar belongs to the learned grid, got grid {self.grid}")
+        if self.learning != "none" and self.rounding == "nearest":
+            raise ConfigError(f"codebook.learning {self.learning} starts from error feedback, got rounding nearest")
 
     def _check_ranges(self) -> None:
         choices = {"bits": (2, 3, 4, 8), "grid": ("uniform", "nf4", "learned", "power", "pot"), "rounding": ("gptq", "nearest"),
+                   "row_order": ("given", "similar"), "learning": ("none", "proximal", "soft"),
                    "embedding_bits": (4, 8, None)}  # fmt: skip
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 rule = ", ".join("null" if value is None else str(value) for value in allowed)
                 raise ConfigError(f"codebook.{name} must be one of {rule}, got {getattr(self, name)}")
-        for name, lowest in {"shrink_steps": 1, "refit_rounds": 0, "rows_per_codebook": 1, "damp": 0}.items():
+        for name, lowest in {
+            "shrink_steps": 1,
+            "refit_rounds": 0,
+            "rows_per_codebook": 1,
+            "learning_steps": 1,
+            "damp": 0,
+        }.items():
             if getattr(self, name) < lowest:
                 raise ConfigError(f"codebook.{name} must be at least {lowest}, got {getattr(self, name)}")
         for name in ("group_size", "embedding_group_size"):

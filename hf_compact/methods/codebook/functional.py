@@ -49,6 +49,11 @@ def num_groups(in_features: int, group_size: int | None) -> int:
     return 1 if group_size is None else math.ceil(in_features / group_size)
 
 
+def has_offset(grid: str, symmetric: bool) -> bool:
+    """Whether the groups of a grid store an offset beside their scale."""
+    return grid in ("uniform", "learned") and not symmetric
+
+
 def fixed_levels(grid: str, bits: int, symmetric: bool) -> Tensor:
     """Levels of a grid that needs no learning, `[1, 2**bits]` float32 ascending.
 
@@ -417,7 +422,9 @@ def refit_scale(
     return torch.where(_quadratic(normal, target, solution) <= _quadratic(normal, target, scale), solution, scale)
 
 
-def refit_levels(weight: Tensor, codes: Tensor, scale: Tensor, levels: Tensor, group_size: int | None, gram: Tensor) -> Tensor:
+def refit_levels(
+    weight: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, levels: Tensor, group_size: int | None, gram: Tensor
+) -> Tensor:
     """Codebooks that minimise the output error for codes and scales that stay as they are, in closed form.
 
     With `S_k` the scaled indicator of level k, a table solves the K x K system `(sum_rows S G S^T) c = sum_rows S G w`.
@@ -427,6 +434,7 @@ def refit_levels(weight: Tensor, codes: Tensor, scale: Tensor, levels: Tensor, g
         weight: `[out, in]` float32. Not written to.
         codes: `[out, in]` indices into the levels.
         scale: `[out, G]` as stored.
+        zero: `[out, G]` or None.
         levels: `[tables, K]`, the ridge pulls towards it; it stands where a level is not used.
         group_size: inputs per group, None for the row.
         gram: `[in, in]` float32.
@@ -439,6 +447,8 @@ def refit_levels(weight: Tensor, codes: Tensor, scale: Tensor, levels: Tensor, g
     per_table = math.ceil(len(weight) / tables)
     spread = spread_groups(scale, group_size, weight.shape[1]).expand_as(weight)
     indicators = [spread * (codes == k) for k in range(num_levels)]
+    if zero is not None:  # the levels have to make up for the offset too
+        weight = weight + spread * spread_groups(zero, group_size, weight.shape[1])
     response = weight @ gram
 
     def per_row_group(values: Tensor) -> Tensor:

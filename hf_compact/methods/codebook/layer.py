@@ -11,10 +11,11 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ...functional.packing import pack_bits, packed_row_bytes, unpack_bits
-from ...stored import StoredEmbedding, StoredLinear, StoredModule
-from .functional import Quantized, dequantize, fixed_levels, num_groups, scale_codes
+from ...stored import ScaledModule, StoredEmbedding, StoredLinear, StoredModule
+from .functional import Quantized, dequantize, fixed_levels, has_offset, num_groups, scale_codes
 
 #: Grids whose levels are a part of the checkpoint.
 STORED_LEVELS = ("learned", "power")
@@ -26,18 +27,20 @@ class CodebookModule(StoredModule):
     Buffers: `weight [out, 1, row bytes]` int8, the packed codes; `scale [out, G]` float16, or packed codes
     `[out, 1, row bytes]` with `row_scale [out, 1]` float16 where `scale_bits` is given; `zero [out, 1, row bytes]`
     uint8, the packed offsets of an asymmetric grid; `levels [tables, 2**bits]` float16, the tables of a learned
-    or a power grid.
+    or a power grid; `row_table [out]` uint8 (int16 for more than 256 tables), the table of each row where the rows of a
+    table are not neighbours.
     """
 
     def __init__(  # noqa: PLR0913 - the settings of a spec, by keyword
         self, out_features: int, in_features: int, *, bits: int, grid: str, group_size: int | None, symmetric: bool,
-        scale_bits: int | None = None, num_codebooks: int = 1, device: torch.device | str | None = None,
+        scale_bits: int | None = None, num_codebooks: int = 1, is_labelled: bool = False,
+        device: torch.device | str | None = None,
     ) -> None:  # fmt: skip
         """Allocate zeroed buffers for a matrix `[out_features, in_features]`."""
         super().__init__()
         self.out_features, self.in_features = out_features, in_features
         self.bits, self.grid, self.group_size, self.symmetric = bits, grid, group_size, symmetric
-        self.scale_bits, self.num_codebooks = scale_bits, num_codebooks
+        self.scale_bits, self.num_codebooks, self.is_labelled = scale_bits, num_codebooks, is_labelled
         groups = num_groups(in_features, group_size)
 
         def buffer(name: str, *shape: int, dtype: torch.dtype) -> None:
@@ -49,10 +52,12 @@ class CodebookModule(StoredModule):
         else:
             buffer("scale", out_features, 1, packed_row_bytes(groups, scale_bits), dtype=torch.uint8)
             buffer("row_scale", out_features, 1, dtype=torch.float16)
-        if grid == "uniform" and not symmetric:
+        if has_offset(grid, symmetric):
             buffer("zero", out_features, 1, packed_row_bytes(groups, bits), dtype=torch.uint8)
         if grid in STORED_LEVELS:
             buffer("levels", num_codebooks, 2**bits, dtype=torch.float16)
+        if is_labelled:
+            buffer("row_table", out_features, dtype=torch.uint8 if num_codebooks <= 256 else torch.int16)
 
     def spec(self) -> dict[str, Any]:
         """The settings that rebuild the empty module, as stored in the modules table."""
@@ -63,11 +68,15 @@ class CodebookModule(StoredModule):
             "symmetric": self.symmetric,
             "scale_bits": self.scale_bits,
             "num_codebooks": self.num_codebooks,
+            "is_labelled": self.is_labelled,
         }
 
     @torch.no_grad()
-    def load_quantized_(self, quantized: Quantized, rows: slice = slice(None)) -> Self:
-        """Pack a solver's result into the buffers, or that of the given `rows` into their part of them."""
+    def load_quantized_(self, quantized: Quantized, rows: slice = slice(None), tables: Tensor | None = None) -> Self:
+        """Pack a solver's result into the buffers, or that of the given `rows` into their part of them.
+
+        `tables [out]` is the table of each row where a run of rows does not share one.
+        """
         self.weight[rows].copy_(pack_bits(quantized.codes, self.bits)[:, None].view(torch.int8))
         if self.scale_bits is None:
             self.scale[rows].copy_(quantized.scale)
@@ -79,10 +88,16 @@ class CodebookModule(StoredModule):
             self.zero[rows].copy_(pack_bits(quantized.zero.to(torch.uint8), self.bits)[:, None])
         if self.grid in STORED_LEVELS:
             self.levels.copy_(quantized.levels)
+        if self.is_labelled:
+            self.row_table.copy_(tables)
         return self
 
     def to_dense(self, dtype: torch.dtype = torch.float32, rows: Tensor | None = None) -> Tensor:
         """The dequantized matrix `[out, in]`, or only the given `rows`; computed in `dtype`."""
+        return self._dense(dtype, rows, has_row_scale=True)
+
+    def _dense(self, dtype: torch.dtype, rows: Tensor | None, has_row_scale: bool) -> Tensor:
+        """The matrix, or what is left of it without the one factor that a row has."""
 
         def take(buffer: Tensor) -> Tensor:
             return buffer if rows is None else buffer[rows]
@@ -90,19 +105,25 @@ class CodebookModule(StoredModule):
         groups = num_groups(self.in_features, self.group_size)
         scale = take(self.scale)
         if self.scale_bits is not None:
-            scale = unpack_bits(scale[:, 0], self.scale_bits, groups).to(dtype) * take(self.row_scale).to(dtype)
+            scale = unpack_bits(scale[:, 0], self.scale_bits, groups).to(dtype)
+            scale = scale * take(self.row_scale).to(dtype) if has_row_scale else scale
+        elif not has_row_scale:
+            scale = torch.ones_like(scale)
         zero = unpack_bits(take(self.zero)[:, 0], self.bits, groups) if "zero" in self._buffers else None
         codes = unpack_bits(take(self.weight)[:, 0].view(torch.uint8), self.bits, self.in_features)
         if self.grid in STORED_LEVELS:
             levels = self.levels
-            tables = torch.arange(self.out_features, device=codes.device) // math.ceil(self.out_features / len(levels))
+            if self.is_labelled:
+                tables = self.row_table.int()
+            else:
+                tables = torch.arange(self.out_features, device=codes.device) // math.ceil(self.out_features / len(levels))
             levels = levels[take(tables)] if len(levels) > 1 and len(codes) else levels
         else:
             levels = fixed_levels(self.grid, self.bits, self.symmetric).to(codes.device)
         return dequantize(Quantized(codes, scale.to(dtype), zero, levels), self.group_size, self.grid == "uniform")
 
 
-class CodebookLinear(CodebookModule, StoredLinear):
+class CodebookLinear(CodebookModule, ScaledModule, StoredLinear):
     """`y = x W^T + b` with `W` dequantized on the fly.
 
     >>> layer = CodebookLinear.empty_like(nn.Linear(8, 4), bits=4, grid="nf4", group_size=None, symmetric=False)
@@ -114,6 +135,9 @@ class CodebookLinear(CodebookModule, StoredLinear):
         """Allocate the buffers; the bias is taken over as it is."""
         super().__init__(out_features, in_features, **settings)
         self.register_parameter("bias", bias)
+        self.trained_scales = ("scale" if self.scale_bits is None else "row_scale",)
+        if self.grid in STORED_LEVELS:
+            self.trained_scales += ("levels",)
 
     @classmethod
     def empty_like(cls, linear: nn.Linear, *, num_codebooks: int = 1, **settings: Any) -> Self:
@@ -122,6 +146,14 @@ class CodebookLinear(CodebookModule, StoredLinear):
         return cls(
             out_features, in_features, bias=linear.bias, num_codebooks=num_codebooks, device=linear.weight.device, **settings
         )
+
+    def scaled_forward(self, x: Tensor) -> Tensor:
+        """As in the base."""
+        factor = self.get_buffer(self.trained_scales[0])
+        if factor.shape[1] > 1:  # a float per group is no factor of an output
+            return F.linear(x, self.to_dense(x.dtype), self.bias)
+        y = F.linear(x, self._dense(x.dtype, None, has_row_scale=False)) * factor[:, 0].to(x.dtype)
+        return y if self.bias is None else y + self.bias
 
 
 class CodebookEmbedding(CodebookModule, StoredEmbedding):

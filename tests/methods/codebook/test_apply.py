@@ -31,6 +31,11 @@ SETTINGS = {
     "pot3": CodebookConfig(bits=3, grid="pot", group_size=None),
     "learned2": CodebookConfig(bits=2, grid="learned", rows_per_codebook=5, group_size=None),
     "learned4": CodebookConfig(bits=4, grid="learned", rows_per_codebook=8, group_size=32),
+    "learned_symmetric": CodebookConfig(bits=3, grid="learned", rows_per_codebook=4, group_size=32, symmetric=True),
+    "joint_soft": CodebookConfig(bits=3, grid="learned", rows_per_codebook=5, group_size=16, learning="soft", learning_steps=20),
+    "joint_proximal": CodebookConfig(
+        bits=2, grid="learned", rows_per_codebook=5, group_size=16, learning="proximal", learning_steps=20
+    ),
     "learned_coded_scale": CodebookConfig(bits=3, grid="learned", rows_per_codebook=8, group_size=16, scale_bits=8),
 }
 settings = pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS)
@@ -62,9 +67,10 @@ def lost(weight: torch.Tensor, gram: torch.Tensor, config: CodebookConfig) -> fl
 @pytest.mark.parametrize("columns", [70, 140], ids=["ragged", "two_blocks"])
 def test_every_refit_round_helps(config, columns):
     weight, gram = normal(13, columns), correlated_gram(columns)
-    losses = [lost(weight, gram, changed(config, refit_rounds=rounds, damp=0.0)) for rounds in range(4)]
+    plain = {"damp": 0.0, "learning": "none"}
+    losses = [lost(weight, gram, changed(config, refit_rounds=rounds, **plain)) for rounds in range(4)]
     assert all(after <= before * (1 + 1e-4) for before, after in itertools.pairwise(losses)), losses
-    assert losses[-1] < lost(weight, gram, changed(config, rounding="nearest"))
+    assert losses[-1] < lost(weight, gram, changed(config, rounding="nearest", **plain))
 
 
 @pytest.mark.parametrize(("bits", "rows", "seed"), [(3, 4, 1), (3, 4, 12), (3, 4, 24), (4, 6, 4), (4, 6, 7)])
@@ -121,7 +127,7 @@ def test_dead_input_harms_nothing(config, damp, act_order):
     gram[:, 7] = gram[7] = 0
     dense = dequantize(quantize(weight, gram, changed(config, damp=damp, act_order=act_order)), config.group_size)
     assert dense.isfinite().all()
-    rounded = dequantize(quantize(weight, gram, changed(config, rounding="nearest")), config.group_size)
+    rounded = dequantize(quantize(weight, gram, changed(config, rounding="nearest", learning="none")), config.group_size)
     assert output_energy(weight - dense, gram) <= output_energy(weight - rounded, gram)
 
 
@@ -136,7 +142,7 @@ def test_fewer_tokens_than_inputs(config):
 def test_without_a_gram_it_rounds_to_nearest(config):
     weight = normal(13, 40)
     found = quantize(weight, None, config)
-    expected = quantize(weight, torch.eye(40), changed(config, rounding="nearest"))
+    expected = quantize(weight, torch.eye(40), changed(config, rounding="nearest", learning="none"))
     assert torch.equal(found.codes, expected.codes)
 
 

@@ -24,12 +24,19 @@ REFUSED = {
     "scale_bits_high": ({"scale_bits": 9}, r"codebook.scale_bits must be null or in \[2, 8\], got 9"),
     "embedding_group_size": ({"embedding_group_size": 0}, "codebook.embedding_group_size must be null or at least 8, got 0"),
     "nf4_with_three_bits": ({"grid": "nf4", "bits": 3}, "codebook.grid nf4 has 16 levels, so codebook.bits must be 4, got 3"),
-    "symmetric_nf4": ({"grid": "nf4", "symmetric": True}, "codebook.symmetric belongs to the uniform grid, got grid nf4"),
+    "symmetric_nf4": (
+        {"grid": "nf4", "symmetric": True},
+        "codebook.symmetric belongs to the uniform and the learned grid, got grid nf4",
+    ),
     "pot_with_four_bits": ({"grid": "pot", "bits": 4}, "codebook.grid pot is for 2 and 3 bits, got 4"),
     "learned_eight": ({"grid": "learned", "bits": 8}, "codebook.grid learned is for 2, 3 and 4 bits, got 8"),
-    "symmetric_learned": (
-        {"grid": "learned", "symmetric": True},
-        "codebook.symmetric belongs to the uniform grid, got grid learned",
+    "row_order": ({"row_order": "random"}, "codebook.row_order must be one of given, similar, got random"),
+    "row_order_uniform": ({"row_order": "similar"}, "codebook.row_order similar belongs to the learned grid, got grid uniform"),
+    "learning": ({"learning": "hard"}, "codebook.learning must be one of none, proximal, soft, got hard"),
+    "learning_steps": ({"learning_steps": 0}, "codebook.learning_steps must be at least 1, got 0"),
+    "learning_from_nearest": (
+        {"learning": "soft", "rounding": "nearest"},
+        "codebook.learning soft starts from error feedback, got rounding nearest",
     ),
 }
 
@@ -55,11 +62,11 @@ def test_only_error_feedback_needs_calibration():
 def test_round_trip_keeps_every_field():
     config = CodebookConfig(
         include=("*.mlp.*",), exclude=("*.0.*", "*.1.*"), bits=3, grid="learned", group_size=None, rows_per_codebook=7,
-        rounding="nearest", damp=0.5, act_order=False, shrink_steps=3, refit_rounds=0, embedding_bits=None,
+        symmetric=True, row_order="similar", learning="proximal", learning_steps=7, damp=0.5, act_order=False, shrink_steps=3, refit_rounds=0, embedding_bits=None,
         embedding_group_size=16, scale_bits=6,
     )  # fmt: skip
     changed = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(CodebookConfig(), f.name)]
-    assert sorted(changed) == sorted(f.name for f in dataclasses.fields(config) if f.name != "symmetric")
+    assert sorted(changed) == sorted(f.name for f in dataclasses.fields(config) if f.name != "rounding")
     assert Recipe.from_dict({"stages": [config.to_dict()]}).stages == (config,)
 
 

@@ -564,7 +564,7 @@ def test_refit_levels_never_raises_the_error(shape, bits):
     weight, gram = normal(rows, columns), correlated_gram(columns)
     levels, scale, _ = start(weight, gram, group_size, ("learned", bits, False))
     quantized = nearest(weight, levels, scale, None, group_size)
-    refitted = refit_levels(weight, quantized.codes, scale, levels, group_size, gram.float())
+    refitted = refit_levels(weight, quantized.codes, scale, None, levels, group_size, gram.float())
     assert refitted.shape == levels.shape
     assert torch.equal(refitted, refitted.half().float())
     before = error(weight, dequantize(quantized, group_size), gram)
@@ -577,14 +577,14 @@ def test_refit_levels_finds_planted_levels():
     scale = (torch.rand(13, 3, generator=torch.Generator().manual_seed(1)) + 0.5).half().float()
     codes = torch.randint(4, (13, 70), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     weight = dequantize(Quantized(codes, scale, None, planted), 32)
-    found = refit_levels(weight, codes, scale, planted + 0.1, 32, correlated_gram(70).float())
+    found = refit_levels(weight, codes, scale, None, planted + 0.1, 32, correlated_gram(70).float())
     torch.testing.assert_close(found, planted, rtol=0, atol=2e-3)
 
 
 def test_refit_levels_leaves_unused_levels():
     weight, codes = normal(4, 20), torch.zeros(4, 20, dtype=torch.uint8)
     levels = torch.tensor([[0.0, 0.5, 1.0, 2.0]])
-    found = refit_levels(weight, codes, torch.ones(4, 1), levels, None, correlated_gram(20).float())
+    found = refit_levels(weight, codes, torch.ones(4, 1), None, levels, None, correlated_gram(20).float())
     assert found[0, 1:].tolist() == pytest.approx([0.5, 1.0, 2.0])
 
 
@@ -621,7 +621,7 @@ def test_inputs_are_unchanged(grid):
     descend_codes(weight, dense, rounder, scale, zero, 32, inputs["float_gram"], order)
     refit_scale(weight, dense, scale, 32, inputs["float_gram"])
     if grid[0] == "learned":
-        refit_levels(weight, codes, scale, levels, 32, inputs["float_gram"])
+        refit_levels(weight, codes, scale, None, levels, 32, inputs["float_gram"])
     dequantize(quantized, 32)
     nearest(weight, levels, scale, zero, 32)
     for name, tensor in inputs.items():

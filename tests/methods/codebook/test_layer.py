@@ -11,7 +11,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 
 from hf_compact.errors import UnsupportedModel
 from hf_compact.functional.packing import packed_row_bytes
-from hf_compact.methods.codebook.functional import Quantized, fixed_levels, num_groups, stored_scale
+from hf_compact.methods.codebook.functional import Quantized, fixed_levels, has_offset, num_groups, stored_scale
 from hf_compact.methods.codebook.layer import CodebookEmbedding, CodebookLinear
 
 #: id -> settings
@@ -22,7 +22,8 @@ SETTINGS = {
     "uniform8": {"bits": 8, "grid": "uniform", "group_size": 64, "symmetric": False},
     "nf4": {"bits": 4, "grid": "nf4", "group_size": 16, "symmetric": False},
     "learned2": {"bits": 2, "grid": "learned", "group_size": None, "symmetric": False, "num_codebooks": 3},
-    "learned4": {"bits": 4, "grid": "learned", "group_size": 16, "symmetric": False, "num_codebooks": 1},
+    "learned4": {"bits": 4, "grid": "learned", "group_size": 16, "symmetric": True, "num_codebooks": 1},
+    "labelled3": {"bits": 3, "grid": "learned", "group_size": 16, "symmetric": False, "num_codebooks": 3, "is_labelled": True},
     "coded_scale": {"bits": 4, "grid": "uniform", "group_size": 16, "symmetric": False, "scale_bits": 6},
 }
 ROWS, COLUMNS = 13, 70
@@ -41,7 +42,7 @@ def random_state(module: nn.Module, spec: dict) -> Quantized:
     groups = num_groups(columns, spec["group_size"])
     codes = torch.randint(2 ** spec["bits"], (rows, columns), generator=generator, dtype=torch.uint8)
     scale = stored_scale(torch.rand(rows, groups, generator=generator) * 0.1 + 0.01, spec.get("scale_bits"))
-    has_zero = spec["grid"] == "uniform" and not spec["symmetric"]
+    has_zero = has_offset(spec["grid"], spec["symmetric"])
     zero = torch.randint(2 ** spec["bits"], (rows, groups), generator=generator).float() if has_zero else None
     if spec["grid"] == "learned":
         levels = torch.randn(spec["num_codebooks"], 2 ** spec["bits"], generator=generator).half().float().sort(1).values
@@ -53,18 +54,24 @@ def random_state(module: nn.Module, spec: dict) -> Quantized:
 def make_linear(spec: dict, bias: bool = True, rows: int = ROWS, columns: int = COLUMNS) -> CodebookLinear:
     torch.manual_seed(0)
     module = CodebookLinear.empty_like(nn.Linear(columns, rows, bias=bias), **spec)
-    return module.load_quantized_(random_state(module, spec))
+    return module.load_quantized_(random_state(module, spec), tables=row_tables(rows, spec))
+
+
+def row_tables(rows: int, spec: dict) -> torch.Tensor:
+    """The table of every row: a run of rows has one, or they alternate."""
+    tables = spec.get("num_codebooks", 1)
+    return torch.arange(rows) % tables if spec.get("is_labelled") else torch.arange(rows) // -(-rows // tables)
 
 
 def make_embedding(spec: dict, dtype: torch.dtype = torch.float32) -> CodebookEmbedding:
     module = CodebookEmbedding.empty_like(nn.Embedding(ROWS, COLUMNS, dtype=dtype), **spec)
-    return module.load_quantized_(random_state(module, spec))
+    return module.load_quantized_(random_state(module, spec), tables=row_tables(ROWS, spec))
 
 
 def element(quantized: Quantized, row: int, column: int, spec: dict) -> float:
     codes, scale, zero, levels = quantized
     group = 0 if spec["group_size"] is None else column // spec["group_size"]
-    table = row // -(-len(codes) // len(levels))
+    table = int(row_tables(len(codes), spec)[row])
     offset = 0.0 if zero is None else zero[row, group].item()
     return scale[row, group].item() * (levels[table, codes[row, column].item()].item() - offset)
 
@@ -144,7 +151,7 @@ def test_spec_rebuilds_the_module(spec):
     again.load_state_dict(module.state_dict())
     assert torch.equal(again.to_dense(), module.to_dense())
     assert again.spec() == module.spec()
-    assert module.spec() == {"scale_bits": None, "num_codebooks": 1, **spec}
+    assert module.spec() == {"scale_bits": None, "num_codebooks": 1, "is_labelled": False, **spec}
     assert f"bits={spec['bits']}" in repr(module)
 
 
