@@ -116,7 +116,7 @@ def compress(
     prepared = prepare_calibration(calibration, tokenizer or dense.load_tokenizer(), recipe)
     return_freed_memory()
     check_inputs(dense.model, prepared)
-    check_distillation(dense.model, recipe)
+    check_training(dense.model, recipe)
     if dense.source is None:
         _check_model_finite(dense.model)
     else:
@@ -132,7 +132,7 @@ def compress(
     stages = [(METHODS[stage.method], stage) for stage in recipe.stages]
     select_stages(arch.roles, recipe.stages)  # a glob that matches nothing is found before a folder is made
     journal = Journal(output, fingerprint, num_units=1 + len(arch.blocks))
-    runner = BlockRunner(dense.model, arch, stages, prepared, report, dense.source, journal)
+    runner = BlockRunner(dense.model, arch, stages, prepared, report, dense.source, journal, recipe.reconstruction)
     logits = _run(runner, recipe, prepared, progress)
     table = _ordered(runner.table, dense.model)
     config = _final_config(dense.model, table, recipe)
@@ -156,7 +156,7 @@ def plan(model: str | Path, recipe: Recipe | Mapping[str, Any] | str | Path, see
     """
     recipe = as_recipe(recipe, seed)
     dense = open_dense(model, recipe.dtype)
-    check_distillation(dense.model, recipe)
+    check_training(dense.model, recipe)
     arch = describe(dense.model)
     width = dense.model.dtype.itemsize
     num_parameters = count_parameters(dense.model)
@@ -436,12 +436,13 @@ def check_inputs(model: PreTrainedModel, calibration: Calibration) -> None:
         )
 
 
-def check_distillation(model: PreTrainedModel, recipe: Recipe) -> None:
-    """Raise ConfigError if a distillation is asked for where it cannot run."""
+def check_training(model: PreTrainedModel, recipe: Recipe) -> None:
+    """Raise ConfigError if a reconstruction or a distillation is asked for where it cannot run."""
+    for name in ("reconstruction", "distillation"):
+        if getattr(recipe, name) is not None and distributed.world_size() > 1:
+            raise ConfigError(f"recipe.{name} runs in one process: set it to null under torchrun")
     if recipe.distillation is None:
         return
-    if distributed.world_size() > 1:
-        raise ConfigError("recipe.distillation runs in one process: set it to null under torchrun")
     if not is_causal_lm(model):
         name = type(model).__name__
         raise ConfigError(f"recipe.distillation compares next-token distributions, which a {name} has not: set it to null")
@@ -506,8 +507,11 @@ def peak_memory_estimate(dense: Dense, arch: Architecture, recipe: Recipe) -> in
     shapes = [dense_shape(dense.model.get_submodule(name)) for name in arch.roles]
     solver = 5 * 8 * max(columns for _, columns in shapes) ** 2
     training = 0
+    if recipe.reconstruction is not None:  # the targets beside the inputs, and one block's gradients
+        training = width * hidden + _activation_bytes(dense.model, shapes, recipe, recipe.calibration.batch_size) // len(inside)
     if any(stage.needs_whole_model for stage in recipe.stages):  # a gram matrix of each Linear, and one sequence's gradients
-        training = 4 * sum(columns**2 for _, columns in shapes) + _activation_bytes(dense.model, shapes, recipe, 1)
+        moments = 4 * sum(columns**2 for _, columns in shapes)
+        training = max(training, moments + _activation_bytes(dense.model, shapes, recipe, 1))
     if recipe.distillation is not None:  # the dense model beside the decoded integers, in bytes and as they are multiplied
         weights = sum(shape.numel() for shape in shapes)
         batch = _activation_bytes(
@@ -535,6 +539,8 @@ def minutes_estimate(model: PreTrainedModel, arch: Architecture, recipe: Recipe)
     passes = 5.0 if needs else 2.0  # attention and elementwise work take about as long as the products of small models
     if any(stage.needs_whole_model for stage in recipe.stages):  # gradients of a part of the calibration set
         passes += 3.0
+    if recipe.reconstruction is not None:  # forward and backward, after one dense pass
+        passes += 1.0 + 5.0 * recipe.reconstruction.epochs
     if recipe.distillation is not None:  # forward and backward, and the dense model's forward
         trained = recipe.distillation.num_sequences * recipe.distillation.epochs
         passes += 6.0 * trained / recipe.calibration.num_sequences
@@ -571,11 +577,11 @@ def _compress_in_memory(
     select_stages(arch.roles, recipe.stages)
     prepared = prepare_calibration(calibration, tokenizer, recipe)
     check_inputs(model, prepared)
-    check_distillation(model, recipe)
+    check_training(model, recipe)
     _check_model_finite(model)
     report = new_report(model.config.name_or_path or type(model).__name__, model, arch, recipe, prepared)
     stages = [(METHODS[stage.method], stage) for stage in recipe.stages]
-    runner = BlockRunner(model, arch, stages, prepared, report)
+    runner = BlockRunner(model, arch, stages, prepared, report, reconstruction=recipe.reconstruction)
     logits = _run(runner, recipe, prepared, progress)
     attach_(model, _ordered(runner.table, model), recipe.stages)
     if output is not None and distributed.rank() == 0:

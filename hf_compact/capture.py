@@ -24,8 +24,9 @@ from . import distributed
 from .arch import Architecture, as_linear, dense_shape
 from .calibration import Calibration
 from .checkpoint import Journal, TensorSource, check_finite, rebuild_, share_buffers_
-from .config import MethodConfig
+from .config import MethodConfig, ReconstructionConfig
 from .errors import NumericalError, UnsupportedModel
+from .fitting import fit_, patched_forwards
 from .functional.gram import add_gram_, centered, output_energy
 from .report import LayerReport, Report, peak_memory_bytes, return_freed_memory
 from .select import replace_modules, select_stages
@@ -98,15 +99,17 @@ class BlockRunner:
         report: filled as blocks finish.
         source: dense tensors of a model that is not in memory, under the model's own names.
         journal: where finished units are written; without it nothing is written.
+        reconstruction: how each block is fitted to its dense form once its Linears are compressed; None leaves it out.
     """
 
     def __init__(
         self, model: PreTrainedModel, arch: Architecture, stages: Sequence[tuple[Method, MethodConfig]],
         calibration: Calibration, report: Report, source: TensorSource | None = None, journal: Journal | None = None,
+        reconstruction: ReconstructionConfig | None = None,
     ) -> None:  # fmt: skip
         """Resolve the targets of every stage."""
         self.model, self.arch, self.stages = model, arch, list(stages)
-        self.report, self.source, self.journal = report, source, journal
+        self.report, self.source, self.journal, self.reconstruction = report, source, journal, reconstruction
         self.layers = {name: cls for method, _ in stages for name, cls in method.layers.items()}
         self.targets = select_stages(arch.roles, [config for _, config in stages])
         batches = distributed.share(calibration.batches)
@@ -211,6 +214,8 @@ class BlockRunner:
             self.table |= entry["modules"]
             self.report.layers += [LayerReport(**layer) for layer in entry["layers"]]
             self.report.notes += entry["notes"]
+            if entry.get("reconstruction") is not None:
+                self.report.reconstruction[entry["unit"]] = entry["reconstruction"]
             shard = TensorSource([self.journal.folder / entry["file"]])
             assign_(self.model, shard.read(shard.file_of))
             for name, spec in entry["modules"].items():
@@ -235,6 +240,7 @@ class BlockRunner:
             "modules": {name: self.table[name] for name in modules},
             "layers": [asdict(layer) for layer in modules.values() if layer is not None],
             "notes": self.report.notes[notes:],
+            "reconstruction": self.report.reconstruction.get(unit),
         }
         self.journal.append(unit, self._tensors(names), record)
 
@@ -267,6 +273,8 @@ class BlockRunner:
     def _compress_block(self, block: str, calls: list[_Call]) -> dict[str, LayerReport | None]:
         found: dict[str, LayerReport | None] = {}
         module = self.model.get_submodule(block)
+        if self.reconstruction is not None:
+            targets_of = [self._run_block(module, number, call) for number, call in enumerate(calls[:-1])]
         for (method, config), targets, guide in zip(self.stages, self.targets, self.guides, strict=True):
             names = [name for name in self.arch.targets(block) if name in targets]
             if not names:
@@ -282,7 +290,29 @@ class BlockRunner:
                     inside = [name for name in names if name.startswith(f"{block}.{part}.")]
                     if inside and all(name in found for name in inside):
                         self.settled.setdefault(child, {})
+        if self.reconstruction is not None and found:
+            self.settled = {}
+            self._reconstruct(block, module, calls, targets_of)
         return found
+
+    def _reconstruct(self, block: str, module: nn.Module, calls: list[_Call], targets: list[Tensor]) -> None:
+        """Fit a compressed block to its dense outputs on the calibration batches, padding left out."""
+
+        def loss_of(call: Callable[..., Any], step: int) -> Tensor:
+            number = step % len(targets)
+            output = call(self.hidden[number], *calls[number].args, **calls[number].kwargs)
+            output = output[0] if isinstance(output, tuple) else output
+            mask = self.batches[number].get(self._mask_name(block))
+            kept = mask.bool() if mask is not None and mask.shape == output.shape[:2] else slice(None)
+            target = targets[number][kept].float()
+            # Per position: a few massive activations would otherwise be all there is to fit.
+            lost = (output[kept].float() - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)
+            return lost.mean()
+
+        num_steps = self.reconstruction.epochs * len(targets)
+        losses = list(fit_(module, loss_of, num_steps, self.reconstruction.learning_rate, "reconstruction"))
+        first, last = losses[: len(targets)], losses[-len(targets) :]
+        self.report.reconstruction[block] = [sum(first) / len(first), sum(last) / len(last)]
 
     def _compress_group(
         self,
@@ -443,12 +473,11 @@ class BlockRunner:
             raise NumericalError("inputs of a layer are not finite: the model overflows on the calibration text")
         return gram.cpu(), total.cpu()  # solvers work there, in float64
 
-    def _mask_name(self, block: str, name: str) -> str:
-        """The input that says which of a target's inputs are padding; cross attention reads the encoder's keys and values."""
+    def _mask_name(self, block: str, name: str | None = None) -> str:
+        """The input that says which inputs of a block or a target are padding; cross attention reads the encoder's states."""
         is_decoder = len(self.arch.stacks) > 1 and block in self.arch.stacks[-1]
-        return (
-            "decoder_attention_mask" if is_decoder and self.arch.roles[name] not in ("cross_k", "cross_v") else "attention_mask"
-        )
+        is_own = name is None or self.arch.roles[name] not in ("cross_k", "cross_v")
+        return "decoder_attention_mask" if is_decoder and is_own else "attention_mask"
 
     def _run_block(self, block: nn.Module, number: int, call: _Call) -> Tensor:
         """One block on one batch; the parts of it that are settled run once and are remembered."""
@@ -567,22 +596,6 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, _Call
         return args[0], _Call(args[1:], dict(kwargs))
     rest = dict(kwargs)
     return rest.pop("hidden_states"), _Call((), rest)
-
-
-@contextmanager
-def patched_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Let modules run other functions; the modules themselves stay, because models read their attributes."""
-    before = {module: module.__dict__.get("forward") for module in forwards}
-    try:
-        for module, forward in forwards.items():
-            module.forward = forward
-        yield
-    finally:
-        for module, forward in before.items():
-            if forward is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.forward = forward
 
 
 @contextmanager

@@ -74,7 +74,8 @@ class CalibrationConfig:
 class DistillationConfig:
     """How long what is continuous in the compressed model is fitted to the dense one.
 
-    That is norms, biases, and the scales of entropy-coded Linears. Calibration batches given ready are used as they are.
+    That is norms, biases, and the scales and codebooks of compressed Linears. Calibration batches given ready are used as
+    they are.
     """
 
     num_sequences: int = 256
@@ -96,6 +97,26 @@ class DistillationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReconstructionConfig:
+    """How long each block is fitted to its dense form, on the inputs that the compressed blocks before it give.
+
+    The same tensors are trained as by distillation; the target is the block's output, the inputs are the calibration's.
+    """
+
+    epochs: int = 3
+    """How often each calibration batch is used."""
+    learning_rate: float = 1e-3
+    """Largest relative change of a scale in one step of Adam."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.epochs < 1:
+            raise ConfigError(f"reconstruction.epochs must be at least 1, got {self.epochs}")
+        if not 0 < self.learning_rate <= 0.1:
+            raise ConfigError(f"reconstruction.learning_rate must be in (0, 0.1], got {self.learning_rate}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """What to do to a model: stages in order, one calibration, one seed.
 
@@ -108,6 +129,8 @@ class Recipe:
     """Methods, applied in this order."""
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     """Size of the calibration set."""
+    reconstruction: ReconstructionConfig | None = None
+    """A short training of what is continuous in each block, right after its Linears; null leaves it out."""
     distillation: DistillationConfig | None = None
     """A short training of what is continuous, after all stages; null leaves it out. The model is loaded whole."""
     seed: int = 0
@@ -136,6 +159,7 @@ class Recipe:
         return {
             "stages": [stage.to_dict() for stage in self.stages],
             "calibration": _plain(self.calibration),
+            "reconstruction": None if self.reconstruction is None else _plain(self.reconstruction),
             "distillation": None if self.distillation is None else _plain(self.distillation),
             "seed": self.seed,
             "dtype": self.dtype,
@@ -158,8 +182,9 @@ class Recipe:
         known: dict[str, Any] = {"stages": tuple(_stage(stage, position) for position, stage in enumerate(stages))}
         if "calibration" in values:
             known["calibration"] = _build(CalibrationConfig, values["calibration"], "calibration")
-        if values.get("distillation") is not None:
-            known["distillation"] = _build(DistillationConfig, values["distillation"], "distillation")
+        for name, cls_of in (("reconstruction", ReconstructionConfig), ("distillation", DistillationConfig)):
+            if values.get(name) is not None:
+                known[name] = _build(cls_of, values[name], name)
         hints = typing.get_type_hints(cls)
         for name in ("seed", "dtype", "auto_map"):
             if name in values:

@@ -67,6 +67,8 @@ class Report:
     """Largest resident set of the compressing process."""
     versions: dict[str, str] = field(default_factory=dict)
     """Versions of the libraries that decide the result."""
+    reconstruction: dict[str, list[float]] = field(default_factory=dict)
+    """Block -> mean share of its output's energy that is lost, in the first and the last epoch of its reconstruction."""
     distillation: dict[str, Any] | None = None
     """Steps, and the mean loss of the first and the last eight, in nats per token."""
     verification: dict[str, Any] | None = None

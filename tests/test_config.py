@@ -13,7 +13,7 @@ from hf_compact.errors import ConfigError
 REFUSED = {
     "not_a_mapping": (["codebook"], "recipe must be a mapping with the key 'stages', got list"),
     "empty": (None, "recipe must be a mapping with the key 'stages', got NoneType"),
-    "unknown_key": ({"stages": [], "bits": 4}, "recipe has the unknown key 'bits'; known keys: stages, calibration, distillation, seed, dtype, auto_map"),
+    "unknown_key": ({"stages": [], "bits": 4}, "recipe has the unknown key 'bits'; known keys: stages, calibration, reconstruction, distillation, seed, dtype, auto_map"),
     "key_that_is_no_text": ({4: "stages"}, "recipe has the unknown key 4"),
     "no_stages": ({"seed": 1}, "recipe.stages must be a list of mappings, got None"),
     "stages_as_mapping": ({"stages": {"method": "codebook"}}, "recipe.stages must be a list of mappings, got {'method': 'codebook'}"),

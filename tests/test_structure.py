@@ -18,6 +18,7 @@ ORDER = [
     "version",
     "stored",
     "functional",
+    "fitting",
     "kernels",
     "config",
     "select",

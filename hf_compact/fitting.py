@@ -1,0 +1,116 @@
+"""Training of what is continuous in a compressed module: scales, codebooks, norms, biases; integers stay as they are.
+
+Every trained tensor is its value times `1 + theta` with `theta` float32 from 0, so that one learning rate, in relative
+steps, fits tensors of any size. Distillation fits the whole model in this way, reconstruction one block at a time.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .errors import NumericalError
+from .stored import CodedModule, ScaledModule
+
+
+def fit_(
+    module: nn.Module, loss_of: Callable[[Callable[..., Any], int], Tensor], num_steps: int, learning_rate: float, label: str
+) -> Iterator[float]:
+    """Adam on everything continuous in a module; stored when the last step is done.
+
+    Args:
+        module: with compressed Linears somewhere in it.
+        loss_of: `(call, step) -> loss`, where `call` runs the module with the values as they are in that step.
+        num_steps: how many.
+        learning_rate: largest relative change in one step; warmed up, then half a cosine down to a tenth.
+        label: names the loss in an error.
+
+    Yields:
+        The loss of every step.
+
+    Raises:
+        NumericalError: a loss is not finite; the module is left as it was.
+    """
+    bases = _trained(module)
+    thetas = {name: nn.Parameter(torch.zeros_like(base)) for name, base in bases.items()}
+    optimizer = torch.optim.Adam(thetas.values(), lr=learning_rate, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, num_steps))
+    scaled = {part: part.scaled_forward for part in module.modules() if isinstance(part, ScaledModule)}
+    with _frozen(module), patched_forwards(scaled):
+        for step in range(num_steps):
+            with torch.enable_grad():
+                values = _values(module, bases, thetas)
+                loss = loss_of(lambda *args, **kwargs: functional_call(module, values, args, kwargs), step)  # noqa: B023
+                loss.backward()
+            if not loss.isfinite():
+                raise NumericalError(f"the loss of {label} step {step} is not finite: lower {label}.learning_rate")
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            yield loss.item()
+    with torch.no_grad():
+        tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+        for name, value in _values(module, bases, thetas).items():
+            tensors[name].copy_(value)
+
+
+@contextmanager
+def patched_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Let modules run other functions; the modules themselves stay, because models read their attributes."""
+    before = {module: module.__dict__.get("forward") for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module, forward in before.items():
+            if forward is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.forward = forward
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """No gradients for the parameters themselves, no dropout."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    was_training = module.training
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        module.eval()
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        module.train(was_training)
+
+
+def _trained(module: nn.Module) -> dict[str, Tensor]:
+    """What is trained: one-dimensional parameters, and the scales of compressed Linears; float32 copies."""
+    found = {name: parameter.detach().float() for name, parameter in module.named_parameters() if parameter.dim() == 1}
+    for name, part in module.named_modules():
+        if isinstance(part, ScaledModule) and not part.is_tied:
+            if isinstance(part, CodedModule):
+                part.decode_()
+            found |= {f"{name}.{scale}": part.get_buffer(scale).float() for scale in part.trained_scales}
+    return found
+
+
+def _values(module: nn.Module, bases: Mapping[str, Tensor], thetas: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Parameters in their own dtype; scales stay in float32 until they are stored."""
+    parameters = dict(module.named_parameters())
+    values = {name: base * (1 + thetas[name]) for name, base in bases.items()}
+    return {name: value.to(parameters[name].dtype) if name in parameters else value for name, value in values.items()}
+
+
+def _cosine(step: int, total: int) -> float:
+    """Five per cent of warm-up, then half a cosine down to a tenth."""
+    warm_up = max(1, total // 20)
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm_up) / max(1, total - warm_up)))
