@@ -39,7 +39,9 @@ def fit_(
     thetas = {name: nn.Parameter(torch.zeros_like(base)) for name, base in bases.items()}
     optimizer = torch.optim.Adam(thetas.values(), lr=learning_rate, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, num_steps))
-    scaled = {part: part.scaled_forward for part in module.modules() if isinstance(part, ScaledModule)}
+    scaled: dict[nn.Module, Callable[..., Any]] = {
+        part: part.scaled_forward for part in module.modules() if isinstance(part, ScaledModule)
+    }
     with _frozen(module), patched_forwards(scaled):
         for step in range(num_steps):
             with torch.enable_grad():
@@ -67,11 +69,11 @@ def patched_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterat
             module.forward = forward
         yield
     finally:
-        for module, forward in before.items():
-            if forward is None:
+        for module, old in before.items():
+            if old is None:
                 module.__dict__.pop("forward", None)
             else:
-                module.forward = forward
+                module.forward = old
 
 
 @contextmanager
