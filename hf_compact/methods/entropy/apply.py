@@ -137,8 +137,10 @@ def compress_embedding(
 
     def round_rows(step: float, rows: slice) -> Tensor:
         parts = zip(weight[rows].split(1024), relative[rows].split(1024), strict=True)
-        rounded = [(part.float() / (step * unit) / scale[:, None]).round_() for part, scale in parts]
-        return torch.cat([part.clamp_(-LARGEST, LARGEST).to(torch.int8) for part in rounded])
+        units = [part.float() / (step * unit) / scale[:, None] for part, scale in parts]
+        # A row with an entry that a byte cannot hold takes a coarser step: cut off, one such entry can undo a model.
+        coarser = [(part.abs().amax(1, keepdim=True) / LARGEST).clamp_min_(1) for part in units]
+        return torch.cat([part.div_(by).round_().to(torch.int8) for part, by in zip(units, coarser, strict=True)])
 
     some = slice(None, None, max(1, len(weight) // 2048))
     target = max(config.embedding_bits, fixed_bits(*weight.shape) + 0.5)
