@@ -122,9 +122,10 @@ def run_row(label: str, model_name: str, texts: list[str], windows: int, length:
     if label in PEERS:
         names = list(describe(model).roles)
         weights = sum(model.get_submodule(name).weight.numel() for name in names)
+        num_parameters = api.count_parameters(model)  # before a peer packs them
         body = PEERS[label](model, names) if PEERS[label] else 2 * weights
         row["body_bits_per_weight"] = 8 * body / weights
-        row["file_bytes"] = 2 * (api.count_parameters(model) if PEERS[label] is None else 0) or None
+        row["file_bytes"] = body + 2 * (num_parameters - weights)
     else:
         found = api.inspect_folder(model_name)
         row |= {key: found[key] for key in ("body_bits_per_weight", "file_bytes")}

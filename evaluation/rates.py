@@ -1,10 +1,11 @@
-r"""Entropy-coded recipes at four rates: compressed, verified and scored on two texts; goes on where it was stopped.
+r"""Codebook recipes and their controls: compressed, verified and scored on two texts; goes on where it was stopped.
 
     python -m evaluation.rates --model MODEL.gguf --calibration wiki.valid.raw --calibration wiki.utf8 \
         --calibration technical.utf8 --calibration tiny.utf8 --text wiki.test.raw --text c4.utf8 --work runs/rates
 
-Each recipe runs twice: as it is, and without its distillation, which is the control row. `--recipe` takes some of them
-only; what has not run yet is left out of the tables. Results go to `evaluation/results/02-codebook.json` and `.md`.
+Every row is a recipe, as it is or with some of its stages of work left out: the difference is what that work is worth.
+`--row` takes some of them only; what has not run yet is left out of the tables. Results go to
+`evaluation/results/02-codebook.json` and `.md`.
 """
 
 import argparse
@@ -12,8 +13,9 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -23,27 +25,70 @@ from hf_compact.checkpoint import TensorSource
 from hf_compact.functional.coding import decode
 
 HERE = Path(__file__).parent
-#: bits -> most perplexity, times dense, on the two texts.
-BARS = {"4.0": (1.025, 1.03), "3.0": (1.10, 1.15), "2.3": (1.40, 1.65), "1.9": (2.2, 3.0)}
 MINUTES = 15
+MEGABYTES_PER_SECOND = 100
+RECONSTRUCTION = {"epochs": 3, "learning_rate": 1e-3}
 
 
-def measure(options: argparse.Namespace, bits: str, is_distilled: bool) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Row:
+    """One way to compress."""
+
+    recipe: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    """Of the recipe."""
+    stage: dict[str, Any] = field(default_factory=dict)
+    """Of its only stage."""
+
+
+class Bar(NamedTuple):
+    """What a recipe is to reach."""
+
+    body_bits: float | None
+    share_of_fp32: float | None
+    ratios: tuple[float | None, float | None]
+    """Most perplexity, times dense, on the two texts."""
+
+
+RATES = ("4.0", "3.0", "2.3", "1.9")
+ROWS = {
+    **{f"codebook-{bits}bpw": Row(f"codebook-{bits}bpw") for bits in RATES},
+    "codebook-7percent": Row("codebook-7percent"),
+    "jlcm-3bit": Row("jlcm-3bit"),
+    **{f"codebook-{bits}bpw, not distilled": Row(f"codebook-{bits}bpw", {"distillation": None}) for bits in RATES},
+    "codebook-2.3bpw, equal rates, not distilled": Row("codebook-2.3bpw", {"distillation": None}, {"sensitivity": "none"}),
+    "codebook-2.3bpw, reconstructed, not distilled": Row(
+        "codebook-2.3bpw", {"distillation": None, "reconstruction": RECONSTRUCTION}
+    ),
+    "jlcm-3bit, not distilled": Row("jlcm-3bit", {"distillation": None}),
+    "jlcm-3bit, equal steps": Row("jlcm-3bit", {}, {"grid": "uniform", "row_order": "given", "learning": "none"}),
+}
+BARS = {
+    "codebook-4.0bpw": Bar(4.0, None, (1.025, 1.03)),
+    "codebook-3.0bpw": Bar(3.0, None, (1.10, 1.15)),
+    "codebook-2.3bpw": Bar(2.3, None, (1.40, 1.65)),
+    "codebook-1.9bpw": Bar(1.9, None, (2.2, 3.0)),
+    "jlcm-3bit": Bar(3.3, None, (1.30, 1.45)),
+    "codebook-7percent": Bar(None, 0.07, (2.8, None)),
+}
+
+
+def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
     """Compress in one process, score in another."""
-    name = f"codebook-{bits}bpw" + ("" if is_distilled else "-undistilled")
-    recipe = yaml.safe_load(Path(f"configs/recipes/codebook-{bits}bpw.yaml").read_text())
-    if not is_distilled:
-        recipe["distillation"] = None
-    path = options.work / f"{name}.yaml"
+    row = ROWS[name]
+    recipe = yaml.safe_load(Path(f"configs/recipes/{row.recipe}.yaml").read_text()) | row.changes
+    recipe["stages"] = [recipe["stages"][0] | row.stage]
+    label = name.replace(", ", "-").replace(" ", "_")
+    path = options.work / f"{label}.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    folder, scores = options.work / name, options.work / f"{name}.scores.json"
+    folder, scores = options.work / label, options.work / f"{label}.scores.json"
     command = [sys.executable, "-m", "hf_compact"]
     compress = [*command, "compress", options.model, "--recipe", str(path), "--output", str(folder)]
-    compress += [argument for text in options.calibration for argument in ("--calibration", text)]
+    compress += ["--seed", str(options.seed), *(argument for text in options.calibration for argument in ("--calibration", text))]
     evaluate = [*command, "evaluate", str(folder), "--json", str(scores)]
     evaluate += [argument for text in options.text for argument in ("--text", text)]
     started = time.perf_counter()
-    with (options.work / f"{name}.log").open("w") as log:
+    with (options.work / f"{label}.log").open("w") as log:
         if not folder.exists():
             subprocess.run(compress, check=True, stdout=log, stderr=subprocess.STDOUT)
         seconds = time.perf_counter() - started
@@ -51,7 +96,7 @@ def measure(options: argparse.Namespace, bits: str, is_distilled: bool) -> dict[
     report = json.loads((folder / "compression_report.json").read_text())
     kept = {key: report[key] for key in ("seconds", "totals", "file_bytes", "distillation", "verification", "peak_memory_bytes")}
     perplexities = {Path(row["text"]).name: row["perplexity"] for row in json.loads(scores.read_text())}
-    return {"bits": bits, "is_distilled": is_distilled, "command_seconds": seconds, "perplexity": perplexities, **kept}
+    return {"folder": label, "command_seconds": seconds, "perplexity": perplexities, **kept}
 
 
 def decode_speed(folder: Path) -> dict[str, Any]:
@@ -76,74 +121,64 @@ def dense(options: argparse.Namespace) -> dict[str, Any]:
     return {"perplexity": {Path(row["text"]).name: row["perplexity"] for row in json.loads(scores.read_text())}}
 
 
-def write(rows: list[dict[str, Any]], base: dict[str, float], speed: dict[str, Any], command: str) -> None:
-    """Bars of the distilled rows, and a table of all."""
-    measured = round(speed["megabytes_per_second"])
-    result = [
-        bar(
-            "decoding: MB of bfloat16 weights per second on one core",
-            ">= 100",
-            measured,
-            measured >= 100,
-            speed,
-            speed["command_seconds"],
-        )
-    ]
+def check(name: str, row: dict[str, Any], base: dict[str, float]) -> list[dict[str, Any]]:
+    """The claims of one row: its minutes, unless blocks are reconstructed, and those of a recipe as it is."""
+    totals, result = row["totals"], []
+
+    def claim(what: str, target: str, measured: float, is_held: bool, seconds: float = 0) -> None:
+        result.append(bar(f"{name}: {what}", target, measured, is_held, row, seconds))
+
+    if "reconstruction" not in ROWS[name].changes:
+        minutes = sum(row["seconds"].values()) / 60
+        claim("minutes to compress", f"<= {MINUTES}", round(minutes, 1), minutes <= MINUTES, row["command_seconds"])
+    if name not in BARS:
+        return result
+    goal = BARS[name]
+    if goal.body_bits is not None:
+        bits = totals["body_bits_per_weight"]
+        claim("bits per block weight", f"<= {goal.body_bits} + 0.5 %", round(bits, 4), bits <= 1.005 * goal.body_bits)
+    if goal.share_of_fp32 is not None:
+        share = totals["share_of_fp32"]
+        claim("file, share of fp32", f"<= {goal.share_of_fp32}", round(share, 4), share <= goal.share_of_fp32)
+    for (text, value), limit in zip(row["perplexity"].items(), goal.ratios, strict=True):
+        if limit is not None:
+            ratio = round(value / base[text], 4)
+            claim(f"perplexity on {text}, times dense", f"<= {limit}", ratio, ratio <= limit, row["command_seconds"])
+    return result
+
+
+def write(found: dict[str, Any], base: dict[str, float], speeds: dict[str, Any], common: dict[str, Any]) -> None:
+    """All claims, and a table of all rows."""
+    bars = []
+    for name, speed in speeds.items():
+        measured = round(speed["megabytes_per_second"])
+        claim = f"{name}: decoding, MB of bfloat16 weights per second on one core"
+        held = measured >= MEGABYTES_PER_SECOND
+        bars.append(bar(claim, f">= {MEGABYTES_PER_SECOND}", measured, held, speed, speed["command_seconds"]))
     lines = [
         "| recipe | bits per block weight | MB on disk | share of fp32 | " + " | ".join(f"{text}, × dense" for text in base) + " | minutes |",
         "|---" * (5 + len(base)) + "|",
     ]  # fmt: skip
-    for row in rows:
-        totals, minutes = row["totals"], sum(row["seconds"].values()) / 60
-        ratios = {text: round(value / base[text], 4) for text, value in row["perplexity"].items()}
-        name = f"codebook-{row['bits']}bpw" + ("" if row["is_distilled"] else ", without distillation (control)")
-        cells = [
+    for name in ROWS:
+        if name not in found:
+            continue
+        row = found[name]
+        bars += check(name, row, base)
+        totals = row["totals"]
+        sizes = [
             f"{totals['body_bits_per_weight']:.3f}",
             f"{row['file_bytes'] / 1e6:.1f}",
             f"{100 * totals['share_of_fp32']:.1f} %",
         ]
-        lines.append("| " + " | ".join([name, *cells, *(f"{value:.3f}" for value in ratios.values()), f"{minutes:.1f}"]) + " |")
-        if not row["is_distilled"]:
-            continue
-        bits = totals["body_bits_per_weight"]
-        result.append(
-            bar(
-                f"{name}: bits per block weight",
-                f"<= {row['bits']} + 0.5 %",
-                round(bits, 4),
-                bits <= 1.005 * float(row["bits"]),
-                row,
-                0,
-            )
-        )
-        for (text, value), limit in zip(ratios.items(), BARS[row["bits"]], strict=True):
-            result.append(
-                bar(
-                    f"{name}: perplexity on {text}, times dense",
-                    f"<= {limit}",
-                    value,
-                    value <= limit,
-                    row,
-                    row["command_seconds"],
-                )
-            )
-        result.append(
-            bar(
-                f"{name}: minutes to compress",
-                f"<= {MINUTES}",
-                round(minutes, 1),
-                minutes <= MINUTES,
-                row,
-                row["command_seconds"],
-            )
-        )
-    common = {"seed": 0, "machine": machine(), "command": command}
-    (RESULTS / "02-codebook.json").write_text(
-        json.dumps({"bars": [row | common for row in result], "rows": rows}, indent=2) + "\n"
+        ratios = [f"{value / base[text]:.3f}" for text, value in row["perplexity"].items()]
+        lines.append("| " + " | ".join([name, *sizes, *ratios, f"{sum(row['seconds'].values()) / 60:.1f}"]) + " |")
+    rows = [{"name": name, **found[name]} for name in ROWS if name in found]
+    (RESULTS / "02-codebook.json").write_text(json.dumps({"bars": [b | common for b in bars], "rows": rows}, indent=2) + "\n")
+    text = f"# Codebook recipes\n\n{machine()}, seed {common['seed']}; the commit of each row is in the JSON.\n\n" + "\n".join(
+        lines
     )
-    text = "# Entropy-coded recipes\n\n" + f"{machine()}, seed 0; the commit of each row is in the JSON.\n\n" + "\n".join(lines)
     text += "\n\n| claim | target | measured | held |\n|---|---|---|---|\n"
-    text += "\n".join(f"| {b['claim']} | {b['target']} | {b['measured']} | {'yes' if b['held'] else '**no**'} |" for b in result)
+    text += "\n".join(f"| {b['claim']} | {b['target']} | {b['measured']} | {'yes' if b['held'] else '**no**'} |" for b in bars)
     (RESULTS / "02-codebook.md").write_text(text + "\n")
 
 
@@ -153,8 +188,8 @@ def main() -> int:
     parser.add_argument("--model", required=True, help="SmolLM2-135M-Instruct: folder or .gguf file")
     parser.add_argument("--calibration", action="append", required=True, help="calibration text; repeat for several")
     parser.add_argument("--text", action="append", required=True, help="two texts to score")
-    parser.add_argument("--recipe", action="append", choices=list(BARS), help="bits; all by default")
-    parser.add_argument("--no-control", action="store_true", help="leave the rows without distillation out")
+    parser.add_argument("--row", action="append", choices=list(ROWS), help="rows to measure; all by default")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=Path("runs/rates"))
     options = parser.parse_args()
     if len(options.text) != 2:
@@ -166,18 +201,16 @@ def main() -> int:
     command += " " + " ".join(f"--text {Path(text).name}" for text in options.text)
     kept = options.work / "rows.json"
     found = json.loads(kept.read_text()) if kept.exists() else {}
-    keys = [(bits, True) for bits in options.recipe or BARS] + [(bits, False) for bits in options.recipe or BARS]
-    for key in ["dense", *keys]:
-        name = key if key == "dense" else f"{key[0]}-{key[1]}"
-        if name not in found and not (options.no_control and key != "dense" and not key[1]):
-            row = dense(options) if key == "dense" else measure(options, *key)
+    for name in ["dense", *(options.row or ROWS)]:
+        if name not in found:
+            row = dense(options) if name == "dense" else measure(options, name)
             found[name] = {**row, "commit": commit}
             kept.write_text(json.dumps(found, indent=2) + "\n")
         print(f"done: {name}", flush=True)
     base = found.pop("dense")["perplexity"]
-    rows = sorted(found.values(), key=lambda row: (-float(row["bits"]), not row["is_distilled"]))
-    speed = decode_speed(options.work / f"codebook-{rows[0]['bits']}bpw") | {"commit": commit}
-    write(rows, base, speed, command)
+    coded = [name for name in found if name in BARS and name.startswith("codebook")]
+    speeds = {name: decode_speed(options.work / found[name]["folder"]) | {"commit": commit} for name in coded}
+    write(found, base, speeds, {"seed": options.seed, "machine": machine(), "command": command})
     print((RESULTS / "02-codebook.md").read_text())
     return 0
 

@@ -2,8 +2,10 @@ import copy
 import json
 
 import pytest
+import yaml
 
-from evaluation import peers, rates, spine
+from evaluation import pareto, peers, rates, spine
+from hf_compact import Recipe
 
 
 def row(label: str, bits: float, wiki: float, second: float) -> dict:
@@ -72,14 +74,42 @@ def test_rates_are_held_against_their_bars(tmp_path, monkeypatch):
     monkeypatch.setattr(rates, "RESULTS", tmp_path)
     kept = {"seconds": {"compress": 600.0}, "file_bytes": 60_000_000, "command_seconds": 700.0, "commit": "c0ffee"}
     totals = {"body_bits_per_weight": 3.004, "share_of_fp32": 0.11}
-    rows = [
-        {**kept, "bits": "3.0", "is_distilled": True, "perplexity": {"wiki": 21.8, "c4": 36.0}, "totals": totals},
-        {**kept, "bits": "3.0", "is_distilled": False, "perplexity": {"wiki": 23.0, "c4": 38.0}, "totals": totals},
-    ]
-    speed = {"megabytes_per_second": 120.4, "command_seconds": 1.0, "commit": "c0ffee"}
-    rates.write(rows, {"wiki": 20.0, "c4": 30.0}, speed, "python -m evaluation.rates")
+    found = {
+        "codebook-3.0bpw": {**kept, "perplexity": {"wiki": 21.8, "c4": 36.0}, "totals": totals},
+        "codebook-3.0bpw, not distilled": {**kept, "perplexity": {"wiki": 23.0, "c4": 38.0}, "totals": totals},
+        "codebook-7percent": {**kept, "perplexity": {"wiki": 57.0, "c4": 99.0}, "totals": totals | {"share_of_fp32": 0.069}},
+    }
+    speeds = {"codebook-3.0bpw": {"megabytes_per_second": 90.4, "command_seconds": 1.0, "commit": "c0ffee"}}
+    rates.write(
+        found, {"wiki": 20.0, "c4": 30.0}, speeds, {"seed": 0, "machine": "this", "command": "python -m evaluation.rates"}
+    )
     bars = json.loads((tmp_path / "02-codebook.json").read_text())["bars"]
-    assert [bar["held"] for bar in bars] == [True, True, True, False, True]
-    assert [bar["measured"] for bar in bars[2:4]] == [1.09, 1.2]
+    expected = {
+        "codebook-3.0bpw: decoding, MB of bfloat16 weights per second on one core": (90, False),
+        "codebook-3.0bpw: minutes to compress": (10.0, True),
+        "codebook-3.0bpw: bits per block weight": (3.004, True),
+        "codebook-3.0bpw: perplexity on wiki, times dense": (1.09, True),
+        "codebook-3.0bpw: perplexity on c4, times dense": (1.2, False),
+        "codebook-7percent: minutes to compress": (10.0, True),
+        "codebook-7percent: file, share of fp32": (0.069, True),
+        "codebook-7percent: perplexity on wiki, times dense": (2.85, False),
+        "codebook-3.0bpw, not distilled: minutes to compress": (10.0, True),
+    }
+    assert {bar["claim"]: (bar["measured"], bar["held"]) for bar in bars} == expected
     table = (tmp_path / "02-codebook.md").read_text()
-    assert "| codebook-3.0bpw, without distillation (control) | 3.004 | 60.0 | 11.0 % | 1.150 | 1.267 | 10.0 |" in table
+    assert "| codebook-3.0bpw, not distilled | 3.004 | 60.0 | 11.0 % | 1.150 | 1.267 | 10.0 |" in table
+
+
+def test_every_row_names_a_recipe_and_its_fields():
+    for name, row in rates.ROWS.items():
+        recipe = yaml.safe_load((rates.HERE.parent / "configs" / "recipes" / f"{row.recipe}.yaml").read_text()) | row.changes
+        recipe["stages"] = [recipe["stages"][0] | row.stage]
+        assert len(Recipe.from_dict(recipe).stages) == 1
+        assert (name in rates.BARS) == (not row.changes and not row.stage)
+
+
+def test_the_front_and_its_picture(tmp_path):
+    rows = [{**row, "file_bytes": size, "is_ours": size < 3, "name": row["label"]} for size, row in enumerate(ROWS, start=1)]
+    pareto.plot([*rows, {"label": "absent", "skipped": "no module"}], tmp_path / "front.png")
+    assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
+    assert pareto.front([(3, 7), (1, 9), (2, 5), (4, 5)]) == [(1, 9), (2, 5)]

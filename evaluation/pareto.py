@@ -1,0 +1,81 @@
+r"""Bytes on disk against perplexity: our recipes and other libraries in one picture and one JSON.
+
+    python -m evaluation.pareto MODEL.gguf --ours runs/rates --text wiki.test.raw --text c4.utf8 --output evaluation/results/02-pareto.json
+
+Scores what `evaluation.peers` scores, with every finished folder below `--ours` as one of our points; finished rows are
+kept, so an interrupted run goes on. Bytes are those of the whole model, untouched tensors in bfloat16. The picture lies
+beside the JSON.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from hf_compact.checkpoint import REPORT_NAME
+
+HERE = Path(__file__).parent
+
+
+def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those that no other beats in both, by rising size.
+
+    >>> front([(1, 9), (2, 5), (3, 7)])
+    [(1, 9), (2, 5)]
+    """
+    kept: list[tuple[float, float]] = []
+    for size, score in sorted(points):
+        if not kept or score < kept[-1][1]:
+            kept.append((size, score))
+    return kept
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """One panel a text."""
+    rows = [row for row in rows if "skipped" not in row]
+    texts = list(rows[0]["scores"])
+    figure = Figure(figsize=(6 * len(texts), 5), layout="constrained")
+    for axes, text in zip(figure.subplots(1, len(texts), squeeze=False)[0], texts, strict=True):
+        for is_ours, marker, label in ((True, "o", "hf_compact"), (False, "s", "others")):
+            kind = [row for row in rows if row["is_ours"] is is_ours]
+            points = [(row["file_bytes"] / 1e6, row["scores"][text]) for row in kind]
+            axes.plot(*zip(*points, strict=True), marker, label=label)
+            for (size, score), row in zip(points, kind, strict=True):
+                axes.annotate(row["name"], (size, score), fontsize=6, xytext=(4, 3), textcoords="offset points")
+            axes.plot(*zip(*front(points), strict=True), "-", alpha=0.4, color="C0" if is_ours else "C1")
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("MB on disk, whole model")
+        axes.set_ylabel(f"perplexity on {text}")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> int:
+    """Score what is missing, then draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="the dense model: folder or .gguf file")
+    parser.add_argument("--ours", type=Path, required=True, help="a folder of compressed folders")
+    parser.add_argument("--text", action="append", required=True, help="a text to score; repeat for several")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file; its rows are kept when the run is repeated")
+    options = parser.parse_args()
+    folders = sorted(path.parent for path in options.ours.glob(f"*/{REPORT_NAME}"))
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    command = [sys.executable, str(HERE / "peers.py"), options.model, "--output", str(options.output), "--commit", commit]
+    command += [argument for text in options.text for argument in ("--text", text)]
+    command += [argument for folder in folders for argument in ("--ours", str(folder))]
+    subprocess.run(command, check=True)
+    ours = {str(folder) for folder in folders}
+    rows = json.loads(options.output.read_text())
+    for row in rows:
+        row |= {"is_ours": row["label"] in ours, "name": Path(row["label"]).name}
+    plot(rows, options.output.with_suffix(".png"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
