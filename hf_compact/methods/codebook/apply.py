@@ -6,24 +6,21 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import NumericalError
-from ...functional.gram import inverse_factor
+from ...functional.feedback import descend_codes, refit_scale, round_with_feedback, spread_groups
+from ...functional.gram import damped_gram, inverse_factor
 from ...stored import check_lookup
 from .config import CodebookConfig
 from .functional import (
     Quantized,
     Rounder,
     dequantize,
-    descend_codes,
     fixed_levels,
     group_scale,
     lloyd_levels,
     refit_levels,
-    refit_scale,
-    round_with_feedback,
     search_power,
     search_scale,
     sort_levels,
-    spread_groups,
 )
 from .layer import CodebookEmbedding, CodebookLinear
 
@@ -116,10 +113,7 @@ def quantize(weight: Tensor, gram: Tensor | None, config: CodebookConfig) -> Qua
     rounder = Rounder(levels, len(weight))
     codes, dense = round_with_feedback(weight, rounder, scale, zero, size, factor, order)
     del factor  # as large as the gram matrix, and the sweeps need room for a sorted one
-    damped = gram.to(torch.float32, copy=True)
-    diagonal = damped.diagonal()
-    diagonal[diagonal == 0] = 1.0  # an input that never fired, as in `inverse_factor`
-    diagonal += config.damp * diagonal.mean()
+    damped = damped_gram(gram, config.damp)
     for _ in range(config.refit_rounds):
         if config.grid == "learned":
             codes, levels = sort_levels(codes, refit_levels(weight, codes, scale, levels, size, damped))

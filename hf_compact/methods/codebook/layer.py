@@ -12,9 +12,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from ...functional.feedback import num_groups, scale_codes
 from ...functional.packing import pack_bits, packed_row_bytes, unpack_bits
 from ...stored import StoredEmbedding, StoredLinear, StoredModule
-from .functional import Quantized, dequantize, fixed_levels, num_groups, scale_codes
+from .functional import Quantized, dequantize, fixed_levels
 
 #: Grids whose levels are a part of the checkpoint.
 STORED_LEVELS = ("learned", "power")

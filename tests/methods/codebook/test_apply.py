@@ -9,9 +9,10 @@ from torch import nn
 
 from hf_compact import CodebookConfig
 from hf_compact.errors import NumericalError, UnsupportedModel
+from hf_compact.functional.feedback import stored_scale
 from hf_compact.functional.gram import output_energy
 from hf_compact.methods.codebook.apply import compress_embedding, compress_linear, quantize
-from hf_compact.methods.codebook.functional import dequantize, stored_scale
+from hf_compact.methods.codebook.functional import dequantize
 from hf_compact.methods.codebook.layer import CodebookEmbedding, CodebookLinear
 
 #: id -> config

@@ -7,27 +7,29 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hf_compact.functional.feedback import (
+    descend_codes,
+    num_groups,
+    refit_scale,
+    round_with_feedback,
+    scale_codes,
+    spread_groups,
+    stored_scale,
+)
 from hf_compact.functional.gram import inverse_factor, output_energy
 from hf_compact.methods.codebook.functional import (
     NF4,
     Quantized,
     Rounder,
     dequantize,
-    descend_codes,
     fixed_levels,
     group_scale,
     lloyd_levels,
-    num_groups,
     power_levels,
     refit_levels,
-    refit_scale,
-    round_with_feedback,
-    scale_codes,
     search_power,
     search_scale,
     sort_levels,
-    spread_groups,
-    stored_scale,
 )
 from tests.golden import make_codebook
 
@@ -503,7 +505,7 @@ def test_descent_over_a_block_border_equals_one_long_block(monkeypatch):
     dense = dequantize(nearest(weight, levels, scale, zero, 32), 32)
     arguments = (weight, dense, Rounder(levels, 4), scale, zero, 32, gram.float(), torch.arange(150))
     blocked = descend_codes(*arguments)[0]
-    monkeypatch.setattr("hf_compact.methods.codebook.functional._BLOCK", 1000)
+    monkeypatch.setattr("hf_compact.functional.feedback._BLOCK", 1000)
     assert torch.equal(descend_codes(*arguments)[0], blocked)
 
 

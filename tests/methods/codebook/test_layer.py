@@ -10,8 +10,9 @@ from torch.nn import functional as F
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 from hf_compact.errors import UnsupportedModel
+from hf_compact.functional.feedback import num_groups, stored_scale
 from hf_compact.functional.packing import packed_row_bytes
-from hf_compact.methods.codebook.functional import Quantized, fixed_levels, num_groups, stored_scale
+from hf_compact.methods.codebook.functional import Quantized, fixed_levels
 from hf_compact.methods.codebook.layer import CodebookEmbedding, CodebookLinear
 
 #: id -> settings
