@@ -17,10 +17,13 @@ from .functional import (
     fixed_levels,
     group_scale,
     lloyd_levels,
+    power_levels,
     refit_levels,
+    refit_power,
     search_power,
     search_scale,
     sort_levels,
+    split_levels,
 )
 from .layer import CodebookEmbedding, CodebookLinear
 
@@ -82,8 +85,8 @@ def compress_embedding(
 def quantize(weight: Tensor, gram: Tensor | None, config: CodebookConfig) -> Quantized:
     """Choose levels, scales and codes for a float32 weight `[out, in]`.
 
-    The order: scales by clipped search, a learned grid by Lloyd's algorithm, codes with error feedback, then rounds of
-    closed-form refit and one sweep over the codes. All errors are weighted by the gram matrix.
+    The order: scales by clipped search, a learned or split grid by Lloyd's algorithm, codes with error feedback, then rounds
+    of refit (levels or exponent, scales) and one sweep over the codes. All errors are weighted by the gram matrix.
 
     Raises:
         NumericalError: the gram matrix cannot be factorised.
@@ -96,9 +99,14 @@ def quantize(weight: Tensor, gram: Tensor | None, config: CodebookConfig) -> Qua
         levels = lloyd_levels(
             weight / spread, importance * spread.square(), 2**config.bits, math.ceil(len(weight) / config.rows_per_codebook)
         )
+    elif config.grid == "split":
+        scale, zero = group_scale(weight, size, config.scale_bits), None
+        spread = spread_groups(scale, size, weight.shape[1])
+        levels = split_levels(weight / spread, config.bits, importance * spread.square())
     else:
         if config.grid == "power":
-            levels = search_power(weight, config.bits, size, importance, config.shrink_steps, config.scale_bits)
+            exponent = search_power(weight, config.bits, size, importance, config.shrink_steps, config.scale_bits)
+            levels = power_levels(config.bits, exponent)
         else:
             levels = fixed_levels(config.grid, config.bits, config.symmetric)
         symmetric = config.symmetric or config.grid != "uniform"
@@ -117,6 +125,10 @@ def quantize(weight: Tensor, gram: Tensor | None, config: CodebookConfig) -> Qua
     for _ in range(config.refit_rounds):
         if config.grid == "learned":
             codes, levels = sort_levels(codes, refit_levels(weight, codes, scale, levels, size, damped))
+            rounder = Rounder(levels, len(weight))
+        elif config.grid == "power":
+            exponent = refit_power(weight, codes, scale, exponent, config.bits, size, damped)
+            levels = power_levels(config.bits, exponent)
             rounder = Rounder(levels, len(weight))
         unit = dequantize(Quantized(codes, torch.ones_like(scale), zero, levels), size)
         scale = refit_scale(weight, unit, scale, size, damped, config.scale_bits)

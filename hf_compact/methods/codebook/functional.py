@@ -2,7 +2,7 @@
 
 Every grid is one thing: a weight is `scale[row, group] * (levels[table, code] - zero[row, group])`. A uniform grid
 has the levels 0..2^b-1, NF4 sixteen fixed ones, a learned grid one table for every `rows_per_codebook` rows, a power
-grid one table for the matrix. The
+or split grid one table for the matrix. The
 solvers (`functional/feedback.py`) never look inside a grid: they ask for the nearest value.
 
 Alternative rejected: one solver per grid, as most libraries have; rounding and grid are independent choices.
@@ -22,8 +22,12 @@ NF4 = (
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
+SPLIT_PARTS = 3
 _EXPONENTS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
+_EXPONENT_RANGE = (0.2, 1.4)  # what gradient steps may reach
 _POWER_ROWS = 256  # rows on which exponents are tried
+_POWER_STEPS = 4  # of Gauss and Newton on the exponent; the objective is smooth and one-dimensional
+_SPLIT_STEPS = 20  # of Lloyd's algorithm on equal steps
 
 
 class Quantized(NamedTuple):
@@ -36,7 +40,16 @@ class Quantized(NamedTuple):
     zero: Tensor | None
     """`[out, G]` integer offset in units of the levels, or None for a grid without offset."""
     levels: Tensor
-    """`[tables, 2**bits]` ascending; row `r` uses table `r // ceil(out / tables)`."""
+    """`[tables, grid_size]` ascending; row `r` uses table `r // ceil(out / tables)`."""
+
+
+def grid_size(grid: str, bits: int) -> int:
+    """Levels of a table. A code takes as many bits as their numbers need: two more than `bits` on the split grid.
+
+    >>> grid_size("uniform", bits=2), grid_size("split", bits=2)
+    (4, 12)
+    """
+    return (SPLIT_PARTS if grid == "split" else 1) * 2**bits
 
 
 def fixed_levels(grid: str, bits: int, symmetric: bool) -> Tensor:
@@ -59,7 +72,7 @@ def power_levels(bits: int, exponent: float) -> Tensor:
 
     Args:
         bits: width of a code.
-        exponent: `a` in (0, 1]; 1 gives equal steps.
+        exponent: `a`, positive; 1 gives equal steps.
 
     Returns:
         `[1, 2**bits]` ascending, rounded to float16 values.
@@ -75,8 +88,8 @@ def power_levels(bits: int, exponent: float) -> Tensor:
 
 def search_power(
     weight: Tensor, bits: int, group_size: int | None, importance: Tensor, shrink_steps: int, scale_bits: int | None
-) -> Tensor:
-    """Levels of the exponent with the least weighted error, each tried with its own best clipping, on some rows.
+) -> float:
+    """The exponent with the least weighted error, each tried with its own best clipping, on some rows.
 
     Args:
         weight: `[out, in]` float32.
@@ -87,18 +100,119 @@ def search_power(
         scale_bits: see `stored_scale`.
 
     Returns:
-        `[1, 2**bits]`, see `power_levels`.
+        What `power_levels` takes; 1 where no other is better.
     """
     rows = weight[:: max(1, len(weight) // _POWER_ROWS)]
-    best, least = fixed_levels("uniform", bits, symmetric=True), math.inf
+    best, least = 1.0, math.inf
     for exponent in _EXPONENTS:
         levels = power_levels(bits, exponent)
         scale, _ = search_scale(rows, levels, group_size, True, importance, shrink_steps, scale_bits)
         value = Rounder(levels, len(rows))(rows, spread_groups(scale, group_size, rows.shape[1]), None)[1]
         error = ((value - rows).square() * importance).sum().item()
         if error < least:
-            best, least = levels, error
+            best, least = exponent, error
     return best
+
+
+def refit_power(
+    weight: Tensor, codes: Tensor, scale: Tensor, exponent: float, bits: int, group_size: int | None, gram: Tensor
+) -> float:
+    """The exponent that minimises the output error for codes and scales that stay as they are, by gradient.
+
+    With `p = 1 / a` a level is `sign(q) L exp(p log(|q| / L))` and its slope `level * log(|q| / L)`, 0 at `q = 0`, where the
+    logarithm is never taken. Steps are those of Gauss and Newton, from `<E G, J>` and `<J G, J>` with the error `E` and the slope `J`.
+
+    Args:
+        weight: `[out, in]` float32. Not written to.
+        codes: `[out, in]` indices into the levels.
+        scale: `[out, G]` as stored.
+        exponent: to start from; it stands unless the error of the levels as stored falls.
+        bits: width of a code.
+        group_size: inputs per group, None for the row.
+        gram: `[in, in]` float32.
+
+    Returns:
+        The exponent, in [0.2, 1.4] if it changed.
+    Source: the learned exponent of NUPES (arXiv 2308.05600). It moves the integers by gradient too; `descend_codes` moves
+        them exactly.
+    """
+    integers = fixed_levels("uniform", bits, symmetric=True)
+    largest = 2.0 ** (bits - 1)
+    logarithm = torch.where(integers == 0, 1.0, integers.abs() / largest).log()
+
+    def values(table: Tensor) -> Tensor:
+        return dequantize(Quantized(codes, scale, None, table), group_size, is_uniform=False)
+
+    def loss(candidate: float) -> float:
+        difference = values(power_levels(bits, candidate)) - weight
+        return (difference @ gram * difference).sum().item()
+
+    inverse = 1 / exponent
+    for _ in range(_POWER_STEPS):
+        levels = integers.sign() * largest * (inverse * logarithm).exp()
+        slope = values(levels * logarithm)
+        through = slope @ gram
+        curvature = (through * slope).sum().item()
+        if not curvature > 0:  # two bits of which only the ends are in use, or zeros alone
+            return exponent
+        step = (through * (values(levels) - weight)).sum().item() / curvature
+        inverse = min(max(inverse - step, 1 / _EXPONENT_RANGE[1]), 1 / _EXPONENT_RANGE[0])
+    return 1 / inverse if loss(1 / inverse) < loss(exponent) else exponent
+
+
+def split_borders(unit: Tensor, importance: Tensor) -> Tensor:
+    """Where SplitQuant cuts a matrix into a lower, a middle and an upper part, `[2]`: between the centres of 3-means.
+
+    >>> split_borders(torch.tensor([[-4.0, -4.0, 0.0, 0.0, 8.0, 8.0]]), torch.ones(6)).tolist()
+    [-2.0, 4.0]
+    """
+    centres = lloyd_levels(unit, importance, SPLIT_PARTS, tables=1)[0]
+    return (centres[1:] + centres[:-1]) / 2
+
+
+def split_levels(unit: Tensor, bits: int, importance: Tensor) -> Tensor:
+    """`2**bits` equal steps in each of three parts of the range, as one table.
+
+    A code is the merged index: the part and the step in it, `bits + 2` bits as stored. The outer ranges end where
+    their weights end, so none of their levels is spent on zero.
+
+    Args:
+        unit: `[out, in]`, scaled weights. Not written to.
+        bits: of a part.
+        importance: `[out, in]` or `[in]` non-negative.
+
+    Returns:
+        `[1, 3 * 2**bits]` ascending, rounded to float16 values.
+    Source: SplitQuant (arXiv 2501.12428), three layers of `bits` bits each whose outputs add up. That form is not offered:
+        the same values take `3 * bits` bits, two thirds of them for zeros, and three products. Differs too by rows that
+        are brought to one scale first and by steps fitted by Lloyd's algorithm, not from the smallest to the largest weight.
+    """
+    borders = split_borders(unit, importance)
+    part = torch.bucketize(unit, borders)
+    importance = importance.expand_as(unit)
+    tables = []
+    for number in range(SPLIT_PARTS):
+        inside = part == number
+        values, mass = unit[inside].double(), importance[inside].double() + 1e-12
+        low, high = values.aminmax() if len(values) else 2 * (borders[min(number, 1)].double(),)
+        tables.append(_fit_steps(values, mass, low, high, 2**bits))
+    return half_precision(torch.cat(tables).float())[None]
+
+
+def _fit_steps(values: Tensor, mass: Tensor, low: Tensor, high: Tensor, count: int) -> Tensor:
+    """Equally spaced levels inside [low, high] for weighted values: nearest codes and regression on them in turns."""
+    first, step = low, (high - low) / (count - 1)
+    for _ in range(_SPLIT_STEPS if high > low else 0):
+        codes = ((values - first) / step).round_().clamp_(0, count - 1)
+        mean_code, mean = (mass * codes).sum() / mass.sum(), (mass * values).sum() / mass.sum()
+        spread = (mass * (codes - mean_code).square()).sum()
+        if not spread > 0:
+            break
+        step = (mass * (codes - mean_code) * (values - mean)).sum() / spread
+        first = mean - step * mean_code
+    last = torch.minimum(first + step * (count - 1), high)
+    first = torch.maximum(first, low)
+    return first + (last - first) * torch.arange(count, device=values.device) / (count - 1)
 
 
 def dequantize(quantized: Quantized, group_size: int | None, is_uniform: bool | None = None) -> Tensor:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from ...functional.feedback import num_groups, scale_codes
 from ...functional.packing import pack_bits, packed_row_bytes, unpack_bits
 from ...stored import StoredEmbedding, StoredLinear, StoredModule
-from .functional import Quantized, dequantize, fixed_levels
+from .functional import Quantized, dequantize, fixed_levels, grid_size
 
 #: Grids whose levels are a part of the checkpoint.
-STORED_LEVELS = ("learned", "power")
+STORED_LEVELS = ("learned", "power", "split")
 
 
 class CodebookModule(StoredModule):
@@ -26,8 +26,8 @@ class CodebookModule(StoredModule):
 
     Buffers: `weight [out, 1, row bytes]` int8, the packed codes; `scale [out, G]` float16, or packed codes
     `[out, 1, row bytes]` with `row_scale [out, 1]` float16 where `scale_bits` is given; `zero [out, 1, row bytes]`
-    uint8, the packed offsets of an asymmetric grid; `levels [tables, 2**bits]` float16, the tables of a learned
-    or a power grid.
+    uint8, the packed offsets of an asymmetric grid; `levels [tables, grid_size]` float16, the tables of a learned,
+    power or split grid.
     """
 
     def __init__(  # noqa: PLR0913 - the settings of a spec, by keyword
@@ -39,12 +39,13 @@ class CodebookModule(StoredModule):
         self.out_features, self.in_features = out_features, in_features
         self.bits, self.grid, self.group_size, self.symmetric = bits, grid, group_size, symmetric
         self.scale_bits, self.num_codebooks = scale_bits, num_codebooks
+        self.code_bits = (grid_size(grid, bits) - 1).bit_length()
         groups = num_groups(in_features, group_size)
 
         def buffer(name: str, *shape: int, dtype: torch.dtype) -> None:
             self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
 
-        buffer("weight", out_features, 1, packed_row_bytes(in_features, bits), dtype=torch.int8)
+        buffer("weight", out_features, 1, packed_row_bytes(in_features, self.code_bits), dtype=torch.int8)
         if scale_bits is None:
             buffer("scale", out_features, groups, dtype=torch.float16)
         else:
@@ -53,7 +54,7 @@ class CodebookModule(StoredModule):
         if grid == "uniform" and not symmetric:
             buffer("zero", out_features, 1, packed_row_bytes(groups, bits), dtype=torch.uint8)
         if grid in STORED_LEVELS:
-            buffer("levels", num_codebooks, 2**bits, dtype=torch.float16)
+            buffer("levels", num_codebooks, grid_size(grid, bits), dtype=torch.float16)
 
     def spec(self) -> dict[str, Any]:
         """The settings that rebuild the empty module, as stored in the modules table."""
@@ -69,7 +70,7 @@ class CodebookModule(StoredModule):
     @torch.no_grad()
     def load_quantized_(self, quantized: Quantized, rows: slice = slice(None)) -> Self:
         """Pack a solver's result into the buffers, or that of the given `rows` into their part of them."""
-        self.weight[rows].copy_(pack_bits(quantized.codes, self.bits)[:, None].view(torch.int8))
+        self.weight[rows].copy_(pack_bits(quantized.codes, self.code_bits)[:, None].view(torch.int8))
         if self.scale_bits is None:
             self.scale[rows].copy_(quantized.scale)
         else:
@@ -93,7 +94,7 @@ class CodebookModule(StoredModule):
         if self.scale_bits is not None:
             scale = unpack_bits(scale[:, 0], self.scale_bits, groups).to(dtype) * take(self.row_scale).to(dtype)
         zero = unpack_bits(take(self.zero)[:, 0], self.bits, groups) if "zero" in self._buffers else None
-        codes = unpack_bits(take(self.weight)[:, 0].view(torch.uint8), self.bits, self.in_features)
+        codes = unpack_bits(take(self.weight)[:, 0].view(torch.uint8), self.code_bits, self.in_features)
         if self.grid in STORED_LEVELS:
             levels = self.levels
             tables = torch.arange(self.out_features, device=codes.device) // math.ceil(self.out_features / len(levels))
