@@ -62,8 +62,8 @@ class CodebookConfig(MethodConfig):
             raise ConfigError(f"codebook.symmetric belongs to the uniform grid, got grid {self.grid}")
 
     def _check_ranges(self) -> None:
-        choices = {"bits": (2, 3, 4, 8), "grid": ("uniform", "nf4", "learned", "power", "pot", "split"), "rounding": ("gptq", "nearest"),
-                   "embedding_bits": (4, 8, None)}  # fmt: skip
+        choices = {"bits": (2, 3, 4, 8), "grid": ("uniform", "nf4", "learned", "power", "pot", "split"),
+                   "rounding": ("gptq", "nearest"), "embedding_bits": (4, 8, None)}  # fmt: skip
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 rule = ", ".join("null" if value is None else str(value) for value in allowed)

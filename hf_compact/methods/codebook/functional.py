@@ -120,7 +120,7 @@ def refit_power(
     """The exponent that minimises the output error for codes and scales that stay as they are, by gradient.
 
     With `p = 1 / a` a level is `sign(q) L exp(p log(|q| / L))` and its slope `level * log(|q| / L)`, 0 at `q = 0`, where the
-    logarithm is never taken. Steps are those of Gauss and Newton, from `<E G, J>` and `<J G, J>` with the error `E` and the slope `J`.
+    logarithm is never taken. Steps are those of Gauss and Newton: `<E G, J> / <J G, J>` with the error `E` and the slope `J`.
 
     Args:
         weight: `[out, in]` float32. Not written to.

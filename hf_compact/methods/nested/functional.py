@@ -145,7 +145,10 @@ class Rounder:
         self.gain = self.multiplier.square() * torch.tensor(view_weights)[:, None, None]
 
     def __call__(self, values: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes (uint8, the container plus 128) and dequantized values of `values [views * out, n]`; `scale` and `zero` broadcast to `[out, n]`."""
+        """Codes (uint8, the container plus 128) and dequantized values of `values [views * out, n]`.
+
+        `scale` and `zero` broadcast to `[out, n]`.
+        """
         views, rows, _ = self.multiplier.shape
         scale = scale * self.multiplier
         unit = values.view(views, rows, -1) / scale + zero
