@@ -6,7 +6,7 @@ Importing this package registers the `hf_compact` quantization method with trans
 from .api import compress, evaluate, inspect_folder, plan
 from .config import CalibrationConfig, Recipe
 from .errors import CompactError
-from .hf.quantizer import CompactConfig
+from .hf.quantizer import CompactConfig, set_bits
 from .methods.codebook import CodebookConfig
 from .report import Report
 from .version import __version__
@@ -23,4 +23,5 @@ __all__ = [
     "evaluate",
     "inspect_folder",
     "plan",
+    "set_bits",
 ]

@@ -72,6 +72,15 @@ class ScaledModule(StoredModule):
         """As `forward`, but the scales act on inputs and outputs: their gradients then need no product of full size."""
 
 
+class SwitchableModule(StoredModule):
+    """A matrix that can be read at several widths, each from the same buffers."""
+
+    bits: int
+    """Width at which it is read now."""
+    widths: tuple[int, ...]
+    """Widths at which it can be read; a module with one takes no part in switching."""
+
+
 class StoredLinear(StoredModule):
     """`y = x W^T + b` with `W` made dense on the fly."""
 

@@ -258,7 +258,7 @@ BAD_RECIPES = {
     "quoted-bits": ("stages: [{method: codebook, bits: '4'}]", "codebook.bits must be one of 2, 3, 4, 8, got '4'"),
     "unknown-key": ("stages: [{method: codebook, bit: 4}]", "codebook has the unknown key 'bit'; known keys: include, exclude, bits"),
     "unknown-recipe-key": (f"stages: [{STAGE}]\nseeds: 1", "recipe has the unknown key 'seeds'; known keys: stages, calibration, distillation, seed"),
-    "unknown-method": ("stages: [{method: zip}]", "recipe.stages[0].method must be one of ['codebook', 'entropy']"),
+    "unknown-method": ("stages: [{method: zip}]", "recipe.stages[0].method must be one of ['codebook', 'entropy', 'nested']"),
     "no-method": ("stages: [{bits: 4}]", "recipe.stages[0] must be a mapping with the key 'method', got {'bits': 4}"),
     "no-stages": ("stages: []", "recipe.stages must name at least one stage, got []"),
     "stages-is-text": ("stages: codebook", "recipe.stages must be a list of mappings, got 'codebook'"),

@@ -317,6 +317,8 @@ SETTINGS = {
     "nf4": {"grid": "nf4"},
     "power": {"grid": "power", "bits": 3},
     "powers-of-two": {"grid": "pot", "bits": 3},
+    "split-2": {"grid": "split", "bits": 2},
+    "split-4": {"grid": "split", "bits": 4},
     "learned-2": {"grid": "learned", "bits": 2},
     "learned-3": {"grid": "learned", "bits": 3, "rows_per_codebook": 7},
     "learned-4": {"grid": "learned", "bits": 4},

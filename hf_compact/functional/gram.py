@@ -51,6 +51,23 @@ def centered(gram: Tensor, total: Tensor) -> Tensor:
     return result
 
 
+def damped_gram(gram: Tensor, damp: float) -> Tensor:
+    """The matrix that `inverse_factor` inverts, `G + damp * mean(diag G) I` in float32, before any repair.
+
+    Args:
+        gram: `[in, in]` sum of x x^T. Not written to.
+        damp: ridge as a fraction of the mean diagonal, `>= 0`.
+
+    >>> damped_gram(torch.diag(torch.tensor([3.0, 0.0])), damp=0.5).tolist()
+    [[4.0, 0.0], [0.0, 2.0]]
+    """
+    damped = gram.to(torch.float32, copy=True)
+    diagonal = damped.diagonal()
+    diagonal[diagonal == 0] = 1.0  # an input that never fired
+    diagonal += damp * diagonal.mean()
+    return damped
+
+
 def inverse_factor(gram: Tensor, damp: float, order: Tensor | None = None) -> Tensor:
     """Upper Cholesky factor `U` of the inverse of a damped gram matrix: `(G + damp * mean(diag G) I)^-1 = U^T U`.
 

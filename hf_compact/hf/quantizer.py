@@ -7,6 +7,7 @@ and then fills them with random numbers.
 
 import logging
 import re
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,10 @@ from ..arch import as_linear, describe
 from ..capture import Method, compress_outside_
 from ..checkpoint import DTYPES, FORMAT_VERSION, QUANT_METHOD, TensorSource, rebuild_, share_buffers_
 from ..config import MethodConfig, Recipe
-from ..errors import ConfigError, FormatError
+from ..errors import ConfigError, FormatError, UnsupportedModel
 from ..methods import LAYERS, METHODS
 from ..select import select_stages
-from ..stored import CodedModule
+from ..stored import CodedModule, SwitchableModule
 
 logger = logging.getLogger(__name__)
 
@@ -152,6 +153,7 @@ class CompactQuantizer(HfQuantizer):
         for name, spec in specs.items():
             if "tied_to" in spec:
                 share_buffers_(model.get_submodule(name), model.get_submodule(spec["tied_to"]))
+        _offer_switch_(model)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         dtype = dtype or model.dtype
@@ -173,6 +175,7 @@ class CompactQuantizer(HfQuantizer):
             model.set_submodule(name, dense)
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
         model.tie_weights()
+        model.__dict__.pop("set_bits", None)
         return model
 
     def is_serializable(self) -> bool:
@@ -226,6 +229,67 @@ def attach_(model: PreTrainedModel, modules: Mapping[str, Any], stages: Sequence
     model.quantization_method = QUANT_METHOD
     model.is_quantized = True
     forget_ties_(model, modules)
+    _offer_switch_(model)
+
+
+def set_bits(model: nn.Module, bits: int) -> None:
+    """Read every nested layer of a model at `bits` bits from now on.
+
+    Nothing is computed and nothing is lost: the container stays, a view is taken from it in each forward pass, and
+    `save_pretrained` writes the same tensors whatever the view is. It writes the view into `config.json` too, so that the
+    folder loads as it was saved. Embeddings and heads stay at eight bits. A model that was loaded or compressed with nested
+    layers has this function as `model.set_bits(bits)` as well.
+
+    Args:
+        model: with layers of the method `nested`.
+        bits: 8, 6, 4 or 3.
+
+    Raises:
+        ConfigError: the layers have no such view; then none is changed.
+        UnsupportedModel: the model has no nested layers.
+
+    >>> set_bits(nn.Linear(2, 2), 4)
+    Traceback (most recent call last):
+    hf_compact.errors.UnsupportedModel: set_bits needs nested layers, and this Linear has none: compress it with method nested
+    """
+    layers = _switchable(model)
+    if not layers:
+        raise UnsupportedModel(
+            f"set_bits needs nested layers, and this {type(model).__name__} has none: compress it with method nested"
+        )
+    for layer in layers:
+        if bits not in layer.widths:
+            raise ConfigError(f"bits must be one of {', '.join(map(str, layer.widths))}, got {bits!r}")
+    for layer in layers:
+        layer.bits = bits
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    for spec in config.modules.values() if isinstance(config, CompactConfig) else ():
+        if len(spec.get("widths", ())) > 1:
+            spec["bits"] = bits
+
+
+def _switchable(model: nn.Module) -> list[SwitchableModule]:
+    return [module for module in model.modules() if isinstance(module, SwitchableModule) and len(module.widths) > 1]
+
+
+def _offer_switch_(model: PreTrainedModel) -> None:
+    """Give the model its own `set_bits`: an attribute of this one object."""
+    if _switchable(model):
+        model.set_bits = _Switch(model)
+
+
+class _Switch:
+    """`set_bits` of one model, copied and pickled along with it; a strong reference would keep the model from being freed."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = weakref.ref(model)
+
+    def __call__(self, bits: int) -> None:
+        """As `set_bits`."""
+        set_bits(self.model(), bits)
+
+    def __reduce__(self) -> tuple[type, tuple[PreTrainedModel | None]]:
+        return _Switch, (self.model(),)
 
 
 def forget_ties_(model: PreTrainedModel, modules: Mapping[str, Any]) -> None:

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from ...arch import Architecture, as_linear
 from ...errors import NumericalError
-from ...functional.gram import inverse_factor
+from ...functional.feedback import descend_codes, refit_scale, round_with_feedback, spread_groups
+from ...functional.gram import damped_gram, inverse_factor
 from ...reorder import attention_shape, block_linears, permute_channels_, permute_heads_, permute_values_
 from ...stored import check_lookup
 from .config import CodebookConfig
@@ -17,18 +18,17 @@ from .functional import (
     Quantized,
     Rounder,
     dequantize,
-    descend_codes,
     fixed_levels,
     group_scale,
     has_offset,
     lloyd_levels,
+    power_levels,
     refit_levels,
-    refit_scale,
-    round_with_feedback,
+    refit_power,
     search_power,
     search_scale,
     sort_levels,
-    spread_groups,
+    split_levels,
 )
 from .joint import learn_codes, similarity
 from .layer import CodebookEmbedding, CodebookLinear
@@ -139,23 +139,29 @@ def compress_embedding(
 def quantize(weight: Tensor, gram: Tensor | None, config: CodebookConfig) -> Quantized:
     """Choose levels, scales and codes for a float32 weight `[out, in]`.
 
-    The order: scales by clipped search, a learned grid by Lloyd's algorithm, codes with error feedback, then rounds of
-    closed-form refit and one sweep over the codes. All errors are weighted by the gram matrix.
+    The order: scales by clipped search, a learned or split grid by Lloyd's algorithm, codes with error feedback, then rounds
+    of refit (levels or exponent, scales) and one sweep over the codes. All errors are weighted by the gram matrix.
 
     Raises:
         NumericalError: the gram matrix cannot be factorised.
     """
     size = config.group_size
     importance = torch.ones(weight.shape[1]) if gram is None else gram.diagonal().float().clamp_min(0)
+    exponent = 1.0
     feedback = gram is not None and config.rounding == "gptq"
     tables = math.ceil(len(weight) / config.rows_per_codebook)
     if config.grid == "learned" and config.symmetric:
         scale, zero = group_scale(weight, size, config.scale_bits), None
         spread = spread_groups(scale, size, weight.shape[1])
         levels = lloyd_levels(weight / spread, importance * spread.square(), 2**config.bits, tables)
+    elif config.grid == "split":
+        scale, zero = group_scale(weight, size, config.scale_bits), None
+        spread = spread_groups(scale, size, weight.shape[1])
+        levels = split_levels(weight / spread, config.bits, importance * spread.square())
     else:
         if config.grid == "power":
-            levels = search_power(weight, config.bits, size, importance, config.shrink_steps, config.scale_bits)
+            exponent = search_power(weight, config.bits, size, importance, config.shrink_steps, config.scale_bits)
+            levels = power_levels(config.bits, exponent)
         else:
             levels = fixed_levels("uniform" if config.grid == "learned" else config.grid, config.bits, config.symmetric)
         symmetric = not has_offset(config.grid, config.symmetric)
@@ -177,31 +183,32 @@ def quantize(weight: Tensor, gram: Tensor | None, config: CodebookConfig) -> Qua
     rounder = Rounder(levels, len(weight))
     codes, _ = round_with_feedback(weight, rounder, scale, zero, size, factor, order)
     del factor  # as large as the gram matrix, and the sweeps need room for a sorted one
-    damped = gram.to(torch.float32, copy=True)
-    diagonal = damped.diagonal()
-    diagonal[diagonal == 0] = 1.0  # an input that never fired, as in `inverse_factor`
-    diagonal += config.damp * diagonal.mean()
+    damped = damped_gram(gram, config.damp)
     found = Quantized(codes, scale, zero, levels)
     for _ in range(config.refit_rounds):
-        found = _refit(weight, found, config, damped, order)
+        found, exponent = _refit(weight, found, exponent, config, damped, order)
     if config.learning != "none":
         found = learn_codes(weight, found, size, damped, config.learning_steps, config.learning)
-        found = _refit(weight, found, config, damped, order)
+        found, _ = _refit(weight, found, exponent, config, damped, order)
     return found
 
 
-def _refit(weight: Tensor, found: Quantized, config: CodebookConfig, gram: Tensor, order: Tensor) -> Quantized:
-    """Levels and scales in closed form, then a sweep over the codes."""
+def _refit(
+    weight: Tensor, found: Quantized, exponent: float, config: CodebookConfig, gram: Tensor, order: Tensor
+) -> tuple[Quantized, float]:
+    """Levels (of a power grid, its exponent) and scales for codes that stay, then a sweep over the codes."""
     size = config.group_size
     codes, scale, zero, levels = found
     if config.grid == "learned":
         codes, levels = sort_levels(codes, refit_levels(weight, codes, scale, zero, levels, size, gram))
+    elif config.grid == "power":
+        exponent = refit_power(weight, codes, scale, exponent, config.bits, size, gram)
+        levels = power_levels(config.bits, exponent)
     unit = dequantize(Quantized(codes, torch.ones_like(scale), zero, levels), size)
     scale = refit_scale(weight, unit, scale, size, gram, config.scale_bits)
     dense = dequantize(Quantized(codes, scale, zero, levels), size)
-    rounder = Rounder(levels, len(weight))
-    codes, _ = descend_codes(weight, dense, rounder, scale, zero, size, gram, order)
-    return Quantized(codes, scale, zero, levels)
+    codes, _ = descend_codes(weight, dense, Rounder(levels, len(weight)), scale, zero, size, gram, order)
+    return Quantized(codes, scale, zero, levels), exponent
 
 
 def _nearest(weight: Tensor, scale: Tensor, zero: Tensor | None, levels: Tensor, group_size: int | None) -> Quantized:

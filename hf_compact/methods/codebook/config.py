@@ -19,10 +19,11 @@ class CodebookConfig(MethodConfig):
     method: ClassVar[str] = "codebook"
 
     bits: Literal[2, 3, 4, 8] = 4
-    """Bits of a code."""
-    grid: Literal["uniform", "nf4", "learned", "power", "pot"] = "uniform"
+    """Bits of a code; on the split grid, which takes two more, those of each of its parts."""
+    grid: Literal["uniform", "nf4", "learned", "power", "pot", "split"] = "uniform"
     """Where the levels come from: equal steps; NormalFloat-4; Lloyd's algorithm on the weights; steps that grow by a
-    power, whose exponent is searched for each Linear together with the clipping; signed powers of two without a zero."""
+    power, whose exponent is searched for each Linear together with the clipping and then learned; signed powers of two
+    without a zero; equal steps in each of three parts of the range."""
     group_size: int | None = 32
     """Inputs that share a scale; null is one scale per row. The last group of a row may be shorter."""
     scale_bits: int | None = 5
@@ -60,6 +61,8 @@ class CodebookConfig(MethodConfig):
             raise ConfigError(f"codebook.grid nf4 has 16 levels, so codebook.bits must be 4, got {self.bits}")
         if self.grid == "learned" and self.bits == 8:
             raise ConfigError("codebook.grid learned is for 2, 3 and 4 bits, got 8: 256 levels gain nothing over equal steps")
+        if self.grid == "split" and self.bits == 8:
+            raise ConfigError("codebook.grid split is for 2, 3 and 4 bits, got 8: three times 256 levels do not fit into a byte")
         if self.grid == "pot" and self.bits not in (2, 3):
             raise ConfigError(f"codebook.grid pot is for 2 and 3 bits, got {self.bits}: more levels crowd around zero")
         if self.symmetric and self.grid not in ("uniform", "learned"):
@@ -70,9 +73,9 @@ class CodebookConfig(MethodConfig):
             raise ConfigError(f"codebook.learning {self.learning} starts from error feedback, got rounding nearest")
 
     def _check_ranges(self) -> None:
-        choices = {"bits": (2, 3, 4, 8), "grid": ("uniform", "nf4", "learned", "power", "pot"), "rounding": ("gptq", "nearest"),
-                   "row_order": ("given", "similar"), "learning": ("none", "proximal", "soft"),
-                   "embedding_bits": (4, 8, None)}  # fmt: skip
+        choices = {"bits": (2, 3, 4, 8), "grid": ("uniform", "nf4", "learned", "power", "pot", "split"),
+                   "rounding": ("gptq", "nearest"), "row_order": ("given", "similar"),
+                   "learning": ("none", "proximal", "soft"), "embedding_bits": (4, 8, None)}  # fmt: skip
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 rule = ", ".join("null" if value is None else str(value) for value in allowed)

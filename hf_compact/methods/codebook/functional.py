@@ -2,19 +2,19 @@
 
 Every grid is one thing: a weight is `scale[row, group] * (levels[table, code] - zero[row, group])`. A uniform grid
 has the levels 0..2^b-1, NF4 sixteen fixed ones, a learned grid one table for every `rows_per_codebook` rows, a power
-grid one table for the matrix. The
-solvers never look inside a grid: they ask for the nearest value. They work on the transposed weight [in, out], so
-that one input column is contiguous and the rank-1 update of a step touches memory in order.
+or split grid one table for the matrix. The
+solvers (`functional/feedback.py`) never look inside a grid: they ask for the nearest value.
 
 Alternative rejected: one solver per grid, as most libraries have; rounding and grid are independent choices.
 """
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ...functional.feedback import half_precision, num_groups, quadratic, search_clipping, spread_groups, stored_scale
 
 #: Levels of NormalFloat-4, QLoRA (arXiv 2305.14314), appendix E.
 NF4 = (
@@ -22,9 +22,12 @@ NF4 = (
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
+SPLIT_PARTS = 3
 _EXPONENTS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
+_EXPONENT_RANGE = (0.2, 1.4)  # what gradient steps may reach
 _POWER_ROWS = 256  # rows on which exponents are tried
-_BLOCK = 128  # columns between two delayed updates of the rest of the matrix
+_POWER_STEPS = 4  # of Gauss and Newton on the exponent; the objective is smooth and one-dimensional
+_SPLIT_STEPS = 20  # of Lloyd's algorithm on equal steps
 
 
 class Quantized(NamedTuple):
@@ -37,16 +40,16 @@ class Quantized(NamedTuple):
     zero: Tensor | None
     """`[out, G]` integer offset in units of the levels, or None for a grid without offset."""
     levels: Tensor
-    """`[tables, 2**bits]` ascending; row `r` uses table `r // ceil(out / tables)`."""
+    """`[tables, grid_size]` ascending; row `r` uses table `r // ceil(out / tables)`."""
 
 
-def num_groups(in_features: int, group_size: int | None) -> int:
-    """Groups of a row; `group_size=None` is one group per row.
+def grid_size(grid: str, bits: int) -> int:
+    """Levels of a table. A code takes as many bits as their numbers need: two more than `bits` on the split grid.
 
-    >>> num_groups(576, 128)
-    5
+    >>> grid_size("uniform", bits=2), grid_size("split", bits=2)
+    (4, 12)
     """
-    return 1 if group_size is None else math.ceil(in_features / group_size)
+    return (SPLIT_PARTS if grid == "split" else 1) * 2**bits
 
 
 def has_offset(grid: str, symmetric: bool) -> bool:
@@ -74,7 +77,7 @@ def power_levels(bits: int, exponent: float) -> Tensor:
 
     Args:
         bits: width of a code.
-        exponent: `a` in (0, 1]; 1 gives equal steps.
+        exponent: `a`, positive; 1 gives equal steps.
 
     Returns:
         `[1, 2**bits]` ascending, rounded to float16 values.
@@ -85,13 +88,13 @@ def power_levels(bits: int, exponent: float) -> Tensor:
     """
     integers = fixed_levels("uniform", bits, symmetric=True)
     largest = 2.0 ** (bits - 1)
-    return _half_precision(integers.sign() * largest * (integers.abs() / largest) ** (1 / exponent))
+    return half_precision(integers.sign() * largest * (integers.abs() / largest) ** (1 / exponent))
 
 
 def search_power(
     weight: Tensor, bits: int, group_size: int | None, importance: Tensor, shrink_steps: int, scale_bits: int | None
-) -> Tensor:
-    """Levels of the exponent with the least weighted error, each tried with its own best clipping, on some rows.
+) -> float:
+    """The exponent with the least weighted error, each tried with its own best clipping, on some rows.
 
     Args:
         weight: `[out, in]` float32.
@@ -102,18 +105,119 @@ def search_power(
         scale_bits: see `stored_scale`.
 
     Returns:
-        `[1, 2**bits]`, see `power_levels`.
+        What `power_levels` takes; 1 where no other is better.
     """
     rows = weight[:: max(1, len(weight) // _POWER_ROWS)]
-    best, least = fixed_levels("uniform", bits, symmetric=True), math.inf
+    best, least = 1.0, math.inf
     for exponent in _EXPONENTS:
         levels = power_levels(bits, exponent)
         scale, _ = search_scale(rows, levels, group_size, True, importance, shrink_steps, scale_bits)
         value = Rounder(levels, len(rows))(rows, spread_groups(scale, group_size, rows.shape[1]), None)[1]
         error = ((value - rows).square() * importance).sum().item()
         if error < least:
-            best, least = levels, error
+            best, least = exponent, error
     return best
+
+
+def refit_power(
+    weight: Tensor, codes: Tensor, scale: Tensor, exponent: float, bits: int, group_size: int | None, gram: Tensor
+) -> float:
+    """The exponent that minimises the output error for codes and scales that stay as they are, by gradient.
+
+    With `p = 1 / a` a level is `sign(q) L exp(p log(|q| / L))` and its slope `level * log(|q| / L)`, 0 at `q = 0`, where the
+    logarithm is never taken. Steps are those of Gauss and Newton: `<E G, J> / <J G, J>` with the error `E` and the slope `J`.
+
+    Args:
+        weight: `[out, in]` float32. Not written to.
+        codes: `[out, in]` indices into the levels.
+        scale: `[out, G]` as stored.
+        exponent: to start from; it stands unless the error of the levels as stored falls.
+        bits: width of a code.
+        group_size: inputs per group, None for the row.
+        gram: `[in, in]` float32.
+
+    Returns:
+        The exponent, in [0.2, 1.4] if it changed.
+    Source: the learned exponent of NUPES (arXiv 2308.05600). It moves the integers by gradient too; `descend_codes` moves
+        them exactly.
+    """
+    integers = fixed_levels("uniform", bits, symmetric=True)
+    largest = 2.0 ** (bits - 1)
+    logarithm = torch.where(integers == 0, 1.0, integers.abs() / largest).log()
+
+    def values(table: Tensor) -> Tensor:
+        return dequantize(Quantized(codes, scale, None, table), group_size, is_uniform=False)
+
+    def loss(candidate: float) -> float:
+        difference = values(power_levels(bits, candidate)) - weight
+        return (difference @ gram * difference).sum().item()
+
+    inverse = 1 / exponent
+    for _ in range(_POWER_STEPS):
+        levels = integers.sign() * largest * (inverse * logarithm).exp()
+        slope = values(levels * logarithm)
+        through = slope @ gram
+        curvature = (through * slope).sum().item()
+        if not curvature > 0:  # two bits of which only the ends are in use, or zeros alone
+            return exponent
+        step = (through * (values(levels) - weight)).sum().item() / curvature
+        inverse = min(max(inverse - step, 1 / _EXPONENT_RANGE[1]), 1 / _EXPONENT_RANGE[0])
+    return 1 / inverse if loss(1 / inverse) < loss(exponent) else exponent
+
+
+def split_borders(unit: Tensor, importance: Tensor) -> Tensor:
+    """Where SplitQuant cuts a matrix into a lower, a middle and an upper part, `[2]`: between the centres of 3-means.
+
+    >>> split_borders(torch.tensor([[-4.0, -4.0, 0.0, 0.0, 8.0, 8.0]]), torch.ones(6)).tolist()
+    [-2.0, 4.0]
+    """
+    centres = lloyd_levels(unit, importance, SPLIT_PARTS, tables=1)[0]
+    return (centres[1:] + centres[:-1]) / 2
+
+
+def split_levels(unit: Tensor, bits: int, importance: Tensor) -> Tensor:
+    """`2**bits` equal steps in each of three parts of the range, as one table.
+
+    A code is the merged index: the part and the step in it, `bits + 2` bits as stored. The outer ranges end where
+    their weights end, so none of their levels is spent on zero.
+
+    Args:
+        unit: `[out, in]`, scaled weights. Not written to.
+        bits: of a part.
+        importance: `[out, in]` or `[in]` non-negative.
+
+    Returns:
+        `[1, 3 * 2**bits]` ascending, rounded to float16 values.
+    Source: SplitQuant (arXiv 2501.12428), three layers of `bits` bits each whose outputs add up. That form is not offered:
+        the same values take `3 * bits` bits, two thirds of them for zeros, and three products. Differs too by rows that
+        are brought to one scale first and by steps fitted by Lloyd's algorithm, not from the smallest to the largest weight.
+    """
+    borders = split_borders(unit, importance)
+    part = torch.bucketize(unit, borders)
+    importance = importance.expand_as(unit)
+    tables = []
+    for number in range(SPLIT_PARTS):
+        inside = part == number
+        values, mass = unit[inside].double(), importance[inside].double() + 1e-12
+        low, high = values.aminmax() if len(values) else 2 * (borders[min(number, 1)].double(),)
+        tables.append(_fit_steps(values, mass, low, high, 2**bits))
+    return half_precision(torch.cat(tables).float())[None]
+
+
+def _fit_steps(values: Tensor, mass: Tensor, low: Tensor, high: Tensor, count: int) -> Tensor:
+    """Equally spaced levels inside [low, high] for weighted values: nearest codes and regression on them in turns."""
+    first, step = low, (high - low) / (count - 1)
+    for _ in range(_SPLIT_STEPS if high > low else 0):
+        codes = ((values - first) / step).round_().clamp_(0, count - 1)
+        mean_code, mean = (mass * codes).sum() / mass.sum(), (mass * values).sum() / mass.sum()
+        spread = (mass * (codes - mean_code).square()).sum()
+        if not spread > 0:
+            break
+        step = (mass * (codes - mean_code) * (values - mean)).sum() / spread
+        first = mean - step * mean_code
+    last = torch.minimum(first + step * (count - 1), high)
+    first = torch.maximum(first, low)
+    return first + (last - first) * torch.arange(count, device=values.device) / (count - 1)
 
 
 def dequantize(quantized: Quantized, group_size: int | None, is_uniform: bool | None = None) -> Tensor:
@@ -160,52 +264,18 @@ def search_scale(
     Returns:
         `(scale [out, G], zero [out, G] | None)` float32, the scale rounded to what storage keeps.
     """
-    rows, columns = weight.shape
-    size = columns if group_size is None else group_size
-    padding = -columns % size
-    # A short last group is filled with its own first value, which changes neither its range nor, at weight 0, its error.
-    groups = torch.cat([weight, weight[:, columns - (size - padding), None].expand(-1, padding)], 1) if padding else weight
-    groups = groups.reshape(rows, -1, size)
-    importance = torch.nn.functional.pad(importance.float(), (0, padding)).reshape(1, -1, size)
-    low, high = groups.amin(-1, keepdim=True).clamp_max(0), groups.amax(-1, keepdim=True).clamp_min(0)
-    full = torch.maximum(high / levels.max(), low / levels.min()) if symmetric else (high - low) / (levels.shape[1] - 1)
-    full = full.clamp_min(1e-7)
-    rounder = Rounder(levels, rows)
-    best_error = torch.full_like(full, math.inf)
-    best_scale, best_zero = full, torch.zeros_like(full)
-    for step in range(shrink_steps):
-        scale = _half_scale(full * (1 - 0.5 * step / shrink_steps))
-        zero = torch.zeros_like(full) if symmetric else (-low / full).round_().clamp_(0, levels.shape[1] - 1)
-        value = rounder(groups, scale, zero)[1]
-        error = ((value - groups).square_() * importance).sum(-1, keepdim=True)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
-    scale = stored_scale(best_scale.squeeze(-1), scale_bits)
-    return scale, None if symmetric else best_zero.squeeze(-1)
+    rounder = Rounder(levels, len(weight))
 
+    def full_range(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        full = torch.maximum(high / levels.max(), low / levels.min()) if symmetric else (high - low) / (levels.shape[1] - 1)
+        full = full.clamp_min(1e-7)
+        return full, torch.zeros_like(full) if symmetric else (-low / full).round_().clamp_(0, levels.shape[1] - 1)
 
-def scale_codes(scale: Tensor, scale_bits: int) -> tuple[Tensor, Tensor]:
-    """Scales as small integers times one step per row: half precision for each group would cost more than it brings.
+    def squared_error(groups: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        return (rounder(groups, scale, zero)[1] - groups).square_()
 
-    Args:
-        scale: `[out, G]` positive.
-        scale_bits: bits of a code, in [2, 8].
-
-    Returns:
-        `(codes [out, G] in 1 … 2**scale_bits - 1, step [out, 1] float16 values)`; their product is a fixed point.
-    """
-    largest = 2**scale_bits - 1
-    step = _half_scale(scale.amax(1, keepdim=True) / largest)
-    return (scale / step).round_().clamp_(1, largest), step
-
-
-def stored_scale(scale: Tensor, scale_bits: int | None) -> Tensor:
-    """Scales `[out, G]` rounded to what storage keeps: float16, or `scale_codes` of `scale_bits`."""
-    if scale_bits is None:
-        return _half_scale(scale)
-    codes, step = scale_codes(scale, scale_bits)
-    return codes * step
+    scale, zero = search_clipping(weight, group_size, importance, shrink_steps, full_range, squared_error, scale_bits)
+    return scale, None if symmetric else zero
 
 
 def group_scale(weight: Tensor, group_size: int | None, scale_bits: int | None = None) -> Tensor:
@@ -290,136 +360,7 @@ def lloyd_levels(unit: Tensor, importance: Tensor, num_levels: int, tables: int,
         mass_in = mass_below.gather(1, borders).diff(dim=1)
         moment_in = moment_below.gather(1, borders).diff(dim=1)
         levels = torch.where(mass_in > 0, moment_in / mass_in.clamp_min(1e-30), levels).sort(1).values
-    return _half_precision(levels.float())
-
-
-def round_with_feedback(
-    weight: Tensor, rounder: Rounder, scale: Tensor, zero: Tensor | None, group_size: int | None, factor: Tensor, order: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Round column by column and move each column's error onto the columns that are still free.
-
-    Args:
-        weight: `[out, in]` float32. Not written to.
-        rounder: finds the nearest level.
-        scale: `[out, G]`, fixed before the first step ("static groups").
-        zero: `[out, G]` likewise, or None.
-        group_size: inputs per group, None for the row.
-        factor: `[in, in]` upper factor of the inverse gram matrix, **in processing order** (`inverse_factor`).
-        order: `[in]` the input column that each step rounds.
-
-    Returns:
-        `(codes uint8, dequantized float32)`, both `[out, in]` in the original column order.
-    Source: GPTQ, arXiv 2210.17323, algorithm 1, with delayed updates in blocks of 128 columns.
-    """
-    free = weight.T[order].contiguous()
-    codes, dense = torch.empty_like(free, dtype=torch.uint8), torch.empty_like(free)
-    columns = _columns(scale, zero, group_size, order)
-    for start in range(0, len(free), _BLOCK):
-        stop = min(start + _BLOCK, len(free))
-        block = free[start:stop]
-        errors = torch.empty_like(block)
-        diagonal = factor.diagonal()[start:stop].tolist()
-        for step in range(stop - start):
-            position = start + step
-            code, value = rounder(block[step, :, None], *columns(position))
-            codes[position], dense[position] = code[:, 0], value[:, 0]
-            torch.sub(block[step], value[:, 0], out=errors[step]).div_(diagonal[step])
-            block[step + 1 :].addr_(factor[position, position + 1 : stop], errors[step], alpha=-1)
-        free[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-    back = order.argsort()
-    return codes[back].T.contiguous(), dense[back].T.contiguous()
-
-
-def descend_codes(
-    weight: Tensor,
-    quantized: Tensor,
-    rounder: Rounder,
-    scale: Tensor,
-    zero: Tensor | None,
-    group_size: int | None,
-    gram: Tensor,
-    order: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """One sweep of coordinate descent: every code in turn takes the value that is best given all others.
-
-    Never raises the output error `tr(D G D^T)`, because the value in place is among the candidates.
-
-    Args:
-        weight: `[out, in]` float32 target. Not written to.
-        quantized: `[out, in]` float32 values on the grid to start from. Not written to.
-        rounder: finds the nearest level.
-        scale: `[out, G]` as stored.
-        zero: `[out, G]` or None.
-        group_size: inputs per group, None for the row.
-        order: `[in]` the input column that each step visits.
-        gram: `[in, in]` float32, with a positive diagonal.
-
-    Returns:
-        As `round_with_feedback`.
-    """
-    gram = gram[order[:, None], order]
-    diagonal = gram.diagonal()
-    dense = quantized.T[order].contiguous()
-    codes = torch.empty_like(dense, dtype=torch.uint8)
-    slope = gram @ (dense - weight.T[order])
-    columns = _columns(scale, zero, group_size, order)
-    for start in range(0, len(dense), _BLOCK):
-        stop = min(start + _BLOCK, len(dense))
-        local = slope[start:stop]
-        changes = torch.empty_like(local)
-        for step in range(stop - start):
-            position = start + step
-            target = dense[position] - local[step] / diagonal[position]
-            code, value = rounder(target[:, None], *columns(position))
-            torch.sub(value[:, 0], dense[position], out=changes[step])
-            codes[position], dense[position] = code[:, 0], value[:, 0]
-            local[step + 1 :].addr_(gram[position, start + step + 1 : stop], changes[step])
-        slope[stop:].addmm_(gram[start:stop, stop:].T, changes)
-    back = order.argsort()
-    return codes[back].T.contiguous(), dense[back].T.contiguous()
-
-
-def refit_scale(
-    weight: Tensor, unit: Tensor, scale: Tensor, group_size: int | None, gram: Tensor, scale_bits: int | None = None
-) -> Tensor:
-    """Scales that minimise the output error for codes that stay as they are, in closed form.
-
-    A row is `sum_g scale_g b_g` with `b_g` its unit values inside group g; the normal equations are G x G per row.
-    A row whose error would rise by rounding to what storage keeps, or by a scale that is not positive, keeps its scales.
-
-    Args:
-        weight: `[out, in]` float32. Not written to.
-        unit: `[out, in]` float32, the dequantized values at scale 1.
-        scale: `[out, G]` as stored, kept where the solution would not be positive and finite.
-        group_size: inputs per group, None for the row.
-        gram: `[in, in]` float32.
-        scale_bits: see `stored_scale`.
-
-    Returns:
-        `[out, G]`, rounded to what storage keeps.
-    """
-    groups = scale.shape[1]
-    rows = max(1, 2**25 // groups**2)  # at most 256 MB of normal equations at a time; rows do not depend on each other
-    if len(weight) > rows:
-        parts = zip(weight.split(rows), unit.split(rows), scale.split(rows), strict=True)
-        return torch.cat([refit_scale(w, u, s, group_size, gram, scale_bits) for w, u, s in parts])
-    size = weight.shape[1] if group_size is None else group_size
-    padding = groups * size - weight.shape[1]
-
-    def per_group(values: Tensor) -> Tensor:
-        return torch.nn.functional.pad(values, (0, padding)).view(len(weight), groups, size).sum(-1)
-
-    normal = torch.empty(len(weight), groups, groups, dtype=torch.float64)
-    for g in range(groups):
-        span = slice(g * size, min((g + 1) * size, weight.shape[1]))
-        normal[:, g] = per_group((unit[:, span] @ gram[span]).mul_(unit))
-    target = per_group(weight @ gram * unit).double()
-    ridge = 1e-6 * normal.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
-    normal.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
-    target += ridge[:, None] * scale
-    solution = torch.linalg.solve(normal, target).float()
-    solution = stored_scale(torch.where(solution.isfinite() & (solution > 0), solution, scale), scale_bits)
-    return torch.where(_quadratic(normal, target, solution) <= _quadratic(normal, target, scale), solution, scale)
+    return half_precision(levels.float())
 
 
 def refit_levels(
@@ -465,8 +406,8 @@ def refit_levels(
     ridge = 1e-4 * normal.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).clamp_min(1e-12)
     normal.diagonal(dim1=1, dim2=2).add_(ridge)
     target += ridge * levels
-    solution = _half_precision(torch.linalg.solve(normal, target).float())
-    return torch.where(_quadratic(normal, target, solution) <= _quadratic(normal, target, levels), solution, levels)
+    solution = half_precision(torch.linalg.solve(normal, target).float())
+    return torch.where(quadratic(normal, target, solution) <= quadratic(normal, target, levels), solution, levels)
 
 
 def sort_levels(codes: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
@@ -480,12 +421,6 @@ def sort_levels(codes: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     return rank.gather(1, codes.long()).to(torch.uint8), levels
 
 
-def _quadratic(normal: Tensor, target: Tensor, candidate: Tensor) -> Tensor:
-    """What the solution of `normal x = target` minimises, `[n, 1]` for `n` systems."""
-    candidate = candidate.double()
-    return (candidate * ((normal @ candidate[..., None])[..., 0] - 2 * target)).sum(1, keepdim=True)
-
-
 def _is_uniform(levels: Tensor) -> bool:
     """Whether one table of consecutive integers serves all rows."""
     return len(levels) == 1 and bool((levels[0].diff() == 1).all())
@@ -494,29 +429,3 @@ def _is_uniform(levels: Tensor) -> bool:
 def _expand_tables(tables: Tensor, rows: int) -> Tensor:
     """One table per row, or the single shared one as it is."""
     return tables if len(tables) == 1 else tables.repeat_interleave(math.ceil(rows / len(tables)), 0)[:rows].contiguous()
-
-
-def spread_groups(per_group: Tensor, group_size: int | None, columns: int) -> Tensor:
-    """`[out, G]` to `[out, columns]`, or `[out, 1]` where one group spans the row."""
-    return per_group if per_group.shape[1] == 1 else per_group.repeat_interleave(group_size, 1)[:, :columns]
-
-
-def _half_precision(values: Tensor) -> Tensor:
-    """Round to what float16 storage keeps, without overflow."""
-    limit = torch.finfo(torch.float16).max
-    return values.clamp(-limit, limit).half().float()
-
-
-def _half_scale(values: Tensor) -> Tensor:
-    """The same for scales, which stay positive."""
-    return _half_precision(values.clamp_min(torch.finfo(torch.float16).smallest_normal))
-
-
-def _columns(
-    scale: Tensor, zero: Tensor | None, group_size: int | None, order: Tensor
-) -> Callable[[int], tuple[Tensor, Tensor | None]]:
-    """A function from a processing position to the `[out, 1]` scale and offset of that column."""
-    groups = [0] * len(order) if group_size is None else (order // group_size).tolist()
-    scales = scale.T[..., None].contiguous()
-    zeros = None if zero is None else zero.T[..., None].contiguous()
-    return lambda position: (scales[groups[position]], None if zeros is None else zeros[groups[position]])

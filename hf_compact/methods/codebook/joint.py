@@ -11,7 +11,8 @@ Rows do not depend on each other once the tables stand, so every row keeps the b
 import torch
 from torch import Tensor
 
-from .functional import Quantized, Rounder, dequantize, spread_groups
+from ...functional.feedback import spread_groups
+from .functional import Quantized, Rounder, dequantize
 
 _QUANTILES = 16
 _MOMENTUM = 0.8

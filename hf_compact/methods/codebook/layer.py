@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...functional.feedback import num_groups, scale_codes
 from ...functional.packing import pack_bits, packed_row_bytes, unpack_bits
 from ...stored import ScaledModule, StoredEmbedding, StoredLinear, StoredModule
-from .functional import Quantized, dequantize, fixed_levels, has_offset, num_groups, scale_codes
+from .functional import Quantized, dequantize, fixed_levels, grid_size, has_offset
 
 #: Grids whose levels are a part of the checkpoint.
-STORED_LEVELS = ("learned", "power")
+STORED_LEVELS = ("learned", "power", "split")
 
 
 class CodebookModule(StoredModule):
@@ -26,8 +27,8 @@ class CodebookModule(StoredModule):
 
     Buffers: `weight [out, 1, row bytes]` int8, the packed codes; `scale [out, G]` float16, or packed codes
     `[out, 1, row bytes]` with `row_scale [out, 1]` float16 where `scale_bits` is given; `zero [out, 1, row bytes]`
-    uint8, the packed offsets of an asymmetric grid; `levels [tables, 2**bits]` float16, the tables of a learned
-    or a power grid; `row_table [out]` uint8 (int16 for more than 256 tables), the table of each row where the rows of a
+    uint8, the packed offsets of an asymmetric grid; `levels [tables, grid_size]` float16, the tables of a learned, power
+    or split grid; `row_table [out]` uint8 (int16 for more than 256 tables), the table of each row where the rows of a
     table are not neighbours.
     """
 
@@ -41,12 +42,13 @@ class CodebookModule(StoredModule):
         self.out_features, self.in_features = out_features, in_features
         self.bits, self.grid, self.group_size, self.symmetric = bits, grid, group_size, symmetric
         self.scale_bits, self.num_codebooks, self.is_labelled = scale_bits, num_codebooks, is_labelled
+        self.code_bits = (grid_size(grid, bits) - 1).bit_length()
         groups = num_groups(in_features, group_size)
 
         def buffer(name: str, *shape: int, dtype: torch.dtype) -> None:
             self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
 
-        buffer("weight", out_features, 1, packed_row_bytes(in_features, bits), dtype=torch.int8)
+        buffer("weight", out_features, 1, packed_row_bytes(in_features, self.code_bits), dtype=torch.int8)
         if scale_bits is None:
             buffer("scale", out_features, groups, dtype=torch.float16)
         else:
@@ -55,7 +57,7 @@ class CodebookModule(StoredModule):
         if has_offset(grid, symmetric):
             buffer("zero", out_features, 1, packed_row_bytes(groups, bits), dtype=torch.uint8)
         if grid in STORED_LEVELS:
-            buffer("levels", num_codebooks, 2**bits, dtype=torch.float16)
+            buffer("levels", num_codebooks, grid_size(grid, bits), dtype=torch.float16)
         if is_labelled:
             buffer("row_table", out_features, dtype=torch.uint8 if num_codebooks <= 256 else torch.int16)
 
@@ -77,7 +79,7 @@ class CodebookModule(StoredModule):
 
         `tables [out]` is the table of each row where a run of rows does not share one.
         """
-        self.weight[rows].copy_(pack_bits(quantized.codes, self.bits)[:, None].view(torch.int8))
+        self.weight[rows].copy_(pack_bits(quantized.codes, self.code_bits)[:, None].view(torch.int8))
         if self.scale_bits is None:
             self.scale[rows].copy_(quantized.scale)
         else:
@@ -110,7 +112,7 @@ class CodebookModule(StoredModule):
         elif not has_row_scale:
             scale = torch.ones_like(scale)
         zero = unpack_bits(take(self.zero)[:, 0], self.bits, groups) if "zero" in self._buffers else None
-        codes = unpack_bits(take(self.weight)[:, 0].view(torch.uint8), self.bits, self.in_features)
+        codes = unpack_bits(take(self.weight)[:, 0].view(torch.uint8), self.code_bits, self.in_features)
         if self.grid in STORED_LEVELS:
             levels = self.levels
             if self.is_labelled:

@@ -9,9 +9,10 @@ from torch import nn
 
 from hf_compact import CodebookConfig
 from hf_compact.errors import NumericalError, UnsupportedModel
+from hf_compact.functional.feedback import stored_scale
 from hf_compact.functional.gram import output_energy
 from hf_compact.methods.codebook.apply import compress_embedding, compress_linear, quantize
-from hf_compact.methods.codebook.functional import dequantize, stored_scale
+from hf_compact.methods.codebook.functional import dequantize, grid_size
 from hf_compact.methods.codebook.layer import CodebookEmbedding, CodebookLinear
 
 #: id -> config
@@ -29,6 +30,8 @@ SETTINGS = {
     "power4": CodebookConfig(bits=4, grid="power", group_size=16),
     "pot2": CodebookConfig(bits=2, grid="pot", group_size=16),
     "pot3": CodebookConfig(bits=3, grid="pot", group_size=None),
+    "split2": CodebookConfig(bits=2, grid="split", group_size=None),
+    "split4": CodebookConfig(bits=4, grid="split", group_size=16),
     "learned2": CodebookConfig(bits=2, grid="learned", rows_per_codebook=5, group_size=None),
     "learned4": CodebookConfig(bits=4, grid="learned", rows_per_codebook=8, group_size=32),
     "learned_symmetric": CodebookConfig(bits=3, grid="learned", rows_per_codebook=4, group_size=32, symmetric=True),
@@ -92,10 +95,21 @@ def test_error_falls_with_bits(grid, widths):
 
 
 @settings
+def test_every_grid_works_without_data(config):
+    """Nearest, with no gram matrix: better than no weight at all by what its bits promise."""
+    linear = nn.Linear(70, 13)
+    module = compress_linear(linear, None, config)
+    error = (module.to_dense() - linear.weight).square().sum() / linear.weight.square().sum()
+    assert error < 0.25 / 4 ** (config.bits - 2) * (3 if config.scale_bits == 2 else 1)
+    again = compress_linear(linear, normal(70, 70) @ normal(70, 70), changed(config, rounding="nearest", learning="none"))
+    assert (again.to_dense() - linear.weight).norm() < 0.7 * linear.weight.norm()
+
+
+@settings
 def test_levels_ascend_and_codes_fit(config):
     result = quantize(normal(13, 70), correlated_gram(70), config)
     assert torch.equal(result.levels, result.levels.sort(1).values)
-    assert int(result.codes.max()) < 2**config.bits
+    assert int(result.codes.max()) < grid_size(config.grid, config.bits) == result.levels.shape[1]
     assert torch.equal(result.scale, stored_scale(result.scale, config.scale_bits))
     if config.grid == "learned":
         assert torch.equal(result.levels, result.levels.half().float())

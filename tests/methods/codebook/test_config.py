@@ -12,7 +12,7 @@ from hf_compact.errors import ConfigError
 REFUSED = {
     "bits": ({"bits": 5}, "codebook.bits must be one of 2, 3, 4, 8, got 5"),
     "bits_as_text": ({"bits": "4"}, "codebook.bits must be one of 2, 3, 4, 8, got 4"),
-    "grid": ({"grid": "log"}, "codebook.grid must be one of uniform, nf4, learned, power, pot, got log"),
+    "grid": ({"grid": "log"}, "codebook.grid must be one of uniform, nf4, learned, power, pot, split, got log"),
     "rounding": ({"rounding": "up"}, "codebook.rounding must be one of gptq, nearest, got up"),
     "embedding_bits": ({"embedding_bits": 2}, "codebook.embedding_bits must be one of 4, 8, null, got 2"),
     "shrink_steps": ({"shrink_steps": 0}, "codebook.shrink_steps must be at least 1, got 0"),
@@ -29,6 +29,7 @@ REFUSED = {
         "codebook.symmetric belongs to the uniform and the learned grid, got grid nf4",
     ),
     "pot_with_four_bits": ({"grid": "pot", "bits": 4}, "codebook.grid pot is for 2 and 3 bits, got 4"),
+    "split_eight": ({"grid": "split", "bits": 8}, "codebook.grid split is for 2, 3 and 4 bits, got 8"),
     "learned_eight": ({"grid": "learned", "bits": 8}, "codebook.grid learned is for 2, 3 and 4 bits, got 8"),
     "row_order": ({"row_order": "random"}, "codebook.row_order must be one of given, similar, got random"),
     "row_order_uniform": ({"row_order": "similar"}, "codebook.row_order similar belongs to the learned grid, got grid uniform"),

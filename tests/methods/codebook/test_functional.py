@@ -7,27 +7,33 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hf_compact.functional.feedback import (
+    descend_codes,
+    num_groups,
+    refit_scale,
+    round_with_feedback,
+    scale_codes,
+    spread_groups,
+    stored_scale,
+)
 from hf_compact.functional.gram import inverse_factor, output_energy
 from hf_compact.methods.codebook.functional import (
     NF4,
     Quantized,
     Rounder,
     dequantize,
-    descend_codes,
     fixed_levels,
+    grid_size,
     group_scale,
     lloyd_levels,
-    num_groups,
     power_levels,
     refit_levels,
-    refit_scale,
-    round_with_feedback,
-    scale_codes,
+    refit_power,
     search_power,
     search_scale,
     sort_levels,
-    spread_groups,
-    stored_scale,
+    split_borders,
+    split_levels,
 )
 from tests.golden import make_codebook
 
@@ -152,16 +158,119 @@ def test_the_searched_power_is_below_one_for_normal_weights(bits):
     weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
     ones = torch.ones(512)
     found = search_power(weight, bits, None, ones, shrink_steps=1, scale_bits=None)
-    exponents = [e for e in (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8) if torch.equal(power_levels(bits, e), found)]
-    assert exponents
-    assert exponents[0] <= 0.75
+    assert 0.5 <= found <= 0.75
 
     def loss(levels: torch.Tensor) -> float:
         scale, _ = search_scale(weight, levels, None, True, ones, 16)
         return (Rounder(levels, 256)(weight, scale, None)[1] - weight).square().mean().item()
 
     clipped = search_power(weight, bits, None, ones, shrink_steps=16, scale_bits=None)
-    assert loss(clipped) < loss(fixed_levels("uniform", bits, symmetric=True))
+    assert loss(power_levels(bits, clipped)) < loss(fixed_levels("uniform", bits, symmetric=True))
+
+
+def power_start(bits: int, exponent: float):
+    """Weights whose best exponent is known: values on the grid of that exponent."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(2**bits, (24, 40), generator=generator, dtype=torch.uint8)
+    scale = stored_scale(torch.rand(24, 2, generator=generator) + 0.1, None)
+    return dequantize(Quantized(codes, scale, None, power_levels(bits, exponent)), 20), codes, scale
+
+
+@pytest.mark.parametrize("truth", [0.45, 0.7, 1.0, 1.25])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_learned_power_is_the_one_behind_the_weights(bits, truth):
+    weight, codes, scale = power_start(bits, truth)
+    found = refit_power(weight, codes, scale, 0.8, bits, 20, correlated_gram(40).float())
+    assert found == pytest.approx(truth, rel=2e-3)
+
+
+def test_the_learned_power_stays_where_nothing_is_better():
+    """Of uniform values on their own grid the exponent stays 1 exactly, and so do the levels."""
+    weight, codes, scale = power_start(3, 1.0)
+    assert refit_power(weight, codes, scale, 1.0, 3, 20, correlated_gram(40).float()) == 1.0
+    assert torch.equal(power_levels(3, 1.0), fixed_levels("uniform", 3, symmetric=True))
+
+
+def test_the_learned_power_needs_more_than_the_ends():
+    codes = torch.zeros(4, 8, dtype=torch.uint8)  # the lowest level and no other: every exponent gives the same
+    assert refit_power(normal(4, 8), codes, torch.ones(4, 1), 0.7, 2, None, torch.eye(8)) == 0.7
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_learned_power_never_raises_the_error(bits):
+    weight, gram = normal(24, 64).pow(3), correlated_gram(64).float()
+    for exponent in (0.5, 0.8, 1.0):
+        levels = power_levels(bits, exponent)
+        scale, _ = search_scale(weight, levels, 32, True, gram.diagonal(), 16)
+        codes, before = Rounder(levels, 24)(weight, spread_groups(scale, 32, 64), None)
+        found = refit_power(weight, codes, scale, exponent, bits, 32, gram)
+        after = dequantize(Quantized(codes, scale, None, power_levels(bits, found)), 32)
+        assert output_energy(weight - after, gram) <= output_energy(weight - before, gram) * (1 + 1e-6)
+        assert 0.2 <= found <= 1.4
+
+
+# SplitQuant.
+
+
+def split_parts(unit: torch.Tensor) -> list[torch.Tensor]:
+    """Three layers of the same shape that hold the weights of their own part and zeros elsewhere."""
+    part = torch.bucketize(unit, split_borders(unit, torch.ones(unit.shape[1])))
+    return [torch.where(part == number, unit, 0.0) for number in range(3)]
+
+
+def test_the_split_itself_is_exact():
+    unit, x = normal(48, 64), normal(10, 64, seed=1)
+    parts = split_parts(unit)
+    assert all((part != 0).float().mean() > 0.1 for part in parts)
+    torch.testing.assert_close(sum(x @ part.T for part in parts), x @ unit.T, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_merged_index_is_the_sum_of_three_quantized_parts(bits):
+    unit = normal(48, 64)
+    levels = split_levels(unit, bits, torch.ones(64))
+    merged = Rounder(levels, 48)(unit, torch.ones(48, 1), None)[1]
+    total = torch.zeros_like(unit)
+    for number, part in enumerate(split_parts(unit)):
+        own = levels[:, number * 2**bits : (number + 1) * 2**bits]
+        total += torch.where(part != 0, Rounder(own, 48)(part, torch.ones(48, 1), None)[1], 0.0)
+    # A weight beside a border may be nearer to the other part's first level.
+    moved = merged != total
+    assert moved.float().mean() < 0.02
+    assert ((merged - unit).abs() <= (total - unit).abs()).all()
+    codes = Rounder(levels, 48)(unit, torch.ones(48, 1), None)[0]
+    part, step = codes // 2**bits, codes % 2**bits
+    assert torch.equal(merged, levels[0].view(3, -1)[part.int(), step.int()])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_split_levels_are_equal_steps_in_three_parts(bits):
+    unit = normal(64, 128)
+    levels = split_levels(unit, bits, torch.ones(128))
+    assert levels.shape == (1, grid_size("split", bits))
+    assert torch.equal(levels, levels.sort(1).values)
+    borders = split_borders(unit, torch.ones(128))
+    for number, own in enumerate(levels.view(3, -1)):
+        torch.testing.assert_close(own.diff(), own.diff().mean().expand(len(own) - 1), rtol=0.05, atol=2e-3)
+        assert (torch.bucketize(own, borders) == number).all()
+    assert (levels.view(3, -1)[0] < 0).all()  # no zero in the outer ranges
+    assert (levels.view(3, -1)[2] > 0).all()
+
+
+@pytest.mark.parametrize(("bits", "expected"), [(2, 0.083), (4, 0.0035)])
+def test_split_beats_the_error_of_the_sheet(bits, expected):
+    """Unit normal values: 0.083 and 0.0035 for ranges from the smallest to the largest weight."""
+    unit = normal(400, 500)
+    value = Rounder(split_levels(unit, bits, torch.ones(500)), 400)(unit, torch.ones(400, 1), None)[1]
+    assert (value - unit).square().mean() < expected
+
+
+@pytest.mark.parametrize("unit", [torch.zeros(3, 4), torch.full((3, 4), -0.1), torch.tensor([[1.0, -1.0, 1.0]])], ids=str)
+def test_split_levels_of_few_values(unit):
+    levels = split_levels(unit, 2, torch.ones(unit.shape[1]))
+    assert torch.equal(levels, levels.sort(1).values)
+    value = Rounder(levels, len(unit))(unit, torch.ones(len(unit), 1), None)[1]
+    torch.testing.assert_close(value, unit, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize(("bits", "expected"), [(2, [1, 2]), (3, [1, 2, 4, 8])])
@@ -503,7 +612,7 @@ def test_descent_over_a_block_border_equals_one_long_block(monkeypatch):
     dense = dequantize(nearest(weight, levels, scale, zero, 32), 32)
     arguments = (weight, dense, Rounder(levels, 4), scale, zero, 32, gram.float(), torch.arange(150))
     blocked = descend_codes(*arguments)[0]
-    monkeypatch.setattr("hf_compact.methods.codebook.functional._BLOCK", 1000)
+    monkeypatch.setattr("hf_compact.functional.feedback._BLOCK", 1000)
     assert torch.equal(descend_codes(*arguments)[0], blocked)
 
 

@@ -10,9 +10,10 @@ from torch.nn import functional as F
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 from hf_compact.errors import UnsupportedModel
+from hf_compact.functional.feedback import num_groups, stored_scale
 from hf_compact.functional.packing import packed_row_bytes
-from hf_compact.methods.codebook.functional import Quantized, fixed_levels, has_offset, num_groups, stored_scale
-from hf_compact.methods.codebook.layer import CodebookEmbedding, CodebookLinear
+from hf_compact.methods.codebook.functional import Quantized, fixed_levels, grid_size, has_offset
+from hf_compact.methods.codebook.layer import STORED_LEVELS, CodebookEmbedding, CodebookLinear
 
 #: id -> settings
 SETTINGS = {
@@ -24,6 +25,7 @@ SETTINGS = {
     "learned2": {"bits": 2, "grid": "learned", "group_size": None, "symmetric": False, "num_codebooks": 3},
     "learned4": {"bits": 4, "grid": "learned", "group_size": 16, "symmetric": True, "num_codebooks": 1},
     "labelled3": {"bits": 3, "grid": "learned", "group_size": 16, "symmetric": False, "num_codebooks": 3, "is_labelled": True},
+    "split2": {"bits": 2, "grid": "split", "group_size": 16, "symmetric": False},
     "coded_scale": {"bits": 4, "grid": "uniform", "group_size": 16, "symmetric": False, "scale_bits": 6},
 }
 ROWS, COLUMNS = 13, 70
@@ -40,12 +42,13 @@ def random_state(module: nn.Module, spec: dict) -> Quantized:
     generator = torch.Generator().manual_seed(0)
     rows, columns = module.out_features, module.in_features
     groups = num_groups(columns, spec["group_size"])
-    codes = torch.randint(2 ** spec["bits"], (rows, columns), generator=generator, dtype=torch.uint8)
+    size = grid_size(spec["grid"], spec["bits"])
+    codes = torch.randint(size, (rows, columns), generator=generator, dtype=torch.uint8)
     scale = stored_scale(torch.rand(rows, groups, generator=generator) * 0.1 + 0.01, spec.get("scale_bits"))
     has_zero = has_offset(spec["grid"], spec["symmetric"])
     zero = torch.randint(2 ** spec["bits"], (rows, groups), generator=generator).float() if has_zero else None
-    if spec["grid"] == "learned":
-        levels = torch.randn(spec["num_codebooks"], 2 ** spec["bits"], generator=generator).half().float().sort(1).values
+    if spec["grid"] in STORED_LEVELS:
+        levels = torch.randn(spec.get("num_codebooks", 1), size, generator=generator).half().float().sort(1).values
     else:
         levels = fixed_levels(spec["grid"], spec["bits"], spec["symmetric"])
     return Quantized(codes, scale, zero, levels)
