@@ -3,7 +3,7 @@
 Importing this package registers the `hf_compact` quantization method with transformers and Compacter with PEFT.
 """
 
-from .api import compress, evaluate, inspect_folder, plan
+from .api import compress, evaluate, inspect_folder, plan, recover
 from .config import CalibrationConfig, Recipe
 from .errors import CompactError
 from .hf.quantizer import CompactConfig
@@ -26,4 +26,5 @@ __all__ = [
     "evaluate",
     "inspect_folder",
     "plan",
+    "recover",
 ]

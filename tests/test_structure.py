@@ -35,6 +35,7 @@ ORDER = [
     "methods",
     "hf",
     "verify",
+    "recovery",
     "api",
     "cli",
 ]

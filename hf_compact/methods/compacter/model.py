@@ -27,7 +27,7 @@ class CompacterModel(BaseTuner):
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> tiny = LlamaForCausalLM(LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, vocab_size=8, num_attention_heads=1))
     >>> get_peft_model(tiny, CompacterConfig(variant="compacter++")).print_trainable_parameters()
-    trainable params: 136 || all params: 688 || trainable%: 19.7674
+    trainable params: 124 || all params: 724 || trainable%: 17.1271
     """
 
     prefix = "compacter_"
@@ -109,10 +109,12 @@ class CompacterModel(BaseTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; another one becomes active if it was."""
+        is_active = adapter_name in self.active_adapters
         super().delete_adapter(adapter_name)
         if adapter_name in self.compacter_slow:
             del self.compacter_slow[adapter_name]
-        self._train_slow(True)
+        if is_active and self.peft_config:  # PEFT asks the first layer, which may have had this adapter only
+            self.set_adapter(self.active_adapters or next(iter(self.peft_config)))
 
     def _check_merge_allowed(self) -> None:
         raise NotImplementedError(
