@@ -10,7 +10,7 @@ from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import PeftType, register_peft_method
+from peft.utils import ModulesToSaveWrapper, PeftType, register_peft_method
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -115,6 +115,14 @@ class CompacterModel(BaseTuner):
             del self.compacter_slow[adapter_name]
         if is_active and self.peft_config:  # PEFT asks the first layer, which may have had this adapter only
             self.set_adapter(self.active_adapters or next(iter(self.peft_config)))
+
+    def unload(self) -> nn.Module:
+        """The base model, with its own norms: PEFT would leave trained copies behind, as it does with a new head."""
+        for name in self._norms:
+            module = self.model.get_submodule(name)
+            if isinstance(module, ModulesToSaveWrapper):
+                self.model.set_submodule(name, module.original_module)
+        return super().unload()
 
     def _check_merge_allowed(self) -> None:
         raise NotImplementedError(
