@@ -38,7 +38,8 @@ class CompacterConfig(PeftConfig):
     shared_slow: bool = True
     """PHM only: one set of slow matrices for the whole model, or one for each map."""
     slow_std: float = 1e-4
-    """PHM only: spread of the slow matrices at the start; 0 makes the adapter exactly the identity there."""
+    """PHM only: spread of the slow matrices at the start; small, so that the adapter is nearly the identity there. Not 0:
+    both maps would be 0, and so would be every gradient that could change it."""
     activation: str = "gelu_new"
     """Between the maps, a name that transformers knows; SNNK has its features instead."""
     feature: Literal["relu", "sincos"] = "relu"
@@ -62,9 +63,11 @@ class CompacterConfig(PeftConfig):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"compacter.{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name, lowest in {"reduction_factor": 1, "hypercomplex_division": 1, "slow_std": 0, "seed": 0}.items():
+        for name, lowest in {"reduction_factor": 1, "hypercomplex_division": 1, "seed": 0}.items():
             if not getattr(self, name) >= lowest:
                 raise ConfigError(f"compacter.{name} must be at least {lowest}, got {getattr(self, name)}")
+        if not self.slow_std > 0:
+            raise ConfigError(f"compacter.slow_std must be above 0, got {self.slow_std}")
         if self.rank is not None and self.rank < 1:
             raise ConfigError(f"compacter.rank must be at least 1 or null, got {self.rank}")
         if self.rank is None and self.kind == "low_rank":

@@ -14,7 +14,7 @@ from hf_compact.errors import ConfigError
         ({"reduction_factor": 0.5}, "compacter.reduction_factor must be at least 1, got 0.5"),
         ({"reduction_factor": float("nan")}, "compacter.reduction_factor must be at least 1, got nan"),
         ({"hypercomplex_division": 0}, "compacter.hypercomplex_division must be at least 1, got 0"),
-        ({"slow_std": -1.0}, "compacter.slow_std must be at least 0, got -1.0"),
+        ({"slow_std": 0.0}, "compacter.slow_std must be above 0, got 0.0"),
         ({"seed": -1}, "compacter.seed must be at least 0, got -1"),
         ({"rank": 0}, "compacter.rank must be at least 1 or null, got 0"),
         ({"kind": "low_rank", "rank": None}, "compacter.rank must be given for kind low_rank, got null"),
