@@ -95,7 +95,7 @@ def test_parameters_are_counted_as_the_paper_does():
 
 
 def test_division_must_divide_the_width():
-    with pytest.raises(ConfigError, match="compacter.hypercomplex_division must divide the width 32, got 5"):
+    with pytest.raises(ConfigError, match=r"compacter\.hypercomplex_division must divide the width 32, got 5"):
         build({"hypercomplex_division": 5})
 
 
@@ -106,7 +106,7 @@ def test_bundling_fits_the_map_up_in_closed_form():
     before = (adapter(h) - target).norm()
     adapter.bundle_(h, target)
     assert (adapter(h) - target).norm() < 0.7 * before
-    with pytest.raises(ConfigError, match="compacter.kind must be snnk for a closed-form fit, got phm"):
+    with pytest.raises(ConfigError, match=r"compacter\.kind must be snnk for a closed-form fit, got phm"):
         build({}).bundle_(h, target)
 
 

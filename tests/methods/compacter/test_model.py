@@ -140,16 +140,16 @@ def test_the_callers_config_is_not_changed():
 
 def test_unknown_families_need_targets():
     plain = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
-    with pytest.raises(UnsupportedModel, match="compacter.target_modules must name the last Linear of each sub-layer"):
+    with pytest.raises(UnsupportedModel, match=r"compacter\.target_modules must name the last Linear of each sub-layer"):
         get_peft_model(plain, CompacterConfig())
     model = get_peft_model(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)), CompacterConfig(target_modules=["0"]))
     assert model(torch.ones(1, 8)).shape == (1, 8)
-    with pytest.raises(UnsupportedModel, match="compacter.target_modules must name linear maps, 0 is a Dropout"):
+    with pytest.raises(UnsupportedModel, match=r"compacter\.target_modules must name linear maps, 0 is a Dropout"):
         get_peft_model(nn.Sequential(nn.Dropout(), nn.Linear(8, 8)), CompacterConfig(target_modules=["0"]))
 
 
 def test_new_heads_are_trained_and_stored(tmp_path):
-    config = transformers.BertConfig(**{key: value for key, value in FAMILIES["bert"][2].items()}, num_labels=3)
+    config = transformers.BertConfig(**FAMILIES["bert"][2], num_labels=3)
     torch.manual_seed(0)
     base = transformers.BertForSequenceClassification(config).eval()
     model = randomise_(get_peft_model(copy.deepcopy(base), CompacterConfig(task_type="SEQ_CLS")).eval())
@@ -259,7 +259,7 @@ def test_automatic_classes_and_empty_weights(dense_folder, tmp_path):
     assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path)), logits(model))
     base = AutoModelForCausalLM.from_pretrained(dense_folder)
     assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=True)), logits(model))
-    with pytest.raises(ValueError, match="uses shared state stored on the tuner. Please use `get_peft_model` instead"):
+    with pytest.raises(ValueError, match=r"uses shared state stored on the tuner\. Please use `get_peft_model` instead"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
