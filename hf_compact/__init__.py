@@ -1,13 +1,14 @@
 """Compression of transformers models: one recipe or one callback, one folder that `from_pretrained` loads.
 
-Importing this package registers the `hf_compact` quantization method with transformers.
+Importing this package registers the `hf_compact` quantization method with transformers and Compacter with PEFT.
 """
 
-from .api import compress, evaluate, inspect_folder, plan
+from .api import compress, evaluate, inspect_folder, plan, recover
 from .config import CalibrationConfig, Recipe
 from .errors import CompactError
 from .hf.quantizer import CompactConfig, set_bits
 from .methods.codebook import CodebookConfig
+from .methods.compacter import CompacterConfig, CompacterModel
 from .report import Report
 from .version import __version__
 
@@ -16,6 +17,8 @@ __all__ = [
     "CodebookConfig",
     "CompactConfig",
     "CompactError",
+    "CompacterConfig",
+    "CompacterModel",
     "Recipe",
     "Report",
     "__version__",
@@ -23,5 +26,6 @@ __all__ = [
     "evaluate",
     "inspect_folder",
     "plan",
+    "recover",
     "set_bits",
 ]

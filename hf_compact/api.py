@@ -1,6 +1,7 @@
 """The functions behind the command line: compress, plan, evaluate, inspect."""
 
 import copy
+import dataclasses
 import json
 import logging
 import platform
@@ -16,6 +17,7 @@ import transformers
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft import PeftConfig, TaskType
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -42,12 +44,14 @@ from .checkpoint import (
     hash_files,
     write_text,
 )
-from .config import Recipe
+from .config import CalibrationConfig, DistillationConfig, Recipe
 from .distillation import distill_
 from .errors import CalibrationError, ConfigError, FormatError, OutputError, UnsupportedModel, VerificationError
 from .hf.card import model_card, plot_layers
 from .hf.quantizer import CompactConfig, attach_, expect_, names_in
 from .methods import LAYERS, METHODS
+from .methods.compacter import CompacterConfig
+from .recovery import train_adapter
 from .report import Report, peak_memory_bytes, return_freed_memory
 from .scoring import max_positions, perplexity
 from .select import select_stages
@@ -253,6 +257,100 @@ def evaluate(
     return rows
 
 
+def recover(  # noqa: PLR0913 - settings, by keyword
+    model: str | Path, texts: Sequence[str | Path] = (), *, output: str | Path | None = None, teacher: str | Path | None = None,
+    adapter: CompacterConfig | None = None, training: DistillationConfig | None = None, sequence_length: int = 512,
+    seed: int = 0, progress: Progress = lambda unit, done, total: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Train an adapter on top of a compressed model, verify it in a fresh process, and save it beside the model.
+
+    Args:
+        model: folder or Hub id of a compressed (or pruned) causal language model; it is not changed.
+        texts: text files to train on; without any, the documentation text that Python ships.
+        output: folder to create; None is the model's name with `-adapter`.
+        teacher: dense model of the same vocabulary whose next-token distributions are learnt; None learns the text.
+        adapter: None is Compacter behind both sub-layers.
+        training: sequences, epochs, batch size, learning rate; None is their defaults with a learning rate of 3e-3.
+        sequence_length: tokens per sequence.
+        seed: of the sequences, the adapter's start and the order.
+        progress: called with the unit, finished and all units.
+
+    Returns:
+        `perplexity_before` and `perplexity_after` on text that is held out, `trainable_parameters`, `adapter_bytes`,
+        `loss_first` and `loss_last` (nats per token, means of up to 8 steps), `seconds`, `output`, and the settings;
+        also written to `recovery.json`.
+
+    Raises:
+        CompactError: bad input or a loss that is not finite, before anything is written; or a failed verification,
+            after which what was written is in `OUTPUT.partial`.
+    """
+    if distributed.world_size() > 1:
+        raise ConfigError("recover runs in one process; under torchrun give the Trainer a model from get_peft_model")
+    started = time.perf_counter()
+    output = Path(f"{str(model).rstrip('/')}-adapter" if output is None else output)
+    partial = output.with_name(output.name + ".partial")
+    for path in (output, partial):
+        check_output(path)
+    folder = local_folder(str(model))
+    if is_adapter(folder):
+        raise UnsupportedModel(f"model {str(model)!r} is an adapter: give the folder of its base model")
+    training = training or DistillationConfig(learning_rate=3e-3)
+    text = read_texts(texts) if texts else builtin_text("calibration")
+    tokenizer = _tokenizer(folder)
+    if tokenizer is None:
+        raise ConfigError(f"model {str(model)!r} has no tokenizer in its folder, which training on text needs")
+    size = CalibrationConfig(num_sequences=1, sequence_length=sequence_length)
+    data = sample(tokenizer, text, size, seed, [Path(path).name for path in texts], training)
+    base = verify.load_model(folder, dtype=torch.float32)
+    if not is_causal_lm(base):
+        raise UnsupportedModel(f"model {str(model)!r} is a {type(base).__name__}: recover trains causal language models")
+    base.name_or_path = base.config.name_or_path = str(model)
+    check_inputs(base, data)
+    dense = None
+    if teacher is not None:
+        dense = open_dense(teacher, "float32", is_whole=True).model
+        sizes = [m.config.get_text_config().vocab_size for m in (dense, base)]
+        if sizes[0] != sizes[1]:
+            raise ConfigError(f"teacher {str(teacher)!r} must have the {sizes[1]} tokens of the model, it has {sizes[0]}")
+    length = min(512, len(data.held_out), sequence_length)
+    before = perplexity(base.eval(), data.held_out, length, None)["perplexity"]
+    adapter = copy.copy(adapter or CompacterConfig())
+    adapter.task_type = TaskType.CAUSAL_LM
+    adapted, losses = train_adapter(
+        base, data.distillation, adapter, training, teacher=dense, seed=seed,
+        progress=lambda done, total: progress("training", done, total),
+    )  # fmt: skip
+    result = {
+        "model": str(model),
+        "teacher": None if teacher is None else str(teacher),
+        "texts": list(data.sources),
+        "text_sha256": data.fingerprint,
+        "sequence_length": sequence_length,
+        "training": dataclasses.asdict(training),
+        "seed": seed,
+        "perplexity_before": before,
+        "perplexity_after": perplexity(adapted, data.held_out, length, None)["perplexity"],
+        "held_out_tokens": len(data.held_out),
+        "loss_first": sum(losses[:8]) / len(losses[:8]),
+        "loss_last": sum(losses[-8:]) / len(losses[-8:]),
+        "trainable_parameters": adapted.get_nb_trainable_parameters()[0],
+        "output": str(output),
+    }
+    probe = {"input_ids": data.held_out[None, :length].to(adapted.device)}
+    with torch.no_grad():
+        logits = adapted(**probe)[0].cpu()
+    with disk_errors(partial):
+        adapted.save_pretrained(partial)
+    result["verification"] = verify.verify(partial, {"input_ids": probe["input_ids"].cpu()}, logits, None)
+    result["adapter_bytes"] = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
+    result["seconds"] = time.perf_counter() - started
+    with disk_errors(partial):
+        write_text(partial / "recovery.json", json.dumps(result, indent=2) + "\n")
+        output.rmdir() if output.exists() else None
+        partial.rename(output)
+    return result
+
+
 def inspect_folder(folder: str | Path) -> dict[str, Any]:
     """What a compressed folder holds, read from safetensors headers and JSON files only.
 
@@ -352,21 +450,28 @@ def open_dense(model: str | Path, dtype: str = "auto", is_whole: bool = False) -
 
 
 def open_for_scoring(model: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, int]:
-    """A dense or compressed model ready to be scored, its tokenizer and the bytes of its weight files."""
+    """A model, or one with an adapter, ready to be scored; its tokenizer, and the bytes of its weight files."""
     name = str(model)
     if name.endswith(".gguf"):
         dense = _open_gguf(Path(name), torch.bfloat16)
         return dense.model, dense.load_tokenizer(), Path(name).stat().st_size
     folder = local_folder(name)
-    config = _read_config(folder)
+    base = local_folder(PeftConfig.from_pretrained(folder).base_model_name_or_path) if is_adapter(folder) else folder
+    config = _read_config(base)
     dtype = torch.bfloat16 if config.dtype in (None, torch.float32) else config.dtype
     loaded = verify.load_model(folder, dtype=dtype).eval()
     if not is_causal_lm(loaded):
         raise UnsupportedModel(f"model {name!r} is a {type(loaded).__name__}: perplexity needs a causal language model")
-    tokenizer = _tokenizer(folder)
+    tokenizer = _tokenizer(base)
     if tokenizer is None:
         raise ConfigError(f"model {name!r} has no tokenizer in its folder, which scoring text needs")
-    return loaded, tokenizer, sum(path.stat().st_size for path in TensorSource.in_folder(folder).files)
+    files = [*TensorSource.in_folder(base).files, *(folder.glob("adapter_model.safetensors") if base != folder else ())]
+    return loaded, tokenizer, sum(path.stat().st_size for path in files)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds a PEFT adapter rather than a model."""
+    return (folder / "adapter_config.json").is_file()
 
 
 def local_folder(name: str) -> Path:

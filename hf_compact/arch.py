@@ -123,6 +123,42 @@ def describe(model: PreTrainedModel) -> Architecture:
     return Architecture(family, family in FAMILIES, stacks, roles, embedding, tied, None if head in tied else head)
 
 
+def sublayer_outputs(model: PreTrainedModel) -> dict[str, str]:
+    """The last map of every self-attention and feed-forward sub-layer -> its role, `o` or `down`; empty for an unknown family.
+
+    Found by name, so that compressed and wrapped modules count too.
+
+    Raises:
+        UnsupportedModel: as of `describe`.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> tiny = LlamaForCausalLM(LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, vocab_size=8, num_attention_heads=1))
+    >>> sublayer_outputs(tiny)
+    {'model.layers.0.self_attn.o_proj': 'o', 'model.layers.0.mlp.down_proj': 'down'}
+    """
+    arch = describe(model)
+    table = FAMILIES[arch.family][1] if arch.is_known else {}
+    return {
+        f"{block}.{name}": role
+        for block in arch.blocks
+        for name, role in table.items()
+        if role in ("o", "down") and _has(model, f"{block}.{name}")
+    }
+
+
+def norms(model: nn.Module) -> list[str]:
+    """Names of the layer norms: modules called so whose own parameters are vectors.
+
+    >>> norms(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)))
+    ['1']
+    """
+    return [
+        name
+        for name, module in model.named_modules()
+        if "norm" in type(module).__name__.lower() and (own := list(module.parameters())) and all(p.dim() == 1 for p in own)
+    ]
+
+
 def as_linear(module: nn.Linear | Conv1D) -> nn.Linear:
     """The module itself, or the `nn.Linear` that computes what a GPT-2 `Conv1D` (weight `[in, out]`) does; meta too."""
     if isinstance(module, nn.Linear):

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import transformers
 import typer
@@ -18,7 +18,9 @@ from typer.core import TyperCommand
 
 from . import api
 from .checkpoint import write_text
+from .config import DistillationConfig
 from .errors import CompactError, OutputError
+from .methods.compacter import CompacterConfig
 from .report import format_bytes
 
 app = typer.Typer(
@@ -133,6 +135,59 @@ def evaluate(
         numbers = (f"{row['perplexity']:.3f}", f"{row['ratio']:.4f}", f"{row['file_bytes'] / 1e6:.1f}")
         table.add_row(row["model"], Path(row["text"]).name, *numbers, str(row["num_tokens"]), f"{row['seconds']:.1f}")
     out.print(table)
+
+
+@app.command(
+    cls=SeveralValues,
+    epilog="Examples:\n\n"
+    "    hf-compact recover ./my-model-3bit --text train.txt\n\n"
+    "    hf-compact recover ./my-model-3bit --teacher ./my-model --text a.txt b.txt --output my-adapter --learning-rate 1e-3",
+)
+def recover(  # noqa: PLR0913 - one argument per option
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a compressed model.", metavar="MODEL")],
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="UTF-8 text to train on, one or several files. Default: Python's own documentation.", metavar="FILE"),
+    ] = None,
+    teacher: Annotated[str | None, typer.Option(help="Dense model to learn from, beside the text.", metavar="MODEL")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder to create. Default: MODEL-adapter.", metavar="DIR")] = None,
+    variant: Annotated[
+        Literal["compacter", "compacter++"],
+        typer.Option(help="Adapters behind both sub-layers, or (++) behind feed-forward ones only."),
+    ] = "compacter",
+    reduction_factor: Annotated[float, typer.Option(help="Hidden width / bottleneck of the adapters.")] = 32,
+    rank: Annotated[int, typer.Option(help="Rank of their factors.")] = 1,
+    num_sequences: Annotated[int, typer.Option(help="Sequences to train on.")] = 256,
+    sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
+    epochs: Annotated[int, typer.Option(help="How often each is used.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = 4,
+    learning_rate: Annotated[float, typer.Option(help="Highest, after a warm-up; it falls along a cosine.")] = 3e-3,
+    seed: Annotated[int, typer.Option(help="Of the sequences, the start and the order.")] = 0,
+) -> None:
+    """Train a small adapter on top of a compressed MODEL, verify it, and save it beside the model."""
+    with _errors(), progress_bar("recovering") as advance:
+        adapter = CompacterConfig(variant=variant, reduction_factor=reduction_factor, rank=rank)
+        training = DistillationConfig(
+            num_sequences=num_sequences, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate
+        )
+        found = api.recover(
+            model, text or (), output=output, teacher=teacher, adapter=adapter, training=training,
+            sequence_length=sequence_length, seed=seed, progress=advance,
+        )  # fmt: skip
+    before, after = found["perplexity_before"], found["perplexity_after"]
+    out.print(f"held-out perplexity: {before:.3f} → {after:.3f} ({found['held_out_tokens']} tokens)", highlight=False)
+    if after >= before:
+        err.print("note: the adapter did not help: give more text, more epochs or another learning rate", highlight=False)
+    out.print(
+        f"adapter: {found['output']}, {format_bytes(found['adapter_bytes'])}, {found['trainable_parameters']} trained parameters",
+        highlight=False,
+        soft_wrap=True,
+    )
+    out.print(
+        f"load it: AutoPeftModelForCausalLM.from_pretrained({found['output']!r}) after `import hf_compact`",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @app.command(epilog="Example:\n\n    hf-compact inspect ./my-model-4bit --json")

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -28,7 +29,12 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
 
 def load_model(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """Load a dense or compressed folder with the class that its config names, on stock `from_pretrained`."""
+    """Load a dense or compressed folder with the class that its config names, on stock `from_pretrained`.
+
+    The folder of an adapter gives its base with the adapter, in float32, in which it was trained, if no dtype is given.
+    """
+    if Path(folder, "adapter_config.json").is_file():
+        return AutoPeftModelForCausalLM.from_pretrained(folder, **{"dtype": torch.float32, **kwargs})
     config = AutoConfig.from_pretrained(folder)
     name = (config.architectures or [""])[0]
     cls = AutoModelForCausalLM if name.endswith(("ForCausalLM", "LMHeadModel")) or not name else getattr(transformers, name)

@@ -31,7 +31,7 @@ def workplace(tmp_path_factory, dense_folder) -> Path:
 
 
 def test_the_readme_has_the_snippets_that_are_tested():
-    assert len(blocks("python")) == 3
+    assert len(blocks("python")) == 4
     assert len(blocks("yaml")) == 1
     assert len(blocks("bash")) == 2
 
@@ -52,7 +52,7 @@ def test_commands_run_in_order(workplace, tmp_path):
     for name in ("my-model", "text.txt", "recipe.yaml"):
         (tmp_path / name).symlink_to(workplace / name)
     commands = blocks("bash")[1].splitlines()
-    assert len(commands) == 4
+    assert len(commands) == 5
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     for command in commands:
         done = subprocess.run(command.split(), cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)

@@ -37,10 +37,13 @@ ORDER = [
     "methods",
     "hf",
     "verify",
+    "recovery",
     "api",
     "cli",
 ]
-SLICE_ORDER = ["config", "functional", "joint", "layer", "apply", "callback", "__init__"]
+SLICE_ORDER = ["config", "functional", "joint", "layer", "model", "apply", "callback", "__init__"]
+#: Slices that are a PEFT method and no stage of a recipe.
+ADAPTERS = {"compacter"}
 #: The package's public face and its entry point import downwards from above everything.
 TOP = ("__init__.py", "__main__.py")
 #: The fresh process of a verification registers the plugin by importing the package, once.
@@ -113,13 +116,13 @@ def test_slices_stand_alone(path):
 
 def test_slices_are_seen():
     assert len(SLICES) >= 5
-    assert {path.parent.name for path in SLICES} == set(METHODS)
+    assert {path.parent.name for path in SLICES} == set(METHODS) | ADAPTERS
 
 
 def test_pure_files_are_seen():
     assert {"hf_compact/functional/gram.py", "hf_compact/functional/packing.py"} <= {relative(path) for path in PURE}
     assert sum(path.name == "functional.py" for path in PURE) == sum(
-        (ROOT / "methods" / name / "functional.py").exists() for name in METHODS
+        (ROOT / "methods" / name / "functional.py").exists() for name in {*METHODS, *ADAPTERS}
     )
 
 

@@ -1,0 +1,80 @@
+"""Settings of a Compacter adapter, as PEFT keeps them in `adapter_config.json`."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from peft import PeftConfig
+from peft.utils import PeftType
+from transformers.activations import ACT2FN
+
+from ...errors import ConfigError
+
+#: What the file holds as `peft_type`. Without this library PEFT knows no such type and shows it in its KeyError.
+STORED_TYPE = "COMPACTER (import hf_compact first)"
+VARIANTS = {"compacter": ("o", "down"), "compacter++": ("down",)}
+KINDS = ("phm", "low_rank", "snnk")
+FEATURES = ("relu", "sincos")
+
+
+@dataclass(kw_only=True)
+class CompacterConfig(PeftConfig):
+    """Bottleneck adapters behind the sub-layers of a frozen model, made of very few parameters.
+
+    >>> CompacterConfig(variant="compacter+")
+    Traceback (most recent call last):
+    hf_compact.errors.ConfigError: compacter.variant must be one of compacter, compacter++, got 'compacter+'
+    """
+
+    variant: Literal["compacter", "compacter++"] = "compacter"
+    """Adapters behind self-attention and feed-forward sub-layers, or (`++`) behind feed-forward ones only."""
+    kind: Literal["phm", "low_rank", "snnk"] = "phm"
+    """Both maps sums of Kronecker products; both maps of low rank; or fixed random kernel features and a trained map up."""
+    reduction_factor: float = 32
+    """Hidden width / bottleneck; the bottleneck is rounded to a multiple of `hypercomplex_division`."""
+    hypercomplex_division: int = 4
+    """PHM only: number of Kronecker products, and edge of the slow matrices; has to divide the hidden width."""
+    rank: int | None = 1
+    """Rank of the fast factors; null, PHM only, keeps them whole."""
+    shared_slow: bool = True
+    """PHM only: one set of slow matrices for the whole model, or one for each map."""
+    slow_std: float = 1e-4
+    """PHM only: spread of the slow matrices at the start; small, so that the adapter is nearly the identity there. Not 0:
+    both maps would be 0, and so would be every gradient that could change it."""
+    activation: str = "gelu_new"
+    """Between the maps, a name that transformers knows; SNNK has its features instead."""
+    feature: Literal["relu", "sincos"] = "relu"
+    """SNNK only: features of the arc-cosine or of the Gaussian kernel."""
+    seed: int = 0
+    """SNNK only: of the random directions, which are drawn again on loading and not stored."""
+    train_layer_norm: bool = True
+    """Train a copy of every layer norm too."""
+    target_modules: list[str] | str | None = None
+    """Modules to put an adapter behind, as in every PEFT config; null follows `variant` in families that are known."""
+    exclude_modules: list[str] | str | None = None
+    """Modules to leave out."""
+    modules_to_save: list[str] | None = None
+    """More modules to train and store whole, such as a new head; norms are added here."""
+
+    def __post_init__(self) -> None:
+        """Check ranges, then combinations."""
+        super().__post_init__()
+        self.peft_type = PeftType.COMPACTER
+        choices = {"variant": VARIANTS, "kind": KINDS, "feature": FEATURES}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"compacter.{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name, lowest in {"reduction_factor": 1, "hypercomplex_division": 1, "seed": 0}.items():
+            if not getattr(self, name) >= lowest:
+                raise ConfigError(f"compacter.{name} must be at least {lowest}, got {getattr(self, name)}")
+        if not self.slow_std > 0:
+            raise ConfigError(f"compacter.slow_std must be above 0, got {self.slow_std}")
+        if self.rank is not None and self.rank < 1:
+            raise ConfigError(f"compacter.rank must be at least 1 or null, got {self.rank}")
+        if self.rank is None and self.kind == "low_rank":
+            raise ConfigError("compacter.rank must be given for kind low_rank, got null")
+        if self.activation not in ACT2FN:
+            raise ConfigError(f"compacter.activation must be a name in transformers' ACT2FN, got {self.activation!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; the type says what to import."""
+        return {**super().to_dict(), "peft_type": STORED_TYPE}

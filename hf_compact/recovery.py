@@ -1,0 +1,104 @@
+"""Winning quality back: a small adapter trained on top of a compressed model by the stock Trainer.
+
+The compressed modules stay as they are; gradients pass through them. With a teacher the loss is the divergence of the
+next-token distributions, which a forward hook puts in the place of the model's own loss, so that no Trainer is subclassed.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    default_data_collator,
+)
+
+from .config import DistillationConfig
+from .distillation import divergence
+from .errors import NumericalError
+from .methods.compacter import CompacterConfig
+
+
+class _Follow(TrainerCallback):
+    """Tells the caller about steps, and the user about a loss that is not a number."""
+
+    def __init__(self, progress: Callable[[int, int], None]) -> None:
+        self.progress = progress
+        self.losses: list[float] = []
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.progress(state.global_step, state.max_steps)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        if "loss" in logs:
+            self.losses.append(logs["loss"])
+            if not torch.tensor(logs["loss"]).isfinite():
+                raise NumericalError(f"the loss of step {state.global_step} is not finite: lower the learning rate")
+
+
+def train_adapter(
+    model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], adapter: CompacterConfig, training: DistillationConfig, *,
+    teacher: PreTrainedModel | None = None, seed: int = 0, progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[PeftModel, list[float]]:  # fmt: skip
+    """Put an adapter on a causal language model and train it on token ids.
+
+    Args:
+        model: compressed or dense, in memory; frozen.
+        batches: `input_ids [batch, T]`, shuffled anew in every epoch.
+        adapter: which adapter.
+        training: batch size, epochs and learning rate.
+        teacher: dense, with the same vocabulary; without it the loss is the cross-entropy on the text.
+        seed: of the adapter's start and of the order.
+        progress: called with finished and all steps.
+
+    Returns:
+        The model with its adapter, in evaluation mode, and the loss of every step in nats per token.
+
+    Raises:
+        NumericalError: the loss is not finite.
+    """
+    torch.manual_seed(seed)
+    adapted = get_peft_model(model, adapter)
+    rows = [{"input_ids": row, "labels": row} for batch in batches for row in batch["input_ids"]]
+    follow = _Follow(progress)
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = TrainingArguments(
+            scratch, per_device_train_batch_size=training.batch_size, num_train_epochs=training.epochs, seed=seed,
+            learning_rate=training.learning_rate, lr_scheduler_type="cosine", warmup_steps=0.1, logging_steps=1,
+            save_strategy="no", report_to="none", disable_tqdm=True, logging_nan_inf_filter=False,
+            dataloader_pin_memory=False,
+        )  # fmt: skip
+        trainer = Trainer(adapted, arguments, train_dataset=rows, data_collator=default_data_collator, callbacks=[follow])
+        trainer.remove_callback(PrinterCallback)  # progress is the caller's
+        with nullcontext() if teacher is None else _distilled(adapted, teacher.to(adapted.device)):
+            trainer.train()
+    return adapted.eval(), follow.losses
+
+
+@contextmanager
+def _distilled(model: PeftModel, teacher: PreTrainedModel) -> Iterator[None]:
+    """The model's loss is its divergence from the teacher."""
+
+    def replace_loss(module: torch.nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> Any:
+        with torch.no_grad():
+            target = teacher.eval()(input_ids=kwargs["input_ids"], use_cache=False).logits
+        output["loss"] = divergence(output.logits, target)
+        return output
+
+    handle = model.register_forward_hook(replace_loss, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,78 @@
+"""Two processes of DDP train the adapter that one process trains on both halves of the batch."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from peft import get_peft_model
+from safetensors.torch import load_file, save_file
+from torch.nn.parallel import DistributedDataParallel
+
+from hf_compact import CompacterConfig
+from tests.conftest import tiny_inputs, tiny_model
+
+TIMEOUT_SECONDS = 240
+STEPS = 3
+
+
+def adapted(is_saving: bool) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_model("llama"), CompacterConfig(task_type="CAUSAL_LM", slow_std=0.1))
+    if is_saving:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def train(model: torch.nn.Module, rows: slice) -> dict[str, torch.Tensor]:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for step in range(STEPS):
+        ids = tiny_inputs("llama", batch=4, seed=step)["input_ids"][rows]
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    inner = getattr(model, "module", model)
+    return {name: p.detach().clone() for name, p in inner.named_parameters() if p.requires_grad}
+
+
+def work(rank: int, folder: str) -> None:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    for is_saving in (False, True):
+        found = train(DistributedDataParallel(adapted(is_saving)), slice(2 * rank, 2 * rank + 2))
+        save_file(found, Path(folder, f"{is_saving}-{rank}.safetensors"))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("two-ranks")
+    context = mp.start_processes(work, args=(str(folder),), nprocs=2, join=False, start_method="spawn")
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    try:
+        while not context.join(timeout=1):  # true once all have ended; raises what one of them raised
+            assert time.monotonic() < deadline, f"two processes did not finish within {TIMEOUT_SECONDS} s"
+    finally:
+        for process in context.processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+    return folder
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("is_saving", [False, True], ids=["plain", "activation checkpointing"])
+def test_two_ranks_train_the_adapter_of_one(is_saving, two_ranks):
+    first, second = (load_file(two_ranks / f"{is_saving}-{rank}.safetensors") for rank in (0, 1))
+    alone = train(adapted(is_saving), slice(None))
+    start = {name: p for name, p in adapted(is_saving).named_parameters() if p.requires_grad}
+    assert first.keys() == second.keys() == alone.keys()
+    assert "base_model.compacter_slow.default" in alone
+    for name, wanted in alone.items():
+        assert torch.equal(first[name], second[name]), f"{name} differs between the ranks"
+        torch.testing.assert_close(first[name], wanted, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+        assert not torch.equal(wanted, start[name]), f"{name} was not trained"
