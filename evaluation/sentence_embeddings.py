@@ -4,6 +4,8 @@ Embeddings are the mean of the last hidden states over the tokens of a sentence,
 Calibration and evaluation sentences come from different files.
 
     python evaluation/sentence_embeddings.py MODEL_FOLDER --calibration wiki.valid.raw --text c4.utf8 --output minilm.json
+
+With `--recipe` those recipes are compared in place of the two fixed-rate ones and their controls, each as it is.
 """
 
 import argparse
@@ -19,6 +21,9 @@ from transformers import AutoModel, AutoTokenizer
 
 import hf_compact
 from hf_compact.calibration import from_batches, read_texts
+
+#: Ending of a label -> what is changed in the recipe's stage.
+CHANGES = {"": {}, ", nearest": {"rounding": "nearest"}}
 
 
 def sentences(path: str, count: int, words: int = 24) -> list[str]:
@@ -44,6 +49,7 @@ def main() -> int:
     parser.add_argument("model", help="folder of the encoder")
     parser.add_argument("--calibration", action="append", required=True, help="text; repeat for several")
     parser.add_argument("--text", action="append", required=True, help="text; repeat for several")
+    parser.add_argument("--recipe", action="append", default=[], help="name below configs/recipes; repeat for several")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -62,16 +68,12 @@ def main() -> int:
     )
     reference = {text: embed(dense, inputs) for text, inputs in evaluation.items()}
     rows = []
-    for label, bits, rounding in (
-        ("4 bit", 4, "gptq"),
-        ("4 bit, nearest", 4, "nearest"),
-        ("3 bit", 3, "gptq"),
-        ("3 bit, nearest", 3, "nearest"),
-    ):
+    fixed = {f"{bits} bit{end}": (f"codebook-{bits}bit", change) for bits in (4, 3) for end, change in CHANGES.items()}
+    for label, (name, change) in ({name: (name, {}) for name in options.recipe} or fixed).items():
         started = time.perf_counter()
         model = copy.deepcopy(dense)
-        recipe = hf_compact.Recipe.from_yaml(f"configs/recipes/codebook-{bits}bit.yaml").to_dict()
-        recipe["stages"][0]["rounding"] = rounding
+        recipe = hf_compact.Recipe.from_yaml(f"configs/recipes/{name}.yaml").to_dict()
+        recipe["stages"][0] |= change
         report = hf_compact.compress(model, recipe, calibration=calibration)
         seconds = time.perf_counter() - started
         row = {"label": label, "body_bits_per_weight": report.body_bits_per_weight, "seconds": seconds, "cosines": {}}
@@ -81,6 +83,15 @@ def main() -> int:
         rows.append(row)
         print(json.dumps(rows[-1]), flush=True)
     options.output.write_text(json.dumps(rows, indent=2) + "\n")
+    names = list(evaluation)
+    lines = ["| recipe | bits per block weight | " + " | ".join(f"{Path(name).name}, mean | worst" for name in names) + " |"]
+    lines.append("|---" * (2 + 2 * len(names)) + "|")
+    for row in rows:
+        cells = [f"{value['mean']:.4f} | {value['worst']:.4f}" for value in row["cosines"].values()]
+        lines.append(f"| {row['label']} | {row['body_bits_per_weight']:.2f} | {' | '.join(cells)} |")
+    options.output.with_suffix(".md").write_text(
+        "# Cosine of sentence embeddings to the dense model's\n\n" + "\n".join(lines) + "\n"
+    )
     return 0
 
 

@@ -26,7 +26,7 @@ from .calibration import Calibration
 from .checkpoint import Journal, TensorSource, check_finite, rebuild_, share_buffers_
 from .config import MethodConfig, ReconstructionConfig
 from .errors import NumericalError, UnsupportedModel
-from .fitting import fit_, patched_forwards
+from .fitting import fit_, patched_forwards, relative_error
 from .functional.gram import add_gram_, centered, output_energy
 from .report import LayerReport, Report, peak_memory_bytes, return_freed_memory
 from .select import replace_modules, select_stages
@@ -304,10 +304,7 @@ class BlockRunner:
             output = output[0] if isinstance(output, tuple) else output
             mask = self.batches[number].get(self._mask_name(block))
             kept = mask.bool() if mask is not None and mask.shape == output.shape[:2] else slice(None)
-            target = targets[number][kept].float()
-            # Per position: a few massive activations would otherwise be all there is to fit.
-            lost = (output[kept].float() - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)
-            return lost.mean()
+            return relative_error(output[kept], targets[number][kept])
 
         num_steps = self.reconstruction.epochs * len(targets)
         losses = list(fit_(module, loss_of, num_steps, self.reconstruction.learning_rate, "reconstruction"))

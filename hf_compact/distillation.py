@@ -1,4 +1,8 @@
-"""Short distillation of a compressed model from the dense one: the divergence of the next-token distributions falls."""
+"""Short distillation of a compressed model from the dense one.
+
+What falls is the divergence of the distributions over tokens or classes, or, for a model without a head, the share of
+the last hidden states' energy that is lost.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,7 +13,7 @@ from transformers import PreTrainedModel
 
 from .capture import without_cache
 from .config import DistillationConfig
-from .fitting import fit_
+from .fitting import fit_, relative_error
 
 
 def distill_(
@@ -26,7 +30,7 @@ def distill_(
         progress: called with finished and all steps.
 
     Returns:
-        The loss of every step, in nats per token.
+        The loss of every step: nats per position, or a share.
 
     Raises:
         NumericalError: the loss is not finite.
@@ -37,9 +41,11 @@ def distill_(
         progress(step, total)
         batch = {name: value.to(model.device) for name, value in batches[step % len(batches)].items()}
         with torch.no_grad():
-            target = teacher.eval()(**batch)[0]
-        kept = batch["attention_mask"].bool() if "attention_mask" in batch else slice(None)
-        return divergence(call(**batch)[0][kept], target[kept])
+            target = teacher.eval()(**batch)
+        loss = divergence if "logits" in target else relative_error
+        mask = batch.get("decoder_attention_mask" if "decoder_input_ids" in batch else "attention_mask")
+        kept = mask.bool() if mask is not None and mask.shape == target[0].shape[:2] else slice(None)
+        return loss(call(**batch)[0][kept], target[0][kept])
 
     with without_cache(model), without_cache(teacher):
         return list(fit_(model, loss_of, total, config.learning_rate, "distillation"))

@@ -60,6 +60,18 @@ def fit_(
             tensors[name].copy_(value)
 
 
+def relative_error(output: Tensor, target: Tensor) -> Tensor:
+    """Mean over positions of the share of the target's energy that is lost; both `[..., features]`.
+
+    Per position, because a few massive activations would otherwise be all there is to fit.
+
+    >>> relative_error(torch.tensor([[0.0, 1.0], [30.0, 0.0]]), torch.tensor([[0.0, 2.0], [30.0, 0.0]])).item()
+    0.125
+    """
+    target = target.float()
+    return ((output.float() - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)).mean()
+
+
 @contextmanager
 def patched_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Let modules run other functions; the modules themselves stay, because models read their attributes."""

@@ -148,15 +148,31 @@ def test_units_written_twice_are_kept(tmp_path):
     assert again.entries == journal.entries
 
 
-def test_a_model_without_logits_is_refused_before_anything_is_written(tmp_path, text_file, tokenizer):
-    tiny_model("bert").save_pretrained(tmp_path / "bert")
-    tokenizer.save_pretrained(tmp_path / "bert")
-    recipe = {"stages": [STAGE], "calibration": {"num_sequences": 2, "sequence_length": 32}, "distillation": {}}
-    with pytest.raises(ConfigError, match="next-token distributions, which a BertModel has not"):
-        hf_compact.compress(tmp_path / "bert", recipe, output=tmp_path / "small", calibration=[text_file])
-    assert not list(tmp_path.glob("small*"))
-    with pytest.raises(ConfigError, match="which a BertModel has not"):
-        hf_compact.plan(tmp_path / "bert", recipe)
+@pytest.mark.parametrize("family", ["bert", "vit", "t5", "gpt2"])
+def test_models_with_other_outputs_are_distilled(family):
+    inputs = tiny_inputs(family)
+    if family == "bert":
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        inputs["attention_mask"][:, -5:] = 0
+    teacher = tiny_model(family)
+    model = copy.deepcopy(teacher)
+    hf_compact.compress(model, {"stages": [STAGE]}, calibration=from_batches([inputs]))
+    losses = distill_(model, teacher, [inputs], DistillationConfig(epochs=30, learning_rate=0.01))
+    assert losses[-1] < 0.95 * losses[0]
+
+
+def test_padding_is_not_distilled():
+    losses = []
+    for filler in (5, 9):
+        inputs = tiny_inputs("bert")
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        inputs["attention_mask"][:, -5:] = 0
+        inputs["input_ids"][:, -5:] = filler
+        teacher = tiny_model("bert")
+        model = copy.deepcopy(teacher)
+        hf_compact.compress(model, {"stages": [STAGE]}, calibration=from_batches([tiny_inputs("bert")]))
+        losses += distill_(model, teacher, [inputs], DistillationConfig())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_a_journal_without_units_does_not_block_another_recipe(tmp_path):
