@@ -8,14 +8,19 @@ from .config import CalibrationConfig, Recipe
 from .errors import CompactError
 from .hf.quantizer import CompactConfig
 from .methods.codebook import CodebookConfig
-from .report import Report
+from .methods.one_bit_adam import OneBitAdam, OneBitAdamCallback, OneBitAdamConfig
+from .report import CommReport, Report
 from .version import __version__
 
 __all__ = [
     "CalibrationConfig",
     "CodebookConfig",
+    "CommReport",
     "CompactConfig",
     "CompactError",
+    "OneBitAdam",
+    "OneBitAdamCallback",
+    "OneBitAdamConfig",
     "Recipe",
     "Report",
     "__version__",
