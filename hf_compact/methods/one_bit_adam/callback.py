@@ -83,7 +83,7 @@ class OneBitAdamCallback(TrainerCallback):
                 "the checkpoint of step %d has no errors of 1-bit Adam for %d ranks (another number of ranks, or another output_dir "
                 "than resume_from_checkpoint): they start at 0, which costs a little accuracy for some steps", state.global_step, world_size(),
             )  # fmt: skip
-        self._logged = (0.0, 0)
+        self._logged = (self.report.total_bytes, sum(self.report.num_steps.values()))
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Clip."""

@@ -18,9 +18,11 @@ class OneBitAdamConfig:
     hf_compact.errors.ConfigError: one_bit_adam.freeze must be "auto", a fraction in (0, 1) or a whole step, got 1.5
     """
 
-    exchange: Literal["one_bit", "fp32", "fp16", "bf16", "power_sgd"] = "one_bit"
-    """What ranks send after the warm-up. All but `one_bit` are torch's own gradient hooks below plain Adam, to compare
-    with; fp32, fp16 and bf16 have no warm-up."""
+    exchange: Literal["one_bit", "power_sgd", "none"] = "one_bit"
+    """What ranks send after the warm-up: the momentum in one bit; gradients by torch's PowerSGD hook, below plain Adam; or
+    what they sent before, so that the whole run is plain Adam."""
+    gradients: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """How the warm-up sends gradients: as they are, or by torch's hooks that halve them."""
     freeze: float | Literal["auto"] = "auto"
     """End of the warm-up, in which Adam's variance is learned from exact gradients: a fraction of all steps, a step, or
     `auto`, when the variance has settled."""
@@ -53,7 +55,11 @@ class OneBitAdamConfig:
 
     def __post_init__(self) -> None:
         """Check ranges, then combinations."""
-        choices = {"exchange": ("one_bit", "fp32", "fp16", "bf16", "power_sgd"), "adaptive_bits": (None, 2, 4, 8)}
+        choices: dict[str, tuple[object, ...]] = {
+            "exchange": ("one_bit", "power_sgd", "none"),
+            "gradients": ("fp32", "fp16", "bf16"),
+            "adaptive_bits": (None, 2, 4, 8),
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 shown = ", ".join("null" if value is None else str(value) for value in allowed)

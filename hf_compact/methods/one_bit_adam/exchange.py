@@ -94,20 +94,15 @@ class CompressedMean:
         if not torch.cat(scales).isfinite().all():
             raise NumericalError("a gradient is not finite on some rank: lower the learning rate, or train in bfloat16 or float32")
 
-    def choose_bits(self, weights: Sequence[Tensor], of_bits: int) -> list[int]:
-        """Widths with the fewest bytes whose error on rank 0's buffer is at most that of `of_bits` for all tensors.
-
-        Args:
-            weights: for every tensor, what an error in it counts, in the tensor's shape.
-            of_bits: uniform width to match.
-        """
+    def choose_bits(self, of_bits: int) -> list[int]:
+        """Widths with the fewest bytes whose squared error on rank 0's buffer is at most that of `of_bits` for all tensors."""
         errors = torch.zeros(len(self.sizes), len(BITS), dtype=torch.float64, device=self.buffer.device)
         if rank() == 0:
-            for row, values, weight in zip(errors, self.buffer.split(self.sizes), weights, strict=True):
+            for row, values in zip(errors, self.buffer.split(self.sizes), strict=True):
                 for column, bits in enumerate(BITS):
                     missed = values.clone()
                     quantize_(missed, bits, torch.linalg.vector_norm(values) / len(values) ** 0.5)
-                    row[column] = missed.mul_(weight.view(-1)).square_().sum()
+                    row[column] = missed.square_().sum()
         broadcast_([errors], 0)
         self.report.add("control", errors.numel() * 8 if rank() == 0 else 0)
         choices = [

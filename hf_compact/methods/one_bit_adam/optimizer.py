@@ -3,13 +3,16 @@
 Warm-up is `torch.optim.AdamW` on gradients that DDP averages. Then the variance is frozen, DDP's hook leaves gradients
 local, and `step` exchanges the momentum instead. One rank alone is AdamW to the bit.
 
-Source: 1-bit Adam (arXiv 2102.02888), local steps from 0/1 Adam (arXiv 2202.06009); differs by the bias correction of the
-frozen variance, and by local steps that exchange the mean momentum instead of the sum of updates, so that errors keep their
-meaning when the interval grows.
+What is exchanged is the momentum over the root of the frozen variance, the update of Adam: its values have one size, as a
+sign with a scale needs it, where a sign of the momentum itself becomes a huge step wherever the variance is small.
+
+Source: 1-bit Adam (arXiv 2102.02888), local steps from 0/1 Adam (arXiv 2202.06009); differs by what is exchanged, by the
+bias correction of the frozen variance, and by local steps that exchange their mean instead of their sum, so that errors
+keep their meaning when the interval grows.
 """
 
+import copy
 import logging
-import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -35,6 +38,12 @@ logger = logging.getLogger(__name__)
 
 #: Key of the first parameter group that carries the phase through state dicts, torch's own AdamW's too.
 PROGRESS = "one_bit_adam"
+#: torch's hook, and bytes per value where they are not the gradient's own.
+_GRADIENT_HOOKS: dict[str, tuple[Any, int | None]] = {
+    "fp32": (default_hooks.allreduce_hook, None),
+    "fp16": (default_hooks.fp16_compress_hook, 2),
+    "bf16": (default_hooks.bf16_compress_hook, 2),
+}
 #: With fewer parameters the messages are so small that their number, not their size, costs the time.
 WORTH_IT = 1_000_000
 #: With fewer steps of warm-up the variance is mostly its own bias correction.
@@ -283,6 +292,7 @@ class OneBitAdam(torch.optim.AdamW):
         """
         if self._local:
             raise VerificationError("ranks are apart by local steps: call OneBitAdam.synchronize() on all ranks before saving")
+        self._progress["sent"] = {"world_size": self.report.world_size, "bytes": self.report.sent_bytes, "steps": self.report.num_steps}
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -360,7 +370,10 @@ class OneBitAdam(torch.optim.AdamW):
         self.param_groups[0].setdefault(PROGRESS, fresh)
         self._mean: CompressedMean | None = None
         self._local: list[dict[str, Any]] = []
-        self.report.phase = "warm-up"
+        sent = self._progress.get("sent")
+        if sent and sent["world_size"] == world_size():
+            self.report.sent_bytes, self.report.num_steps = copy.deepcopy(sent["bytes"]), dict(sent["steps"])
+        self.report.phase = "training" if self.config.exchange == "none" or world_size() == 1 else "warm-up"
         if self._progress["frozen_at"] is not None and self.state and world_size() > 1 and self.config.exchange == "one_bit":
             self._start_compression()
 
@@ -374,6 +387,11 @@ class OneBitAdam(torch.optim.AdamW):
         sizes = [p.numel() for _, p in self._compressed]
         for (_, p), momentum in zip(self._compressed, self._momentum.split(sizes), strict=True):
             self.state[p]["exp_avg"] = momentum.view(p.shape)
+        frozen_at = self._progress["frozen_at"]
+        self._denominator = torch.cat([
+            (self.state[p]["exp_avg_sq"].reshape(-1).float() / (1 - group["betas"][1] ** frozen_at)).sqrt_().add_(group["eps"])
+            for group, p in self._compressed
+        ])  # fmt: skip
         # A value whose variance is 0 would be divided by eps alone, and one bit cannot say 0.
         mask = torch.cat([state["exp_avg_sq"].reshape(-1) > 0 for state in states])
         whole = None if bool(mask.all()) else mask
@@ -422,21 +440,26 @@ class OneBitAdam(torch.optim.AdamW):
             if self._local[0]["steps"] >= self._interval():
                 self._exchange_local_steps(mean)
             return
-        self.synchronize()
         self._reduce_exact([p for _, p in self._exact])
         self._step_exact()
-        for (group, p), values, momentum in self._with_flat(mean.buffer, self._momentum):
-            beta1 = group["betas"][0]
-            values.add_(momentum, alpha=beta1)
-            if p.grad is not None:
-                values.add_(p.grad.reshape(-1), alpha=1 - beta1)
+        self._own_momentum()
+        mean.buffer.addcdiv_(self._momentum, self._denominator)
         self._replan(mean)
         mean.mean_into(self._momentum)
-        for (group, p), momentum in self._with_flat(self._momentum):
+        for (group, p), update in self._with_flat(self._momentum):
             lr = float(group["lr"])
-            p.mul_(1 - lr * group["weight_decay"])
-            p.addcdiv_(momentum.view(p.shape), self._denominator(group, p), value=-lr)
+            p.mul_(1 - lr * group["weight_decay"]).sub_(update.view(p.shape), alpha=lr)
+        self._momentum.mul_(self._denominator)
+
+    def _own_momentum(self) -> None:
+        """The common momentum, moved on by the rank's own gradients."""
+        for (group, p), momentum in self._with_flat(self._momentum):
+            beta1 = group["betas"][0]
+            momentum.mul_(beta1)
+            if p.grad is not None:
+                momentum.add_(p.grad.reshape(-1), alpha=1 - beta1)
             self.state[p]["step"] += 1
+        self._apply_mask()
 
     def _local_step(self) -> None:
         """Move by the own momentum; remember where all ranks were together and how far this one went."""
@@ -444,29 +467,25 @@ class OneBitAdam(torch.optim.AdamW):
             self._moved = torch.zeros_like(self._momentum)
             self._local = [{"steps": 0, "together": p.clone(), "decay": 1.0, "lr": 0.0} for _, p in self._compressed]
         self._step_exact()
-        for ((group, p), momentum, moved), local in zip(self._with_flat(self._momentum, self._moved), self._local, strict=True):
-            beta1, lr = group["betas"][0], float(group["lr"])
-            momentum.mul_(beta1)
-            if p.grad is not None:
-                momentum.add_(p.grad.reshape(-1), alpha=1 - beta1)
-            decay = 1 - lr * group["weight_decay"]
-            moved.mul_(decay).add_(momentum, alpha=lr)
-            local.update(steps=local["steps"] + 1, decay=local["decay"] * decay, lr=local["lr"] * decay + lr)
-            self.state[p]["step"] += 1
-        self._apply_mask()
-        for (group, p), momentum in self._with_flat(self._momentum):
+        self._own_momentum()
+        flats = self._with_flat(self._momentum, self._denominator, self._moved)
+        for ((group, p), momentum, denominator, moved), local in zip(flats, self._local, strict=True):
             lr = float(group["lr"])
-            p.mul_(1 - lr * group["weight_decay"]).addcdiv_(momentum.view(p.shape), self._denominator(group, p), value=-lr)
+            decay, update = 1 - lr * group["weight_decay"], momentum / denominator
+            p.mul_(decay).sub_(update.view(p.shape), alpha=lr)
+            moved.mul_(decay).add_(update, alpha=lr)
+            local.update(steps=local["steps"] + 1, decay=local["decay"] * decay, lr=local["lr"] * decay + lr)
 
     def _exchange_local_steps(self, mean: CompressedMean) -> None:
         """Replace what this rank did since the last exchange by what all did on average."""
-        for (_, values, momentum, moved), local in zip(self._with_flat(mean.buffer, self._momentum, self._moved), self._local, strict=True):
-            values.add_(moved.div_(local["lr"]) if local["lr"] else momentum)
+        flats = self._with_flat(mean.buffer, self._momentum, self._denominator, self._moved)
+        for (_, values, momentum, denominator, moved), local in zip(flats, self._local, strict=True):
+            values.add_(moved.div_(local["lr"]) if local["lr"] else momentum / denominator)
         self._replan(mean)
         mean.mean_into(self._momentum)
-        for ((group, p), momentum), local in zip(self._with_flat(self._momentum), self._local, strict=True):
-            p.copy_(local["together"]).mul_(local["decay"])
-            p.addcdiv_(momentum.view(p.shape), self._denominator(group, p), value=-local["lr"])
+        for ((_, p), update), local in zip(self._with_flat(self._momentum), self._local, strict=True):
+            p.copy_(local["together"]).mul_(local["decay"]).sub_(update.view(p.shape), alpha=local["lr"])
+        self._momentum.mul_(self._denominator)
         exact = [p for _, p in self._exact if self.state[p]]
         self._average([tensor for p in exact for tensor in (p, self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"])])
         self._local = []
@@ -476,16 +495,11 @@ class OneBitAdam(torch.optim.AdamW):
         sizes = [p.numel() for _, p in self._compressed]
         return zip(self._compressed, *(flat.split(sizes) for flat in flats), strict=True)
 
-    def _denominator(self, group: dict[str, Any], parameter: Tensor) -> Tensor:
-        correction = math.sqrt(1 - group["betas"][1] ** self._progress["frozen_at"])
-        return self.state[parameter]["exp_avg_sq"].sqrt().div_(correction).add_(group["eps"])
-
     def _replan(self, mean: CompressedMean) -> None:
         width = self.config.adaptive_bits
         if width is None or (self.num_steps - self._progress["frozen_at"] - 1) % self.config.replan_every:
             return
-        weights = [self._denominator(group, p).reciprocal_() for group, p in self._compressed]
-        self._progress["bits"] = mean.choose_bits(weights, width)
+        self._progress["bits"] = mean.choose_bits(width)
         mean.set_bits(self._progress["bits"])
 
     def _step_exact(self) -> None:
@@ -529,23 +543,18 @@ class OneBitAdam(torch.optim.AdamW):
         """What DDP calls for every bucket of gradients."""
         if self.is_compressing:
             return self._spread_overflow(bucket) if self._agrees_on_overflow else debugging_hooks.noop_hook(None, bucket)
-        group, buffer, exchange = cast(dist.ProcessGroup, dist.group.WORLD), bucket.buffer(), self.config.exchange
-        if exchange in ("fp16", "bf16"):
-            self.report.add_all_reduce("gradients", 2 * buffer.numel())
-            hook = default_hooks.fp16_compress_hook if exchange == "fp16" else default_hooks.bf16_compress_hook
-            return hook(group, bucket)
-        if self._power_sgd is not None:
-            state = self._power_sgd
-            _, dense_before, sent_before = state.compression_stats()
-            if state.iter >= state.start_powerSGD_iter:
-                self.report.phase = "compression"
+        state, buffer = self._power_sgd, bucket.buffer()
+        if state is not None and state.iter >= state.start_powerSGD_iter:
+            self.report.phase = "compression"
+            _, _, before = state.compression_stats()
             future = powerSGD_hook.powerSGD_hook(state, bucket)
-            _, dense, sent = state.compression_stats()
-            values = sent - sent_before if dense > dense_before else buffer.numel()
-            self.report.add_all_reduce("gradients", values * buffer.element_size())
+            self.report.add_all_reduce("factors of gradients", (state.compression_stats()[2] - before) * buffer.element_size())
             return future
-        self.report.add_all_reduce("gradients", buffer.numel() * buffer.element_size())
-        return default_hooks.allreduce_hook(group, bucket)
+        if state is not None:
+            state.maybe_increase_iter(bucket)
+        hook, num_bytes = _GRADIENT_HOOKS[self.config.gradients]
+        self.report.add_all_reduce("gradients", (num_bytes or buffer.element_size()) * buffer.numel())
+        return hook(cast(dist.ProcessGroup, dist.group.WORLD), bucket)
 
     def _spread_overflow(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         """Leave gradients local, but infinite where any rank's are not finite: every rank's scaler then sees the overflow."""
