@@ -235,13 +235,17 @@ class CommReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, with the derived ones."""
-        derived = {phase: {"bytes_per_step": self.bytes_per_step(phase), "reduction": self.reduction(phase)} for phase in self.num_steps}
+        derived = {
+            phase: {"bytes_per_step": self.bytes_per_step(phase), "reduction": self.reduction(phase)} for phase in self.num_steps
+        }
         whole = {"bytes_per_step": self.bytes_per_step(), "reduction": self.reduction()}
         return asdict(self) | {"dense_bytes_per_step": self.dense_bytes_per_step, "by_phase": derived, "whole": whole}
 
     def to_table(self) -> Table:
         """Phase by phase, kind by kind, as a rich table."""
-        table = Table(title=f"Sent by each of {self.world_size} ranks; exact float32: {format_bytes(self.dense_bytes_per_step)} per step")
+        table = Table(
+            title=f"Sent by each of {self.world_size} ranks; exact float32: {format_bytes(self.dense_bytes_per_step)} per step"
+        )
         for column in ("phase", "kind", "steps", "per step", "fewer than float32"):
             table.add_column(column)
         for phase, steps in self.num_steps.items():

@@ -41,7 +41,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, help="UTF-8 text for convergence; Python's documentation without it")
     parser.add_argument("--work", type=Path, default=Path("runs/one-bit-adam"))
-    parser.add_argument("--quick", action="store_true", help="a tiny model and few steps: shows that everything runs; results stay in --work")
+    parser.add_argument(
+        "--quick", action="store_true", help="a tiny model and few steps: shows that everything runs; results stay in --work"
+    )
     parser.add_argument("--only", choices=["speed", "convergence"], help="one half; the tables hold what has run")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -54,7 +56,9 @@ def main() -> int:
     if options.text and not options.text.is_file():
         parser.error(f"--text {options.text} is not a file")
     options.work.mkdir(parents=True, exist_ok=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout.strip()
     kept = options.work / ("rows-quick.json" if options.quick else "rows.json")
     found: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
     for name, job in plan(options).items():
@@ -78,7 +82,11 @@ def main() -> int:
 
 def plan(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Every measurement by name, the cheapest first."""
-    model, small = ({**SMALL, "num_hidden_layers": 2}, {**SMALL, "hidden_size": 64, "num_hidden_layers": 1}) if options.quick else (LARGE, SMALL)
+    model, small = (
+        ({**SMALL, "num_hidden_layers": 2}, {**SMALL, "hidden_size": 64, "num_hidden_layers": 1})
+        if options.quick
+        else (LARGE, SMALL)
+    )
     jobs: dict[str, dict[str, Any]] = {}
     if options.only != "convergence":
         for rate in reversed(RATES):
@@ -124,7 +132,13 @@ def inside(rate: str, command: list[str]) -> list[str]:
 
 def measure(job: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """Run one job in its namespace."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "GLOO_SOCKET_IFNAME": "lo", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "passive",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
     with tempfile.TemporaryDirectory() as folder:
         given = {**job, "folder": folder, "text": str(options.text.resolve()) if options.text else None}
@@ -197,11 +211,17 @@ def work(rank: int, job: dict[str, Any]) -> None:
         curve = torch.tensor(losses)
         dist.all_reduce(curve)
         row["losses"] = [round(value, 4) for value in (curve / job["processes"]).tolist()]
-        windows = held_out[: 64 * job["length"]].view(-1, 8, job["length"]) if len(held_out) >= 64 * job["length"] else held_out[: job["length"]].view(1, 1, -1)
+        windows = (
+            held_out[: 64 * job["length"]].view(-1, 8, job["length"])
+            if len(held_out) >= 64 * job["length"]
+            else held_out[: job["length"]].view(1, 1, -1)
+        )
         with torch.no_grad():
             row["held_out_loss"] = statistics.fmean(model(input_ids=rows, labels=rows).loss.item() for rows in windows)
     optimizer.check_replicas()
-    row["counted_bytes_per_step"] = optimizer.report.bytes_per_step("compression" if "compression" in optimizer.report.num_steps else None)
+    row["counted_bytes_per_step"] = optimizer.report.bytes_per_step(
+        "compression" if "compression" in optimizer.report.num_steps else None
+    )
     if rank == 0:
         Path(job["folder"], "row.json").write_text(json.dumps(row))
     dist.destroy_process_group()
@@ -259,9 +279,27 @@ def bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         whole = by_name.get(("whole", "unlimited", processes, "one-bit, fp16 warm-up"))
         if adam and ours:
             ratio = adam["wire_bytes_per_rank_and_step"] / ours["wire_bytes_per_rank_and_step"]
-            result.append(bar(f"{processes} processes: bytes on the wire, float32 / compression phase", ">= 28", round(ratio, 2), ratio >= 28, ours, ours["seconds"]))
+            result.append(
+                bar(
+                    f"{processes} processes: bytes on the wire, float32 / compression phase",
+                    ">= 28",
+                    round(ratio, 2),
+                    ratio >= 28,
+                    ours,
+                    ours["seconds"],
+                )
+            )
             speed = ours["tokens_per_second"] / adam["tokens_per_second"]
-            result.append(bar(f"{processes} processes, unlimited loopback: tokens/s in the compression phase, times Adam's", ">= 0.9", round(speed, 2), speed >= 0.9, ours, ours["seconds"]))
+            result.append(
+                bar(
+                    f"{processes} processes, unlimited loopback: tokens/s in the compression phase, times Adam's",
+                    ">= 0.9",
+                    round(speed, 2),
+                    speed >= 0.9,
+                    ours,
+                    ours["seconds"],
+                )
+            )
         for base, name, target in ((half, "fp16", 4.9), (adam, "float32", 5.5)):
             if base and whole:
                 ratio = base["wire_bytes_per_rank_and_step"] / whole["wire_bytes_per_rank_and_step"]
@@ -270,16 +308,46 @@ def bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     adam, ours = by_name.get(("speed", "100mbit", 4, "adam")), by_name.get(("speed", "100mbit", 4, "one-bit"))
     if adam and ours:
         speed = ours["tokens_per_second"] / adam["tokens_per_second"]
-        result.append(bar("4 processes, 100 Mbit/s: tokens/s in the compression phase, times Adam's", ">= 3.3", round(speed, 2), speed >= 3.3, ours, ours["seconds"]))
-    losses = {method: [row["held_out_loss"] for row in rows if row["kind"] == "convergence" and row["method"] == method] for method in ("adam", "one-bit", "naive")}
+        result.append(
+            bar(
+                "4 processes, 100 Mbit/s: tokens/s in the compression phase, times Adam's",
+                ">= 3.3",
+                round(speed, 2),
+                speed >= 3.3,
+                ours,
+                ours["seconds"],
+            )
+        )
+    losses = {
+        method: [row["held_out_loss"] for row in rows if row["kind"] == "convergence" and row["method"] == method]
+        for method in ("adam", "one-bit", "naive")
+    }
     if len(losses["adam"]) == len(losses["one-bit"]) == len(losses["naive"]) >= 3:
         source = next(row for row in rows if row["kind"] == "convergence")
         seconds = sum(row["seconds"] for row in rows if row["kind"] == "convergence")
         mean = statistics.fmean(losses["adam"])
         allowed = max(0.01 * mean, 2 * statistics.stdev(losses["adam"]))
         gap, naive = statistics.fmean(losses["one-bit"]) - mean, statistics.fmean(losses["naive"]) - mean
-        result.append(bar("held-out loss of 1-bit Adam less Adam's, mean of 3 seeds", f"<= max(1 %, 2 sigma) = {allowed:.4f}", round(gap, 4), gap <= allowed, source, seconds))
-        result.append(bar("held-out loss of the naive control less Adam's", f"> {allowed:.4f}, so that the test can fail", round(naive, 4), naive > allowed, source, seconds))
+        result.append(
+            bar(
+                "held-out loss of 1-bit Adam less Adam's, mean of 3 seeds",
+                f"<= max(1 %, 2 sigma) = {allowed:.4f}",
+                round(gap, 4),
+                gap <= allowed,
+                source,
+                seconds,
+            )
+        )
+        result.append(
+            bar(
+                "held-out loss of the naive control less Adam's",
+                f"> {allowed:.4f}, so that the test can fail",
+                round(naive, 4),
+                naive > allowed,
+                source,
+                seconds,
+            )
+        )
     return result
 
 
@@ -295,16 +363,26 @@ def write(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     without_curves = [{key: value for key, value in row.items() if key != "losses"} for row in rows]
     (folder / "07-one-bit-adam.json").write_text(json.dumps({"bars": result, "rows": without_curves}, indent=2) + "\n")
     large = next((row["num_parameters"] for row in rows if row["kind"] == "speed"), 0)
-    lines = [f"# 1-bit Adam\n\n{machine()}; the commit of each row is in the JSON. Speed: {large / 1e6:.1f}M parameters, seed 0, sum of what all processes send limited to the rate.\n"]
+    lines = [
+        f"# 1-bit Adam\n\n{machine()}; the commit of each row is in the JSON. Speed: {large / 1e6:.1f}M parameters, seed 0, sum of what all processes send limited to the rate.\n"
+    ]
     lines += ["| claim | target | measured | held |", "|---|---|---|---|"]
     lines += [f"| {b['claim']} | {b['target']} | {b['measured']} | {'yes' if b['held'] else '**no**'} |" for b in result]
-    lines += ["", "| loopback | processes | method | tokens/s | s per step | MB on the wire per process and step |", "|---|---|---|---|---|---|"]
+    lines += [
+        "",
+        "| loopback | processes | method | tokens/s | s per step | MB on the wire per process and step |",
+        "|---|---|---|---|---|---|",
+    ]
     lines += [
         f"| {row['rate']} | {row['processes']} | {row['method']}{', whole run' if row['kind'] == 'whole' else ''} | {row['tokens_per_second']:.1f} | "
         f"{row['step_seconds']:.2f} | {row['wire_bytes_per_rank_and_step'] / 1e6:.3f} |" for row in rows if row["kind"] != "convergence"
     ]  # fmt: skip
     lines += ["", "| method | seed | held-out loss, nats per byte | steps |", "|---|---|---|---|"]
-    lines += [f"| {row['method']} | {row['seed']} | {row['held_out_loss']:.4f} | {row['steps']} |" for row in rows if row["kind"] == "convergence"]
+    lines += [
+        f"| {row['method']} | {row['seed']} | {row['held_out_loss']:.4f} | {row['steps']} |"
+        for row in rows
+        if row["kind"] == "convergence"
+    ]
     (folder / "07-one-bit-adam.md").write_text("\n".join(lines) + "\n\n![loss curves and speed](07-one-bit-adam.png)\n")
     plot(rows, folder / "07-one-bit-adam.png")
     print("\n".join(lines))
@@ -328,9 +406,24 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     left.set(xlabel="step", ylabel="training loss, nats per byte")
     names = [(rate, processes) for rate in RATES for processes in (2, 4)]
     for offset, method in enumerate(METHODS):
-        speeds = {(row["rate"], row["processes"]): row["tokens_per_second"] for row in rows if row["kind"] == "speed" and row["method"] == method}
-        right.bar([i + 0.27 * (offset - 1) for i in range(len(names))], [speeds.get(name, math.nan) for name in names], 0.25, color=colours[method], label=method)
-    right.set(ylabel="tokens per second", yscale="log", xticks=range(len(names)), xticklabels=[f"{rate}\n{processes} processes" for rate, processes in names])
+        speeds = {
+            (row["rate"], row["processes"]): row["tokens_per_second"]
+            for row in rows
+            if row["kind"] == "speed" and row["method"] == method
+        }
+        right.bar(
+            [i + 0.27 * (offset - 1) for i in range(len(names))],
+            [speeds.get(name, math.nan) for name in names],
+            0.25,
+            color=colours[method],
+            label=method,
+        )
+    right.set(
+        ylabel="tokens per second",
+        yscale="log",
+        xticks=range(len(names)),
+        xticklabels=[f"{rate}\n{processes} processes" for rate, processes in names],
+    )
     right.tick_params(axis="x", labelsize=7)
     for axes in (left, right):
         if axes.get_legend_handles_labels()[0]:

@@ -55,7 +55,9 @@ class OneBitAdamCallback(TrainerCallback):
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Refuse sharded training before anything is loaded or wrapped."""
         if args.fsdp:
-            raise UnsupportedModel(f"1-bit Adam needs whole parameters on every rank: FSDP shards them, got fsdp={args.fsdp}; use DDP")
+            raise UnsupportedModel(
+                f"1-bit Adam needs whole parameters on every rank: FSDP shards them, got fsdp={args.fsdp}; use DDP"
+            )
         if args.deepspeed:
             raise UnsupportedModel("1-bit Adam needs whole parameters on every rank: DeepSpeed ZeRO shards them; use DDP")
 
@@ -67,7 +69,9 @@ class OneBitAdamCallback(TrainerCallback):
             if mode == name:
                 raise UnsupportedModel(f"1-bit Adam needs whole parameters on every rank: {refused} shards them; use DDP")
         if args.n_gpu > 1:
-            raise UnsupportedModel(f"{args.n_gpu} GPUs in one process is nn.DataParallel: launch one process per GPU with torchrun")
+            raise UnsupportedModel(
+                f"{args.n_gpu} GPUs in one process is nn.DataParallel: launch one process per GPU with torchrun"
+            )
         self.optimizer = self._install(args, state, wrapped)
         trained = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         orphans = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in trained]
@@ -143,7 +147,9 @@ class OneBitAdamCallback(TrainerCallback):
         """The optimizer inside the Trainer's `AcceleratedOptimizer`, replaced if it is not ours already."""
         if isinstance(wrapped.optimizer, OneBitAdam):
             if wrapped.optimizer.config != self.config:
-                raise ConfigError("OneBitAdam and OneBitAdamCallback have different configs: give both the same, or leave the optimizer to the callback")
+                raise ConfigError(
+                    "OneBitAdam and OneBitAdamCallback have different configs: give both the same, or leave the optimizer to the callback"
+                )
             return wrapped.optimizer
         warmup_steps = args.get_warmup_steps(state.max_steps)
         new = OneBitAdam.from_adamw(wrapped.optimizer, config=self.config, total_steps=state.max_steps, warmup_steps=warmup_steps)

@@ -92,7 +92,9 @@ class CompressedMean:
             scales.append(message[: 4 * len(chunk)].view(torch.float32))
         self._apply_mask(target)
         if not torch.cat(scales).isfinite().all():
-            raise NumericalError("a gradient is not finite on some rank: lower the learning rate, or train in bfloat16 or float32")
+            raise NumericalError(
+                "a gradient is not finite on some rank: lower the learning rate, or train in bfloat16 or float32"
+            )
 
     def choose_bits(self, of_bits: int) -> list[int]:
         """Widths with the fewest bytes whose squared error on rank 0's buffer is at most that of `of_bits` for all tensors."""

@@ -74,7 +74,9 @@ def message_bytes(chunk: Sequence[Segment]) -> int:
     >>> message_bytes([Segment(0, 0, 20, 1), Segment(1, 20, 24, 8)])
     16
     """
-    payload = sum(packed_row_bytes(segment.num_values, min(segment.bits, 8)) * (2 if segment.bits == 16 else 1) for segment in chunk)
+    payload = sum(
+        packed_row_bytes(segment.num_values, min(segment.bits, 8)) * (2 if segment.bits == 16 else 1) for segment in chunk
+    )
     return -(-(4 * len(chunk) + payload) // 4) * 4
 
 

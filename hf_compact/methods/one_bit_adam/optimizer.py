@@ -110,8 +110,11 @@ class OneBitAdam(torch.optim.AdamW):
         if type(adamw) is not torch.optim.AdamW:
             name = f"{type(adamw).__module__}.{type(adamw).__name__}"
             raise ConfigError(f"1-bit Adam replaces torch.optim.AdamW (TrainingArguments optim='adamw_torch'), got {name}")
+        is_new = PROGRESS not in adamw.param_groups[0]
         new = cls(adamw.param_groups, **settings)
         new.state = adamw.state
+        if is_new:
+            del new.param_groups[0][PROGRESS]  # made before the state was there to count steps in
         new._restore()
         return new
 
@@ -181,7 +184,9 @@ class OneBitAdam(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         if world_size() > 1 and not self._is_attached:
-            raise UnsupportedModel("call OneBitAdam.attach with the DDP model before the first step: gradients are not exchanged yet")
+            raise UnsupportedModel(
+                "call OneBitAdam.attach with the DDP model before the first step: gradients are not exchanged yet"
+            )
         self._progress["steps"] += 1
         if self._mean is None:
             super().step()
@@ -221,9 +226,16 @@ class OneBitAdam(torch.optim.AdamW):
         if not compressed:
             raise ConfigError(f"no tensor is left to compress after {self.num_steps} steps: the variance is 0 almost everywhere")
         if rank() == 0:
-            logger.info("1-bit Adam: variance frozen after step %d, %d of %d tensors compressed", self.num_steps, len(compressed), len(trained))
+            logger.info(
+                "1-bit Adam: variance frozen after step %d, %d of %d tensors compressed",
+                self.num_steps,
+                len(compressed),
+                len(trained),
+            )
             if self.num_steps < FEWEST_WARMUP_STEPS:
-                logger.warning("the variance was learned in %d steps only; fewer than %d often diverge", self.num_steps, FEWEST_WARMUP_STEPS)
+                logger.warning(
+                    "the variance was learned in %d steps only; fewer than %d often diverge", self.num_steps, FEWEST_WARMUP_STEPS
+                )
         self._progress.update(frozen_at=self.num_steps, compressed=compressed, bits=[1] * len(compressed))
         self._start_compression()
         self.check_replicas(with_state=True)
@@ -269,7 +281,10 @@ class OneBitAdam(torch.optim.AdamW):
         tensors = [(self._name(p), p) for _, p in self._trained()]
         if with_state:
             tensors += [
-                (f"{name} ({key})", self.state[p][key]) for name, p in tuple(tensors) for key in ("exp_avg", "exp_avg_sq") if self.state[p]
+                (f"{name} ({key})", self.state[p][key])
+                for name, p in tuple(tensors)
+                for key in ("exp_avg", "exp_avg_sq")
+                if self.state[p]
             ]
         sums = torch.stack([_checksum(tensor) for _, tensor in tensors])
         extremes = torch.cat([sums, -sums])
@@ -292,7 +307,11 @@ class OneBitAdam(torch.optim.AdamW):
         """
         if self._local:
             raise VerificationError("ranks are apart by local steps: call OneBitAdam.synchronize() on all ranks before saving")
-        self._progress["sent"] = {"world_size": self.report.world_size, "bytes": self.report.sent_bytes, "steps": self.report.num_steps}
+        self._progress["sent"] = {
+            "world_size": self.report.world_size,
+            "bytes": self.report.sent_bytes,
+            "steps": self.report.num_steps,
+        }
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -358,7 +377,9 @@ class OneBitAdam(torch.optim.AdamW):
                 raise ConfigError(f"1-bit Adam has no {option}: set {option}=False")
         sharded = [type(p).__name__ for _, p in trained if isinstance(p, DTensor) or type(p).__name__ == "FlatParameter"]
         if sharded:
-            raise UnsupportedModel(f"1-bit Adam needs whole parameters on every rank, got {sharded[0]}: FSDP and ZeRO shard them; use DDP")
+            raise UnsupportedModel(
+                f"1-bit Adam needs whole parameters on every rank, got {sharded[0]}: FSDP and ZeRO shard them; use DDP"
+            )
         devices = {str(p.device) for _, p in trained}
         if len(devices) > 1:
             raise UnsupportedModel(f"1-bit Adam needs all parameters on one device per rank, got {', '.join(sorted(devices))}")
@@ -366,7 +387,7 @@ class OneBitAdam(torch.optim.AdamW):
     def _restore(self) -> None:
         """Take up the phase that the groups and the state say."""
         steps = max((int(state["step"]) for state in self.state.values() if "step" in state), default=0)
-        fresh = {"steps": steps, "frozen_at": None, "variance_norm": None, "compressed": [], "bits": []}
+        fresh: dict[str, Any] = {"steps": steps, "frozen_at": None, "variance_norm": None, "compressed": [], "bits": []}
         self.param_groups[0].setdefault(PROGRESS, fresh)
         self._mean: CompressedMean | None = None
         self._local: list[dict[str, Any]] = []
