@@ -243,17 +243,19 @@ class CommReport:
 
     def to_table(self) -> Table:
         """Phase by phase, kind by kind, as a rich table."""
-        table = Table(
-            title=f"Sent by each of {self.world_size} ranks; exact float32: {format_bytes(self.dense_bytes_per_step)} per step"
-        )
+        dense = f"{self.dense_bytes_per_step / 1e6:.3f} MB"
+        table = Table(title=f"Sent by each of {self.world_size} ranks; exact float32: {dense} per step")
         for column in ("phase", "kind", "steps", "per step", "fewer than float32"):
             table.add_column(column)
+
+        def add(phase: str, kind: str, steps: int, per_step: float, reduction: str) -> None:
+            table.add_row(phase, kind, str(steps), f"{per_step / 1e6:.3f} MB", reduction)
+
         for phase, steps in self.num_steps.items():
             for kind, num_bytes in self.sent_bytes.get(phase, {}).items():
-                table.add_row(phase, kind, str(steps), format_bytes(num_bytes / steps), "")
-            table.add_row(phase, "all", str(steps), format_bytes(self.bytes_per_step(phase)), f"{self.reduction(phase):.1f} ×")
-        steps = sum(self.num_steps.values())
-        table.add_row("whole run", "all", str(steps), format_bytes(self.bytes_per_step()), f"{self.reduction():.1f} ×")
+                add(phase, kind, steps, num_bytes / steps, "")
+            add(phase, "all", steps, self.bytes_per_step(phase), f"{self.reduction(phase):.1f} ×")
+        add("whole run", "all", sum(self.num_steps.values()), self.bytes_per_step(), f"{self.reduction():.1f} ×")
         return table
 
 

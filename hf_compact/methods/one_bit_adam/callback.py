@@ -80,8 +80,9 @@ class OneBitAdamCallback(TrainerCallback):
                 f"{len(orphans)} trainable parameters are not in the optimizer, first {orphans[0]}: replace modules before the Trainer is made"
             )
         self.optimizer.attach(_wrapper_of(model), agrees_on_overflow=wrapped.scaler is not None)
-        # Clipping is done here, by the norm over all ranks; the Trainer would clip by each rank's own.
-        self._max_grad_norm, args.max_grad_norm = args.max_grad_norm, 0.0
+        if world_size() > 1:
+            # Clipping is done here, by the norm over all ranks; the Trainer would clip by each rank's own.
+            self._max_grad_norm, args.max_grad_norm = args.max_grad_norm, 0.0
         if self.optimizer.is_compressing and not any(self.optimizer.load_errors(folder) for folder in _checkpoints(args, state)):
             logger.warning(
                 "the checkpoint of step %d has no errors of 1-bit Adam for %d ranks (another number of ranks, or another output_dir "
@@ -132,7 +133,8 @@ class OneBitAdamCallback(TrainerCallback):
         optimizer = self._own()
         optimizer.synchronize()
         optimizer.check_replicas()
-        args.max_grad_norm = self._max_grad_norm
+        if world_size() > 1:
+            args.max_grad_norm = self._max_grad_norm
         if world_size() > 1 and rank() == 0:
             Console(stderr=True).print(self.report.to_table())
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)

@@ -57,7 +57,7 @@ class OneBitAdam(torch.optim.AdamW):
     gradient after the warm-up is exchanged exactly.
 
     >>> weight = torch.nn.Parameter(torch.ones(2)); optimizer = OneBitAdam([weight], lr=0.5, weight_decay=0.0, total_steps=10)
-    >>> weight.grad = torch.ones(2); optimizer.step(); weight.tolist()
+    >>> weight.grad = torch.ones(2); optimizer.step(); [round(value, 4) for value in weight.tolist()]
     [0.5, 0.5]
     """
 
