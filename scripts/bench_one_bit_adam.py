@@ -31,7 +31,7 @@ RESULTS = ROOT / "evaluation" / "results"
 RATES = {"100mbit": 100e6, "1gbit": 1e9, "unlimited": None}
 METHODS = ("adam", "adam fp16", "one-bit")
 WARMUP_SHARE = 0.15
-#: Byte-level Llama of 25.3 million parameters; head and embedding are tied.
+#: Byte-level Llama of 25.8 million parameters; head and embedding are tied.
 LARGE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
 SMALL = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4}
 
