@@ -9,16 +9,21 @@ from .errors import CompactError
 from .hf.quantizer import CompactConfig, set_bits
 from .methods.codebook import CodebookConfig
 from .methods.compacter import CompacterConfig, CompacterModel
-from .report import Report
+from .methods.one_bit_adam import OneBitAdam, OneBitAdamCallback, OneBitAdamConfig
+from .report import CommReport, Report
 from .version import __version__
 
 __all__ = [
     "CalibrationConfig",
     "CodebookConfig",
+    "CommReport",
     "CompactConfig",
     "CompactError",
     "CompacterConfig",
     "CompacterModel",
+    "OneBitAdam",
+    "OneBitAdamCallback",
+    "OneBitAdamConfig",
     "Recipe",
     "Report",
     "__version__",

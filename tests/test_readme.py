@@ -31,7 +31,7 @@ def workplace(tmp_path_factory, dense_folder) -> Path:
 
 
 def test_the_readme_has_the_snippets_that_are_tested():
-    assert len(blocks("python")) == 4
+    assert len(blocks("python")) == 5
     assert len(blocks("yaml")) == 1
     assert len(blocks("bash")) == 2
 

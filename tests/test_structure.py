@@ -41,9 +41,11 @@ ORDER = [
     "api",
     "cli",
 ]
-SLICE_ORDER = ["config", "functional", "joint", "layer", "model", "apply", "callback", "__init__"]
-#: Slices that are a PEFT method and no stage of a recipe.
-ADAPTERS = {"compacter"}
+SLICE_ORDER = [
+    "config", "functional", "joint", "layer", "model", "apply", "exchange", "optimizer", "callback", "__init__",
+]  # fmt: skip
+#: Slices that are no stage of a recipe, so no entry of METHODS: a PEFT method, and one that changes training and not the model.
+OTHER_SLICES = {"compacter", "one_bit_adam"}
 #: The package's public face and its entry point import downwards from above everything.
 TOP = ("__init__.py", "__main__.py")
 #: The fresh process of a verification registers the plugin by importing the package, once.
@@ -116,13 +118,13 @@ def test_slices_stand_alone(path):
 
 def test_slices_are_seen():
     assert len(SLICES) >= 5
-    assert {path.parent.name for path in SLICES} == set(METHODS) | ADAPTERS
+    assert {path.parent.name for path in SLICES} == set(METHODS) | OTHER_SLICES
 
 
 def test_pure_files_are_seen():
     assert {"hf_compact/functional/gram.py", "hf_compact/functional/packing.py"} <= {relative(path) for path in PURE}
     assert sum(path.name == "functional.py" for path in PURE) == sum(
-        (ROOT / "methods" / name / "functional.py").exists() for name in {*METHODS, *ADAPTERS}
+        (ROOT / "methods" / name / "functional.py").exists() for name in {*METHODS, *OTHER_SLICES}
     )
 
 

@@ -1,0 +1,120 @@
+"""A Trainer script as users write it, started by torchrun: trains, resumes, or loses a rank; what came out goes to files."""
+
+import argparse
+import json
+import logging
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from safetensors.torch import save_file
+
+from hf_compact import OneBitAdamCallback, OneBitAdamConfig
+from hf_compact.errors import UnsupportedModel
+from tests.conftest import tiny_model
+
+STEPS, SAVED = 24, 12
+CONFIG = OneBitAdamConfig(freeze=8, min_numel=1024, check_every=5)
+
+
+class KillRank(transformers.TrainerCallback):
+    """Loses rank 1 as a machine does: without a word."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == SAVED + 3 and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class ZeroSmallWeights(transformers.TrainerCallback):
+    """Stands for another callback that changes weights, like a pruning schedule."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.masked_fill_(parameter.abs() < 1e-3, 0.0)
+
+
+class WarningsOf(logging.Handler):
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.texts = []
+        logging.getLogger("hf_compact").addHandler(self)
+
+    def emit(self, record):
+        self.texts.append(record.getMessage())
+
+
+def train(
+    folder: Path, name: str, *, callbacks=(), resume: str | None = None, config=CONFIG, callback=True, **arguments
+) -> transformers.Trainer:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(3, 384, (64, 16), generator=generator)
+    rows[:, 8:] = rows[:, :8]  # something to learn: the second half repeats the first
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    defaults = {
+        "output_dir": str(folder / name), "max_steps": STEPS, "save_steps": SAVED, "logging_steps": 4, "learning_rate": 3e-3,
+        "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "use_cpu": True, "report_to": [], "disable_tqdm": True,
+        "seed": 1, "lr_scheduler_type": "linear", "warmup_steps": 2, "max_grad_norm": 1.0,
+    }  # fmt: skip
+    ours = OneBitAdamCallback(config)
+    trainer = transformers.Trainer(
+        model=tiny_model("llama").train(), args=transformers.TrainingArguments(**defaults | arguments), train_dataset=data,
+        callbacks=[*([ours] if callback else []), *callbacks],
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=resume)
+    tensors = {key: value.clone().contiguous() for key, value in trainer.model.state_dict().items()}
+    tensors.pop("lm_head.weight", None)
+    save_file(tensors, folder / f"{name}-rank{trainer.args.process_index}.safetensors")
+    if trainer.args.process_index == 0:
+        result = {
+            "log": trainer.state.log_history,
+            "report": ours.report.to_dict(),
+            "max_grad_norm": trainer.args.max_grad_norm,
+        }
+        (folder / f"{name}.json").write_text(json.dumps(result))
+    return trainer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("what", choices=["killed", "all", "four"])
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    heard = WarningsOf()
+    folder = options.folder
+    checkpoint = str(folder / "killed" / f"checkpoint-{SAVED}")
+    if options.what == "killed":
+        train(folder, "killed", callbacks=[KillRank()])
+    elif options.what == "four":
+        train(folder, "four", resume=checkpoint)
+        (folder / f"four-{dist.get_rank()}.json").write_text(json.dumps(heard.texts))
+    else:
+        train(folder, "straight", callbacks=[ZeroSmallWeights()])
+        train(folder, "plain")
+        assert not any("has no errors" in text for text in heard.texts)
+        train(folder, "killed", resume=checkpoint)
+        assert not any("has no errors" in text for text in heard.texts)
+        for path in Path(checkpoint).glob("one_bit_adam_rank1*"):
+            dist.barrier()
+            path.unlink(missing_ok=True)
+        train(folder, "forgetful", resume=checkpoint)
+        assert any("has no errors of 1-bit Adam for 2 ranks" in text for text in heard.texts)
+        train(
+            folder,
+            "bf16",
+            bf16=True,
+            config=OneBitAdamConfig(freeze="auto", min_numel=1024, local_steps=4, local_steps_double_every=3),
+        )
+        with pytest.raises(UnsupportedModel, match="FSDP shards them"):
+            train(folder, "fsdp", fsdp="full_shard")
+        (folder / f"all-{dist.get_rank()}.done").touch()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
