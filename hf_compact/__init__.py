@@ -3,7 +3,7 @@
 Importing this package registers the `hf_compact` quantization method with transformers.
 """
 
-from .api import compress, evaluate, inspect_folder, plan
+from .api import compress, evaluate, inspect_folder, plan, plan_budget
 from .config import CalibrationConfig, Recipe
 from .errors import CompactError
 from .hf.quantizer import CompactConfig
@@ -23,4 +23,5 @@ __all__ = [
     "evaluate",
     "inspect_folder",
     "plan",
+    "plan_budget",
 ]

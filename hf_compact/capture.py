@@ -72,7 +72,7 @@ class Method:
         return {"layer": name, **module.spec()}
 
 
-class _StopForward(Exception):
+class StopForward(Exception):
     """Ends a forward pass early once it has given what it was run for."""
 
 
@@ -142,6 +142,8 @@ class BlockRunner:
             for position, (method, config) in enumerate(self.stages):
                 if method.prepare is not None and self.num_resumed < len(units):
                     names = [name for name in self.arch.roles if name in self.targets[position]]
+                    if not names:
+                        continue
                     self.guides[position] = method.prepare(
                         self.model, self.arch, names, self.batches[:-1], config, partial(progress, "sensitivity")
                     )
@@ -311,8 +313,7 @@ class BlockRunner:
             if method.is_dealt:
                 distributed.broadcast_(new[name].buffers(), owner)
             if moments is not None and linear.bias is not None:
-                mean = (total[:-1] / total[-1]).to(linear.weight.device, torch.float32)
-                new[name].bias.data += ((linear.weight.float() - new[name].to_dense()) @ mean).to(linear.bias.dtype)
+                correct_bias_(new[name], linear.weight, total)
             found[name] = self._report(
                 name, self.arch.roles[name], config, linear, new[name], moments, time.perf_counter() - started
             )
@@ -357,12 +358,12 @@ class BlockRunner:
                     self.is_tuple = isinstance(output, tuple)
                     extras = output[1:] if self.is_tuple else ()
             if name == stack[-1]:
-                raise _StopForward
+                raise StopForward
             return (hidden, *extras) if self.is_tuple else hidden
 
         for number, batch in enumerate(self.batches):
             forwards = {block: partial(stand_in, name) for name, block in blocks.items()} | self._replay(number)
-            with patched_forwards(forwards), suppress(_StopForward):
+            with patched_forwards(forwards), suppress(StopForward):
                 self.model(**batch)
         if any(len(calls[name]) != len(self.batches) for name in stack):
             raise UnsupportedModel(
@@ -421,13 +422,13 @@ class BlockRunner:
             add_gram_(gram, x)
             total[:-1] += x.sum(0, dtype=torch.float32)
             total[-1] += len(x)
-            raise _StopForward
+            raise StopForward
 
         handle = target.register_forward_pre_hook(note)
         try:
             for number, batch in enumerate(self.batches[:-1]):
                 mask = batch.get(self._mask_name(block, name))
-                with suppress(_StopForward):
+                with suppress(StopForward):
                     self._run_block(self.model.get_submodule(block), number, calls[number])
         finally:
             handle.remove()
@@ -537,10 +538,26 @@ def assign_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         setattr(module, leaf, nn.Parameter(tensor, requires_grad=False) if isinstance(old, nn.Parameter) else tensor)
 
 
+def correct_bias_(module: nn.Module, weight: Tensor, total: Tensor) -> None:
+    """Put into the bias of a compressed Linear what it loses of the mean input.
+
+    Args:
+        module: compressed, with a bias.
+        weight: `[out, in]` dense.
+        total: `[in + 1]` sum of the inputs and behind it their number.
+    """
+    mean = (total[:-1] / total[-1]).to(weight.device, torch.float32)
+    module.bias.data += ((weight.float() - module.to_dense()) @ mean).to(module.bias.dtype)
+
+
+def stored_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a compressed module in a file, its bias left out."""
+    return {name: buffer for name, buffer in module.named_buffers() if name not in module._non_persistent_buffers_set}
+
+
 def stored_bytes(module: nn.Module) -> int:
     """Bytes of a compressed module in a file, its bias left out."""
-    kept = ((name, buffer) for name, buffer in module.named_buffers() if name not in module._non_persistent_buffers_set)
-    return sum(buffer.nbytes for _, buffer in kept)
+    return sum(buffer.nbytes for buffer in stored_tensors(module).values())
 
 
 def _relative_error(weight: Tensor, module: nn.Module, gram: Tensor | None) -> float:

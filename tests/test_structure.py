@@ -31,6 +31,8 @@ ORDER = [
     "checkpoint",
     "capture",
     "distillation",
+    "measurement",
+    "planner",
     "training",
     "methods",
     "hf",
