@@ -220,7 +220,7 @@ class BlockRunner:
             assign_(self.model, self.source.read(name for name in names if name in self.source.file_of))
             self.model.tie_weights()
 
-    def _compress(self, position: int, unit: str, work: Callable[[], dict[str, LayerReport | None]]) -> None:
+    def _compress(self, position: int, unit: str, work: Callable[[], Mapping[str, LayerReport | None]]) -> None:
         """Compress a resident unit and write it, unless an earlier run has."""
         if position < self.num_resumed:
             return
@@ -263,8 +263,8 @@ class BlockRunner:
         }
         return {name: reports.get(name) for name in table}
 
-    def _compress_block(self, block: str, calls: list[_Call]) -> dict[str, LayerReport | None]:
-        found: dict[str, LayerReport | None] = {}
+    def _compress_block(self, block: str, calls: list[_Call]) -> dict[str, LayerReport]:
+        found: dict[str, LayerReport] = {}
         module = self.model.get_submodule(block)
         for (method, config), targets, guide in zip(self.stages, self.targets, self.guides, strict=True):
             names = [name for name in self.arch.targets(block) if name in targets]
@@ -275,7 +275,7 @@ class BlockRunner:
             self.settled = {}
             for group in self._input_groups(module, names, calls) if config.needs_calibration else [names]:
                 gram, total = self._moments(block, group[0], calls) if config.needs_calibration else (None, None)
-                found |= self._compress_group(group, gram, total, method, config, guide)
+                found |= self._compress_group(group, gram, total, method, config, guide, list(found.values()))
                 for part, child in module.named_children():
                     inside = [name for name in names if name.startswith(f"{block}.{part}.")]
                     if inside and all(name in found for name in inside):
@@ -290,14 +290,15 @@ class BlockRunner:
         method: Method,
         config: MethodConfig,
         guide: Guide | None,
-    ) -> dict[str, LayerReport | None]:
+        earlier: Sequence[LayerReport],
+    ) -> dict[str, LayerReport]:
         """Compress Linears that share one input; the ranks deal them out by cost and exchange the results.
 
         A Linear with a bias answers for the spread of its inputs only: what the mean input loses goes into the bias.
         """
         old = {name: as_linear(self.model.get_submodule(name)) for name in names}
         owners = distributed.owners([linear.weight.numel() * linear.in_features for linear in old.values()])
-        found: dict[str, LayerReport | None] = {}
+        found: dict[str, LayerReport] = {}
         new: dict[str, nn.Module] = {}
         for owner, (name, linear) in zip(owners, old.items(), strict=True):
             started = time.perf_counter()
@@ -308,7 +309,10 @@ class BlockRunner:
                 moments = centered(gram, total)
             return_freed_memory()
             is_mine = owner == distributed.rank() or not method.is_dealt
-            hints = {} if guide is None or total is None else {"guide": guide.share(name, self.report.layers, total[-1].item())}
+            hints = {}
+            if guide is not None and total is not None:
+                finished = [*self.report.layers, *earlier, *found.values()]  # the report knows whole blocks only
+                hints["guide"] = guide.share(name, finished, total[-1].item())
             new[name] = method.compress_linear(linear, moments, config, solve=is_mine, **hints)
             if method.is_dealt:
                 distributed.broadcast_(new[name].buffers(), owner)

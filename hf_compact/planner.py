@@ -167,6 +167,7 @@ def find_items(model: PreTrainedModel, arch: Architecture, stages: Sequence[tupl
         ConfigError: stages that deal out bits themselves stand beside others, or differ in more than their rates.
     """
     targets = [set(select_names(arch.roles, config.include, config.exclude)) for _, config in stages]
+    unit_bytes = _unit_bytes(model.state_dict(), arch)
     items = []
     outside = tuple(name for name in (arch.embedding, arch.head) if name is not None)
     found: dict[str, Alternative] = {}
@@ -174,7 +175,7 @@ def find_items(model: PreTrainedModel, arch: Architecture, stages: Sequence[tupl
         made = {name: method.compress_embedding(model.get_submodule(name), config, solve=False) for name in outside}
         if made and None not in made.values():
             kind = str([method.table_entry(new) for new in made.values()])
-            found.setdefault(kind, _alternative(method, config, made))
+            found.setdefault(kind, _alternative(method, config, made, unit_bytes[""]))
     if found:
         items.append(Item("embeddings", outside, None, _by_size(found.values())))
     if any(config.deals_out_bits for _, config in stages):
@@ -186,7 +187,10 @@ def find_items(model: PreTrainedModel, arch: Architecture, stages: Sequence[tupl
         olds = {name: on_meta(model.get_submodule(name)) for name in names}
         alternatives = [
             _alternative(
-                method, config, {name: method.compress_linear(old, None, config, solve=False) for name, old in olds.items()}
+                method,
+                config,
+                {name: method.compress_linear(old, None, config, solve=False) for name, old in olds.items()},
+                max(unit_bytes.values()) if block is None else unit_bytes[block],
             )
             for (method, config), chosen in zip(stages, targets, strict=True)
             if names[0] in chosen
@@ -216,10 +220,11 @@ def _groups(arch: Architecture, targets: Sequence[set[str]]) -> dict[tuple[str, 
     return {(" + ".join(names), block): names for (block, _, _), names in groups.items()}
 
 
-def _alternative(method: Method, config: MethodConfig, modules: Mapping[str, nn.Module]) -> Alternative:
+def _alternative(method: Method, config: MethodConfig, modules: Mapping[str, nn.Module], file_bytes: int) -> Alternative:
+    """With the size of its entries in the header of a file of at most so many bytes."""
     tensors = {f"{name}.{leaf}": tensor for name, new in modules.items() for leaf, tensor in stored_tensors(new).items()}
     stored = sum(tensor.nbytes for tensor in tensors.values())
-    return Alternative(method, config, stored, sum(header_bytes(name, tensor, 2 * stored) for name, tensor in tensors.items()))
+    return Alternative(method, config, stored, sum(header_bytes(name, tensor, file_bytes) for name, tensor in tensors.items()))
 
 
 def _by_size(alternatives: Iterable[Alternative]) -> tuple[Alternative, ...]:
@@ -238,12 +243,21 @@ def fixed_bytes(model: PreTrainedModel, arch: Architecture, items: Sequence[Item
 
 def files_bytes(tensors: Mapping[str, Tensor], arch: Architecture) -> int:
     """Bytes of tensors in files as a run writes them: one for each block, and one for the rest; a few bytes too many."""
-    sizes = dict.fromkeys(["", *arch.blocks], 0)
-    units = {name: next((block for block in arch.blocks if name.startswith(block + ".")), "") for name in tensors}
-    for name, tensor in tensors.items():
-        sizes[units[name]] += tensor.nbytes
-    headers = sum(header_bytes(name, tensor, sizes[units[name]]) for name, tensor in tensors.items())
+    sizes = _unit_bytes(tensors, arch)
+    headers = sum(header_bytes(name, tensor, sizes[_unit(name, arch)]) for name, tensor in tensors.items())
     return sum(sizes.values()) + headers + len(sizes) * SHARD_BYTES
+
+
+def _unit_bytes(tensors: Mapping[str, Tensor], arch: Architecture) -> dict[str, int]:
+    """Bytes by block; what is outside of them has the empty name."""
+    sizes = dict.fromkeys(["", *arch.blocks], 0)
+    for name, tensor in tensors.items():
+        sizes[_unit(name, arch)] += tensor.nbytes
+    return sizes
+
+
+def _unit(name: str, arch: Architecture) -> str:
+    return next((block for block in arch.blocks if name.startswith(block + ".")), "")
 
 
 @dataclass(frozen=True)
