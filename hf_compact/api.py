@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -285,7 +285,9 @@ def plan_budget(  # noqa: PLR0913 - by keyword
         programme = Programme(dense.model, arch, items, errors)
     chosen = programme.solve(target)
     front = tuple(programme.point(table) for table in programme.tables())
-    found = BudgetPlan(replace(recipe, stages=programme.stages(chosen)), programme.point(chosen), front, (), data_free)
+    found = BudgetPlan(
+        replace(recipe, stages=programme.stages(chosen)), programme.point(chosen), front, (), _error_unit(dense.model, data_free)
+    )
     if validate:
         found = replace(found, measured=_validated(dense.model, arch, programme, chosen, prepared, num_tokens, progress))
     for path in files:
@@ -656,6 +658,12 @@ def _check_data_free(recipe: Recipe, target: Target, validate: bool) -> None:
         raise ConfigError(f"data_free proposes from the weights alone: {what} needs a measurement on text")
     if any(stage.deals_out_bits for stage in recipe.stages):
         raise ConfigError("data_free proposes from the weights alone: candidates that deal out their bits by gradients need text")
+
+
+def _error_unit(model: PreTrainedModel, data_free: bool) -> Literal["divergence", "cosine", "histogram"]:
+    if data_free:
+        return "histogram"
+    return "cosine" if model.get_output_embeddings() is None else "divergence"
 
 
 def _check_increase(model: PreTrainedModel, target: Target) -> None:

@@ -152,7 +152,7 @@ def plan(  # noqa: PLR0913 - the options
 
 def _print_budget_plan(found: BudgetPlan, output: Path) -> None:
     table = Table(title=str(output))
-    for column in ("", "file", "bits per block weight", "divergence", "perplexity ×"):
+    for column in ("", "file", "bits per block weight", f"error ({found.unit})", "perplexity ×"):
         table.add_column(column, justify="right" if column else "left", overflow="fold")
     rows = [("forecast", found.point)]
     for position, (forecast, measured) in enumerate(found.measured):
@@ -160,12 +160,13 @@ def _print_budget_plan(found: BudgetPlan, output: Path) -> None:
         rows.append(("measured", measured))
     for label, point in rows:
         size = f"{point.file_bytes / 1e6:.3f} MB"
-        factor = "" if found.is_proposal else f"{point.ppl_factor:.4f}"
+        factor = f"{point.ppl_factor:.4f}" if found.unit == "divergence" else ""
         table.add_row(label, size, f"{point.body_bits:.3f}", f"{point.error:.4g}", factor)
     out.print(table)
     for stage in found.recipe.to_dict()["stages"]:
-        shown = f"{stage['method']} {stage['bits']:g} bit" if stage["include"] else f"{stage['method']}, embedding only"
-        out.print(f"{shown}: {', '.join(stage['include'])}", highlight=False)
+        setting = f"{stage['bits']:g} bits" if "bits" in stage else "as in the recipe"
+        what = f"{setting}: {', '.join(stage['include'])}" if stage["include"] else "embedding only"
+        out.print(f"{stage['method']}, {what}", highlight=False)
     for note in found.notes:
         err.print(f"note: {note}", highlight=False)
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from torch import Tensor, nn
@@ -35,6 +35,11 @@ _FORECAST_MARGIN = 0.0025  # of the target, where sizes are forecasts: half of t
 _SIZE = re.compile(r"([0-9]+\.?[0-9]*(?:[eE][+-]?[0-9]+)?)\s*([kMGT]?)(i?)(B?)")
 _PERCENT = re.compile(r"([0-9]+\.?[0-9]*)\s*%")
 _ADDITIVE_UNTIL = 0.3  # nats
+_LABELS = {
+    "divergence": "divergence from the dense model, nats per token",
+    "cosine": "one minus the cosine between outputs",
+    "histogram": "divergence of weight histograms, a proposal",
+}
 
 
 @dataclass(frozen=True)
@@ -114,11 +119,11 @@ class Point:
     body_bits: float
     """Bits per compressed weight inside the blocks."""
     error: float
-    """Divergence from the dense model in nats per token; of a proposal without text, of histograms."""
+    """Distance from the dense model in the plan's unit."""
 
     @property
     def ppl_factor(self) -> float:
-        """What the perplexity is multiplied by."""
+        """What the perplexity is multiplied by, if errors are divergences of the output."""
         return math.exp(min(self.error, 700.0))
 
 
@@ -134,15 +139,30 @@ class BudgetPlan:
     """Forecasts of the best recipes of all sizes."""
     measured: tuple[tuple[Point, Point], ...]
     """Forecast and measurement of the points that were validated, the recipe's own first."""
-    is_proposal: bool
-    """Whether the errors come from the weights alone."""
+    unit: Literal["divergence", "cosine", "histogram"]
+    """Of all errors: nats per token between distributions of the next token; one minus the cosine between outputs, for a
+    model without such a distribution; or, of a proposal from the weights alone, nats between their histograms."""
+
+    @property
+    def is_proposal(self) -> bool:
+        """Whether nothing was measured on text."""
+        return self.unit == "histogram"
+
+    @property
+    def forecast(self) -> str:
+        """The error in words."""
+        return {
+            "divergence": f"forecast: perplexity × {self.point.ppl_factor:.4f}",
+            "cosine": f"forecast: one minus the cosine of the outputs {self.point.error:.4f}",
+            "histogram": "data-free proposal",
+        }[self.unit]
 
     @property
     def notes(self) -> list[str]:
         """What a reader has to know."""
         if self.is_proposal:
             return ["a data-free proposal: errors are divergences of weight histograms and predict no perplexity"]
-        if self.point.error > _ADDITIVE_UNTIL:
+        if self.unit == "divergence" and self.point.error > _ADDITIVE_UNTIL:
             return [
                 f"the forecast adds up errors of single layers, which holds up to about {_ADDITIVE_UNTIL} nats per token, "
                 f"and this one is {self.point.error:.2f}: measure it with --validate"
@@ -151,11 +171,10 @@ class BudgetPlan:
 
     def to_yaml(self, name: str) -> str:
         """The recipe as a file of this name, with the forecast in its header."""
-        kind = "data-free proposal" if self.is_proposal else f"forecast: perplexity × {self.point.ppl_factor:.4f}"
         size = f"{format_bytes(self.point.file_bytes)}, {self.point.body_bits:.3f} bits per block weight"
         return (
             f"# hf-compact compress MODEL --recipe {name} --output DIR --calibration TEXT\n"
-            f"# {size}; {kind}.\n" + yaml.safe_dump(self.recipe.to_dict(), sort_keys=False, allow_unicode=True)
+            f"# {size}; {self.forecast}.\n" + yaml.safe_dump(self.recipe.to_dict(), sort_keys=False, allow_unicode=True)
         )
 
 
@@ -436,7 +455,6 @@ def plot_front(plan: BudgetPlan, name: str, path: Path) -> None:
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    unit = "divergence of weight histograms, proposal" if plan.is_proposal else "divergence from the dense model, nats per token"
     axes.plot([p.file_bytes / 1e6 for p in plan.front], [max(p.error, 1e-12) for p in plan.front], "-", label="front, forecast")
     axes.plot(plan.point.file_bytes / 1e6, max(plan.point.error, 1e-12), "o", label="this recipe, forecast")
     if plan.measured:
@@ -449,7 +467,7 @@ def plot_front(plan: BudgetPlan, name: str, path: Path) -> None:
         )  # fmt: skip
     axes.set_yscale("log")
     axes.set_xlabel("whole file, MB")
-    axes.set_ylabel(unit)
+    axes.set_ylabel(_LABELS[plan.unit])
     axes.grid(alpha=0.3)
     axes.legend()
     axes.set_title(f"{Path(name).name}: {format_bytes(plan.point.file_bytes)}, {plan.point.body_bits:.2f} bits per block weight")

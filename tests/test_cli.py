@@ -191,7 +191,7 @@ def test_every_recipe_plans(path, dense_folder):
     assert "bits per weight" in done.stdout
 
 
-PLAN_OPTIONS = ["--target-size", "60 kB", "--tokens", 64]
+PLAN_OPTIONS = ["--target-size", "45 kB", "--tokens", 64]
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +219,7 @@ def test_plan_for_a_budget(dense_folder, candidates, texts, tmp_path):
     assert "model.embed_tokens" in dry.stdout
     found = api.plan(dense_folder, tmp_path / "recipe.yaml")
     assert f"{found['body_bits_per_weight']:.3f}" in done.stdout
-    assert found["bytes_after"] < 60_000
+    assert found["bytes_after"] < 45_000
 
 
 def test_plan_for_a_budget_fails_in_one_line(dense_folder, candidates, texts, tmp_path):

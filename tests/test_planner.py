@@ -492,7 +492,9 @@ def test_an_increase_needs_a_perplexity(tmp_path, text):
     options = {"candidates": CANDIDATES, "calibration": from_batches([tiny_inputs("bert")])}
     with pytest.raises(ConfigError, match="max_ppl_increase needs a model of the next token, which a BertModel is not"):
         hf_compact.plan_budget(tmp_path / "bert", max_ppl_increase="5%", **options)
-    assert hf_compact.plan_budget(tmp_path / "bert", target_bpw=4.0, **options).point.body_bits <= 4.0
+    found = hf_compact.plan_budget(tmp_path / "bert", target_bpw=4.0, output=tmp_path / "recipe.yaml", **options)
+    assert found.point.body_bits <= 4.0
+    assert f"one minus the cosine of the outputs {found.point.error:.4f}." in (tmp_path / "recipe.yaml").read_text()
 
 
 def test_files_are_not_taken_from_anyone(folder, tmp_path):
