@@ -43,10 +43,13 @@ class Alternative:
 
     method: Method
     config: MethodConfig
-    stored_bytes: int
-    """Of the tensors that replace the weights; a forecast where the method codes them."""
-    header_bytes: int
-    """What their names, dtypes and shapes take in the file."""
+    tensors: Mapping[str, Tensor]
+    """What replaces the weights in a file, on meta; a forecast where the method codes them."""
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 @dataclass(frozen=True)

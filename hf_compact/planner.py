@@ -31,7 +31,7 @@ from .select import glob_matches, select_names
 
 _FUSED = ({"q", "k", "v"}, {"gate", "up"}, {"cross_k", "cross_v"})
 _RATE_STEP = 0.002  # bits between two rates of a method that takes any
-_FORECAST_MARGIN = 0.0025  # of the target, where sizes are forecasts: half of the half per cent that is promised
+_FORECAST_MARGIN = 0.0015  # of the target, where sizes are forecasts: a search for a step ends within 0.004 bits
 _SIZE = re.compile(r"([0-9]+\.?[0-9]*(?:[eE][+-]?[0-9]+)?)\s*([kMGT]?)(i?)(B?)")
 _PERCENT = re.compile(r"([0-9]+\.?[0-9]*)\s*%")
 _ADDITIVE_UNTIL = 0.3  # nats
@@ -186,7 +186,6 @@ def find_items(model: PreTrainedModel, arch: Architecture, stages: Sequence[tupl
         ConfigError: stages that deal out bits themselves stand beside others, or differ in more than their rates.
     """
     targets = [set(select_names(arch.roles, config.include, config.exclude)) for _, config in stages]
-    unit_bytes = _unit_bytes(model.state_dict(), arch)
     items = []
     outside = tuple(name for name in (arch.embedding, arch.head) if name is not None)
     found: dict[str, Alternative] = {}
@@ -194,7 +193,7 @@ def find_items(model: PreTrainedModel, arch: Architecture, stages: Sequence[tupl
         made = {name: method.compress_embedding(model.get_submodule(name), config, solve=False) for name in outside}
         if made and None not in made.values():
             kind = str([method.table_entry(new) for new in made.values()])
-            found.setdefault(kind, _alternative(method, config, made, unit_bytes[""]))
+            found.setdefault(kind, _alternative(method, config, made))
     if found:
         items.append(Item("embeddings", outside, None, _by_size(found.values())))
     if any(config.deals_out_bits for _, config in stages):
@@ -209,7 +208,6 @@ def find_items(model: PreTrainedModel, arch: Architecture, stages: Sequence[tupl
                 method,
                 config,
                 {name: method.compress_linear(old, None, config, solve=False) for name, old in olds.items()},
-                max(unit_bytes.values()) if block is None else unit_bytes[block],
             )
             for (method, config), chosen in zip(stages, targets, strict=True)
             if names[0] in chosen
@@ -239,32 +237,35 @@ def _groups(arch: Architecture, targets: Sequence[set[str]]) -> dict[tuple[str, 
     return {(" + ".join(names), block): names for (block, _, _), names in groups.items()}
 
 
-def _alternative(method: Method, config: MethodConfig, modules: Mapping[str, nn.Module], file_bytes: int) -> Alternative:
-    """With the size of its entries in the header of a file of at most so many bytes."""
-    tensors = {f"{name}.{leaf}": tensor for name, new in modules.items() for leaf, tensor in stored_tensors(new).items()}
-    stored = sum(tensor.nbytes for tensor in tensors.values())
-    return Alternative(method, config, stored, sum(header_bytes(name, tensor, file_bytes) for name, tensor in tensors.items()))
+def _alternative(method: Method, config: MethodConfig, modules: Mapping[str, nn.Module]) -> Alternative:
+    tensors = {
+        f"{name}.{leaf}": tensor.to("meta") for name, new in modules.items() for leaf, tensor in stored_tensors(new).items()
+    }
+    return Alternative(method, config, tensors)
 
 
 def _by_size(alternatives: Iterable[Alternative]) -> tuple[Alternative, ...]:
     return tuple(sorted(alternatives, key=lambda alternative: alternative.stored_bytes))
 
 
-def fixed_bytes(model: PreTrainedModel, arch: Architecture, items: Sequence[Item]) -> int:
-    """Bytes in the files of whatever no alternative replaces, with the parts of the headers that are always there."""
+def kept_tensors(model: PreTrainedModel, arch: Architecture, items: Sequence[Item]) -> dict[str, Tensor]:
+    """The tensors that no alternative replaces."""
     replaced = {f"{name}.weight" for item in items for name in item.modules}
     if any(arch.embedding in item.modules for item in items):
         replaced |= {f"{name}.weight" for name in arch.tied}
     tied = model.get_expanded_tied_weights_keys(all_submodels=True)
-    kept = {name: tensor for name, tensor in model.state_dict().items() if name not in replaced and name not in tied}
-    return files_bytes(kept, arch)
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in replaced and name not in tied}
 
 
 def files_bytes(tensors: Mapping[str, Tensor], arch: Architecture) -> int:
     """Bytes of tensors in files as a run writes them: one for each block, and one for the rest; a few bytes too many."""
     sizes = _unit_bytes(tensors, arch)
-    headers = sum(header_bytes(name, tensor, sizes[_unit(name, arch)]) for name, tensor in tensors.items())
-    return sum(sizes.values()) + headers + len(sizes) * SHARD_BYTES
+    return sum(sizes.values()) + _entries_bytes(tensors, arch, sizes) + len(sizes) * SHARD_BYTES
+
+
+def _entries_bytes(tensors: Mapping[str, Tensor], arch: Architecture, sizes: Mapping[str, int]) -> int:
+    """The most that tensors take in the headers of files of these sizes."""
+    return sum(header_bytes(name, tensor, sizes[_unit(name, arch)]) for name, tensor in tensors.items())
 
 
 def _unit_bytes(tensors: Mapping[str, Tensor], arch: Architecture) -> dict[str, int]:
@@ -302,7 +303,13 @@ class Programme:
     ) -> None:  # fmt: skip
         """Expand the rates of methods that take any."""
         self.arch, self.items = arch, list(items)
-        self.fixed_bytes = fixed_bytes(model, arch, items)
+        kept = kept_tensors(model, arch, items)
+        sizes = _unit_bytes(kept, arch)
+        for item in items:
+            each = [_unit_bytes(alternative.tensors, arch) for alternative in item.alternatives]
+            sizes = {unit: size + max(found[unit] for found in each) for unit, size in sizes.items()}
+        own = sum(tensor.nbytes for tensor in kept.values()) + len(sizes) * SHARD_BYTES
+        self.fixed_bytes = own + _entries_bytes(kept, arch, sizes)
         self.is_body = [item.modules[0] in arch.roles for item in items]
         self.num_weights = sum(
             dense_shape(model.get_submodule(name)).numel()
@@ -310,8 +317,17 @@ class Programme:
             for name in item.modules
         )  # fmt: skip
         self.options = [
-            _options(item, [0.0] * len(item.alternatives) if errors is None else errors[item.name], is_body)
-            for item, is_body in zip(self.items, self.is_body, strict=True)
+            [
+                _Option(alternative.config, alternative.stored_bytes, _entries_bytes(alternative.tensors, arch, sizes), error)
+                for alternative, error in zip(
+                    item.alternatives, [0.0] * len(item.alternatives) if errors is None else errors[item.name], strict=True
+                )
+            ]
+            for item in self.items
+        ]
+        self.options = [
+            _rates(options) if is_body and options[0].config.deals_out_bits else options
+            for options, is_body in zip(self.options, self.is_body, strict=True)
         ]
         self.is_forecast = any(not alternative.method.is_dealt for item in items for alternative in item.alternatives)
         self.by_file = [
@@ -415,18 +431,10 @@ def compact_globs(chosen: Iterable[str], names: Sequence[str]) -> list[str]:
     return kept
 
 
-def _options(item: Item, errors: Sequence[float], is_body: bool) -> list[_Option]:
-    """The alternatives; of a method that deals out its bits, also the rates between them."""
-    options = [
-        _Option(alternative.config, alternative.stored_bytes, alternative.header_bytes, error)
-        for alternative, error in zip(item.alternatives, errors, strict=True)
-    ]
-    if not (is_body and options[0].config.deals_out_bits):
-        return options
-    return [
-        *(option for low, high in itertools.pairwise(options) for option in _between(low, high)),
-        options[-1],
-    ]
+def _rates(options: Sequence[_Option]) -> list[_Option]:
+    """What was tried of a method that deals out its bits, and the rates between."""
+    between = (option for low, high in itertools.pairwise(options) for option in _between(low, high))
+    return [*between, options[-1]]
 
 
 def _between(low: _Option, high: _Option) -> Iterable[_Option]:
