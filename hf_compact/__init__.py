@@ -3,7 +3,7 @@
 Importing this package registers the `hf_compact` quantization method with transformers and Compacter with PEFT.
 """
 
-from .api import compress, evaluate, inspect_folder, plan, recover
+from .api import compress, evaluate, inspect_folder, plan, plan_budget, recover
 from .config import CalibrationConfig, Recipe
 from .errors import CompactError
 from .hf.quantizer import CompactConfig, set_bits
@@ -31,6 +31,7 @@ __all__ = [
     "evaluate",
     "inspect_folder",
     "plan",
+    "plan_budget",
     "recover",
     "set_bits",
 ]

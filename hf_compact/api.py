@@ -7,10 +7,10 @@ import logging
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from . import distributed, verify
-from .arch import Architecture, dense_shape, describe
+from .arch import Architecture, dense_shape, describe, on_meta
 from .calibration import Calibration, builtin_text, from_batches, read_texts, sample, tokenize
 from .capture import BlockRunner, Progress, compress_outside_, probe_inputs, stored_bytes
 from .checkpoint import (
@@ -39,6 +39,7 @@ from .checkpoint import (
     Journal,
     TensorSource,
     check_finite,
+    check_new_file,
     check_output,
     disk_errors,
     hash_files,
@@ -49,8 +50,10 @@ from .distillation import distill_
 from .errors import CalibrationError, ConfigError, FormatError, OutputError, UnsupportedModel, VerificationError
 from .hf.card import model_card, plot_layers
 from .hf.quantizer import CompactConfig, attach_, expect_, names_in
+from .measurement import Alternative, ErrorTable, Item, divergence_between, measure, propose
 from .methods import LAYERS, METHODS
 from .methods.compacter import CompacterConfig
+from .planner import BudgetPlan, Point, Programme, Target, files_bytes, find_items, plot_front
 from .recovery import train_adapter
 from .report import Report, peak_memory_bytes, return_freed_memory
 from .scoring import max_positions, perplexity
@@ -61,6 +64,13 @@ logger = logging.getLogger(__name__)
 
 #: What imports and buffers of the libraries themselves take, beside tensors of the model.
 RUNTIME_BYTES = 400_000_000
+#: Tokens that the planner measures errors on, and how many times more gram matrices are made from.
+PLAN_TOKENS = 4096
+GRAM_TOKENS_PER_TOKEN = 2
+#: Where on the front, from the smallest file to the largest, a validation measures beside the recipe itself.
+VALIDATED_SHARES = (0.2, 0.5, 0.8)
+#: Candidates that come with the library.
+BUILT_IN_CANDIDATES = {path.stem: path for path in sorted((Path(__file__).parent / "candidates").glob("*.yaml"))}
 #: What of it the solver's matrices may take; wider inputs than that add to it.
 SOLVER_BYTES = 100_000_000
 
@@ -131,7 +141,7 @@ def compress(
         "recipe": recipe.to_dict(),
         "source": dense.fingerprint,
         "calibration": prepared.fingerprint,
-        "versions": {name: value for name, value in report.versions.items() if name != "python"},
+        "versions": versions(),
     }
     stages = [(METHODS[stage.method], stage) for stage in recipe.stages]
     select_stages(arch.roles, recipe.stages)  # a glob that matches nothing is found before a folder is made
@@ -194,7 +204,7 @@ def plan(model: str | Path, recipe: Recipe | Mapping[str, Any] | str | Path, see
         if stage is None:
             skipped.append({"name": name, "reason": "excluded by the recipe"})
             continue
-        add(name, role, stage[1].method, old, stage[0].compress_linear(_on_meta(old), None, stage[1], solve=False))
+        add(name, role, stage[1].method, old, stage[0].compress_linear(on_meta(old), None, stage[1], solve=False))
     handled = {layer["name"] for layer in layers} | {entry["name"] for entry in skipped} | set(arch.tied)
     rest = [name for name in parameters if name.rpartition(".")[0] not in handled]
     skipped += [{"name": name, "reason": "not a Linear of a block: stays in the model's dtype"} for name in rest]
@@ -215,6 +225,82 @@ def plan(model: str | Path, recipe: Recipe | Mapping[str, Any] | str | Path, see
         "peak_memory_bytes": memory,
         "minutes": minutes,
     }
+
+
+def plan_budget(  # noqa: PLR0913 - by keyword
+    model: str | Path, *, target_size: str | float | None = None, target_bpw: float | None = None,
+    max_ppl_increase: str | float | None = None, candidates: Recipe | Mapping[str, Any] | str | Path = "codebook",
+    calibration: Sequence[str | Path] | Calibration = (), output: str | Path | None = None, plot: str | Path | None = None,
+    cache: str | Path | None = None, validate: bool = False, data_free: bool = False, num_tokens: int = PLAN_TOKENS,
+    seed: int | None = None, progress: Progress = lambda unit, done, total: None,
+) -> BudgetPlan:  # fmt: skip
+    """The recipe that loses least within a budget, from the measured error of every choice for every layer.
+
+    The model is loaded whole. Errors are measured on one part of the calibration text, inputs on another; they are kept in
+    a file, so that a killed run goes on with the next block and another target for the same model takes seconds.
+
+    Args:
+        model: Hub id, folder or `.gguf` file of a dense model.
+        target_size: bytes of the whole folder's safetensors files, a number or a text like `"40MB"`; landed on from below.
+        target_bpw: bits per compressed weight inside the blocks, scales and tables counted. The embedding takes the choice
+            with the least error.
+        max_ppl_increase: a fraction, or a text like `"10%"`; the smallest file with that forecast.
+        candidates: a recipe whose stages are alternatives, as a `Recipe`, its dict or a YAML file; or `"codebook"` or
+            `"entropy"`, which come with the library.
+        calibration: text files, or ready batches; without any, the documentation text that Python ships.
+        output: YAML file to create for the recipe.
+        plot: PNG file to create for the front.
+        cache: JSON file of the measured errors; by default beside `output`, without an output none is kept.
+        validate: compress some points of the front in memory and measure them.
+        data_free: propose from the weights alone, without any text and without a forecast of the perplexity.
+        num_tokens: about how many tokens errors are measured on.
+        seed: replaces that of the candidates.
+        progress: called with the unit, finished and all units.
+
+    Returns:
+        The recipe, its forecast, the front, and what was measured.
+
+    Raises:
+        CompactError: bad input or a target that these candidates cannot meet, before anything is written; for
+            `max_ppl_increase` that is known only after the measurement, whose file stays.
+    """
+    target = Target.parse(target_size, target_bpw, max_ppl_increase)
+    recipe = as_recipe(BUILT_IN_CANDIDATES.get(str(candidates), candidates), seed)
+    files = [Path(path) for path in (output, plot) if path is not None]
+    _check_plan(recipe, num_tokens, files)
+    if data_free:
+        _check_data_free(recipe, target, validate)
+    dense = open_dense(model, recipe.dtype, is_whole=True)
+    _check_model_finite(dense.model)
+    arch = describe(dense.model)
+    items = find_items(dense.model, arch, [(METHODS[stage.method], stage) for stage in recipe.stages])
+    Programme(dense.model, arch, items).check(target)
+    if data_free:
+        programme = Programme(dense.model, arch, items, propose(dense.model, arch, items, progress))
+    else:
+        prepared = prepare_calibration(calibration, dense.load_tokenizer(), recipe)
+        check_inputs(dense.model, prepared)
+        check_training(recipe)
+        _check_increase(dense.model, target)
+        if cache is None and output is not None:
+            cache = Path(output).with_suffix(".sensitivity.json")
+        planned = {"candidates": recipe.to_dict(), "tokens": num_tokens}
+        errors = _measured_errors(dense, arch, items, prepared, planned, None if cache is None else Path(cache), progress)
+        programme = Programme(dense.model, arch, items, errors)
+    chosen = programme.solve(target)
+    front = tuple(programme.point(table) for table in programme.tables())
+    found = BudgetPlan(
+        replace(recipe, stages=programme.stages(chosen)), programme.point(chosen), front, (), _error_unit(dense.model, data_free)
+    )
+    if validate:
+        found = replace(found, measured=_validated(dense.model, arch, programme, chosen, prepared, num_tokens, progress))
+    for path in files:
+        with disk_errors(path.absolute().parent):
+            if path == Path(output or ""):
+                write_text(path, found.to_yaml(str(path)))
+            else:
+                plot_front(found, dense.name, path)
+    return found
 
 
 def evaluate(
@@ -567,6 +653,11 @@ def count_parameters(model: PreTrainedModel) -> int:
     return sum(p.numel() for name, p in model.named_parameters() if name not in tied)
 
 
+def versions() -> dict[str, str]:
+    """Versions of the libraries that decide a result."""
+    return {"hf_compact": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
 def new_report(name: str, model: PreTrainedModel, arch: Architecture, recipe: Recipe, calibration: Calibration) -> Report:
     """A report with everything that is known before the first block."""
     report = Report(
@@ -580,12 +671,7 @@ def new_report(name: str, model: PreTrainedModel, arch: Architecture, recipe: Re
             "sha256": calibration.fingerprint,
         },
         num_parameters=count_parameters(model),
-        versions={
-            "hf_compact": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        versions={**versions(), "python": platform.python_version()},
     )
     if not arch.is_known:
         report.notes.append(f"model_type {arch.family!r} is not in the table of families: blocks were found by structure")
@@ -656,6 +742,114 @@ def _speed(dtype: torch.dtype) -> float:
     for _ in range(4):
         a @ b
     return 4 * 2 * 1024**3 / (time.perf_counter() - started)
+
+
+# Inside plan_budget.
+
+
+def _check_plan(recipe: Recipe, num_tokens: int, files: Sequence[Path]) -> None:
+    """Raise before the model is opened, if nothing can come of it."""
+    if num_tokens < 1:
+        raise ConfigError(f"num_tokens must be at least 1, got {num_tokens}")
+    if distributed.world_size() > 1:
+        raise ConfigError("planning runs in one process, not under torchrun")
+    for path in files:
+        check_new_file(path)
+
+
+def _check_data_free(recipe: Recipe, target: Target, validate: bool) -> None:
+    """Raise ConfigError for what cannot be had from the weights alone."""
+    if validate or target.increase is not None:
+        what = "validate" if validate else "max_ppl_increase"
+        raise ConfigError(f"data_free proposes from the weights alone: {what} needs a measurement on text")
+    if any(stage.deals_out_bits for stage in recipe.stages):
+        raise ConfigError("data_free proposes from the weights alone: candidates that deal out their bits by gradients need text")
+
+
+def _error_unit(model: PreTrainedModel, data_free: bool) -> Literal["divergence", "cosine", "histogram"]:
+    if data_free:
+        return "histogram"
+    return "cosine" if model.get_output_embeddings() is None else "divergence"
+
+
+def _check_increase(model: PreTrainedModel, target: Target) -> None:
+    """Raise ConfigError where a perplexity means nothing."""
+    if target.increase is not None and not is_causal_lm(model):
+        raise ConfigError(f"max_ppl_increase needs a model of the next token, which a {type(model).__name__} is not")
+
+
+def _measured_errors(
+    dense: Dense, arch: Architecture, items: Sequence[Item], prepared: Calibration, planned: Mapping[str, Any],
+    cache: Path | None, progress: Progress,
+) -> Mapping[str, Sequence[float]]:  # fmt: skip
+    """The table of errors, taken up from the cache and finished."""
+    seen, scored = _split_batches(prepared, planned["tokens"])
+    fingerprint = {"model": dense.fingerprint, **planned, "calibration": prepared.fingerprint, "versions": versions()}
+    table = ErrorTable(cache, fingerprint)
+
+    def compressed(alternative: Alternative) -> PreTrainedModel:
+        bare = replace(alternative.method, compress_embedding=lambda module, config, solve=True: None)
+        return _compressed_copy(dense.model, arch, [(bare, alternative.config)], replace(prepared, batches=seen))
+
+    measure(dense.model, arch, items, seen, scored, table, compressed, progress)
+    return table.errors
+
+
+def _validated(
+    model: PreTrainedModel, arch: Architecture, programme: Programme, chosen: Sequence[int], prepared: Calibration,
+    num_tokens: int, progress: Progress,
+) -> tuple[tuple[Point, Point], ...]:  # fmt: skip
+    """Forecast and measurement of the chosen table and of some of the front, calibrated on what is not scored."""
+    seen, scored = _split_batches(prepared, num_tokens)
+    rest = replace(prepared, batches=prepared.batches[: len(prepared.batches) - len(scored)] or seen)
+    tables = programme.tables()
+    sizes = [programme.point(table).file_bytes for table in tables]
+    wanted = [sizes[0] + share * (sizes[-1] - sizes[0]) for share in VALIDATED_SHARES]
+    picked = [chosen, *(min(zip(sizes, tables, strict=True), key=lambda pair: abs(pair[0] - size))[1] for size in wanted)]
+    pairs = []
+    for done, table in enumerate(picked):
+        progress("validation", done, len(picked))
+        other = _compressed_copy(model, arch, [(METHODS[stage.method], stage) for stage in programme.stages(table)], rest)
+        pairs.append((programme.point(table), _measured_point(other, model, arch, scored)))
+    progress("validation", len(picked), len(picked))
+    return tuple(pairs)
+
+
+def _split_batches(calibration: Calibration, num_tokens: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The batches that gram matrices are made from, and others, from the end, that errors are measured on.
+
+    With a single batch it serves for both.
+    """
+    batches = calibration.batches
+    if len(batches) == 1:
+        return batches, batches
+    sizes = [next(iter(batch.values())).shape[:2].numel() for batch in batches]
+    first = next((i for i in range(len(batches) - 1, 1, -1) if sum(sizes[i:]) >= num_tokens), 1)
+    last = next((i for i in range(1, first) if sum(sizes[:i]) >= GRAM_TOKENS_PER_TOKEN * num_tokens), first)
+    return batches[:last], batches[first:]
+
+
+def _compressed_copy(
+    model: PreTrainedModel, arch: Architecture, stages: Sequence[tuple[Any, Any]], calibration: Calibration
+) -> PreTrainedModel:
+    report = Report(model="", family=arch.family, recipe={})
+    runner = BlockRunner(copy.deepcopy(model), arch, stages, calibration, report)
+    runner.run()
+    return runner.model
+
+
+def _measured_point(other: PreTrainedModel, model: PreTrainedModel, arch: Architecture, scored: Sequence[Any]) -> Point:
+    """A compressed model in numbers, its files as a run would write them."""
+    tied = model.get_expanded_tied_weights_keys(all_submodels=True)
+    tensors = {
+        name: tensor
+        for name, tensor in other.state_dict().items()
+        if name not in tied and name.rpartition(".")[0] not in arch.tied
+    }
+    stored = [module for name in arch.roles if isinstance(module := other.get_submodule(name), tuple(LAYERS.values()))]
+    weights = sum(module.out_features * module.in_features for module in stored)
+    bits = 8 * sum(stored_bytes(module) for module in stored) / weights
+    return Point(files_bytes(tensors, arch), bits, divergence_between(other, model, scored))
 
 
 # Inside compress.
@@ -813,11 +1007,6 @@ def _read_config(folder: Path) -> PreTrainedConfig:
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
     return AutoTokenizer.from_pretrained(folder) if any((folder / name).exists() for name in names) else None
-
-
-def _on_meta(module: torch.nn.Module) -> torch.nn.Linear:
-    out_features, in_features = dense_shape(module)
-    return torch.nn.Linear(in_features, out_features, bias=module.bias is not None, device="meta")
 
 
 def _body_bits(layers: Sequence[Mapping[str, Any]], width: int) -> float:

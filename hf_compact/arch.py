@@ -175,6 +175,12 @@ def dense_shape(module: nn.Module) -> torch.Size:
     return torch.Size(reversed(shape)) if isinstance(module, Conv1D) else shape
 
 
+def on_meta(module: nn.Module) -> nn.Linear:
+    """A Linear of the module's shape that takes no memory."""
+    out_features, in_features = dense_shape(module)
+    return nn.Linear(in_features, out_features, bias=module.bias is not None, device="meta", dtype=module.weight.dtype)
+
+
 def _has(module: nn.Module, path: str) -> bool:
     try:
         module.get_submodule(path)

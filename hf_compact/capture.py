@@ -76,7 +76,7 @@ class Method:
         return {"layer": name, **module.spec()}
 
 
-class _StopForward(Exception):
+class StopForward(Exception):
     """Ends a forward pass early once it has given what it was run for."""
 
 
@@ -148,6 +148,8 @@ class BlockRunner:
             for position, (method, config) in enumerate(self.stages):
                 if method.prepare is not None and self.num_resumed < len(units):
                     names = [name for name in self.arch.roles if name in self.targets[position]]
+                    if not names:
+                        continue
                     self.guides[position] = method.prepare(
                         self.model, self.arch, names, self.batches[:-1], config, partial(progress, "sensitivity")
                     )
@@ -226,7 +228,7 @@ class BlockRunner:
             assign_(self.model, self.source.read(name for name in names if name in self.source.file_of))
             self.model.tie_weights()
 
-    def _compress(self, position: int, unit: str, work: Callable[[], dict[str, LayerReport | None]]) -> None:
+    def _compress(self, position: int, unit: str, work: Callable[[], Mapping[str, LayerReport | None]]) -> None:
         """Compress a resident unit and write it, unless an earlier run has."""
         if position < self.num_resumed:
             return
@@ -270,8 +272,8 @@ class BlockRunner:
         }
         return {name: reports.get(name) for name in table}
 
-    def _compress_block(self, block: str, calls: list[_Call]) -> dict[str, LayerReport | None]:
-        found: dict[str, LayerReport | None] = {}
+    def _compress_block(self, block: str, calls: list[_Call]) -> dict[str, LayerReport]:
+        found: dict[str, LayerReport] = {}
         module = self.model.get_submodule(block)
         if self.reconstruction is not None:
             targets_of = [self._run_block(module, number, call) for number, call in enumerate(calls[:-1])]
@@ -285,7 +287,7 @@ class BlockRunner:
             arranged = method.arrange(self.model, self.arch, block, names, config) if method.arrange else set()
             for group in self._input_groups(module, names, calls) if config.needs_calibration else [names]:
                 gram, total = self._moments(block, group[0], calls) if config.needs_calibration else (None, None)
-                found |= self._compress_group(group, gram, total, method, config, guide, arranged)
+                found |= self._compress_group(group, gram, total, method, config, guide, list(found.values()), arranged)
                 for part, child in module.named_children():
                     inside = [name for name in names if name.startswith(f"{block}.{part}.")]
                     if inside and all(name in found for name in inside):
@@ -319,15 +321,16 @@ class BlockRunner:
         method: Method,
         config: MethodConfig,
         guide: Guide | None,
+        earlier: Sequence[LayerReport],
         arranged: set[str],
-    ) -> dict[str, LayerReport | None]:
+    ) -> dict[str, LayerReport]:
         """Compress Linears that share one input; the ranks deal them out by cost and exchange the results.
 
         A Linear with a bias answers for the spread of its inputs only: what the mean input loses goes into the bias.
         """
         old = {name: as_linear(self.model.get_submodule(name)) for name in names}
         owners = distributed.owners([linear.weight.numel() * linear.in_features for linear in old.values()])
-        found: dict[str, LayerReport | None] = {}
+        found: dict[str, LayerReport] = {}
         new: dict[str, nn.Module] = {}
         for owner, (name, linear) in zip(owners, old.items(), strict=True):
             started = time.perf_counter()
@@ -338,15 +341,15 @@ class BlockRunner:
                 moments = centered(gram, total)
             return_freed_memory()
             is_mine = owner == distributed.rank() or not method.is_dealt
-            hints = {} if guide is None or total is None else {"guide": guide.share(name, self.report.layers, total[-1].item())}
-            if method.arrange:
-                hints["is_arranged"] = name in arranged
+            hints: dict[str, Any] = {"is_arranged": name in arranged} if method.arrange else {}
+            if guide is not None and total is not None:
+                finished = [*self.report.layers, *earlier, *found.values()]  # the report knows whole blocks only
+                hints["guide"] = guide.share(name, finished, total[-1].item())
             new[name] = method.compress_linear(linear, moments, config, solve=is_mine, **hints)
             if method.is_dealt:
                 distributed.broadcast_(new[name].buffers(), owner)
             if moments is not None and linear.bias is not None:
-                mean = (total[:-1] / total[-1]).to(linear.weight.device, torch.float32)
-                new[name].bias.data += ((linear.weight.float() - new[name].to_dense()) @ mean).to(linear.bias.dtype)
+                correct_bias_(new[name], linear.weight, total)
             found[name] = self._report(
                 name, self.arch.roles[name], config, linear, new[name], moments, time.perf_counter() - started
             )
@@ -391,12 +394,12 @@ class BlockRunner:
                     self.is_tuple = isinstance(output, tuple)
                     extras = output[1:] if self.is_tuple else ()
             if name == stack[-1]:
-                raise _StopForward
+                raise StopForward
             return (hidden, *extras) if self.is_tuple else hidden
 
         for number, batch in enumerate(self.batches):
             forwards = {block: partial(stand_in, name) for name, block in blocks.items()} | self._replay(number)
-            with patched_forwards(forwards), suppress(_StopForward):
+            with patched_forwards(forwards), suppress(StopForward):
                 self.model(**batch)
         if any(len(calls[name]) != len(self.batches) for name in stack):
             raise UnsupportedModel(
@@ -455,13 +458,13 @@ class BlockRunner:
             add_gram_(gram, x)
             total[:-1] += x.sum(0, dtype=torch.float32)
             total[-1] += len(x)
-            raise _StopForward
+            raise StopForward
 
         handle = target.register_forward_pre_hook(note)
         try:
             for number, batch in enumerate(self.batches[:-1]):
                 mask = batch.get(self._mask_name(block, name))
-                with suppress(_StopForward):
+                with suppress(StopForward):
                     self._run_block(self.model.get_submodule(block), number, calls[number])
         finally:
             handle.remove()
@@ -570,10 +573,26 @@ def assign_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         setattr(module, leaf, nn.Parameter(tensor, requires_grad=False) if isinstance(old, nn.Parameter) else tensor)
 
 
+def correct_bias_(module: nn.Module, weight: Tensor, total: Tensor) -> None:
+    """Put into the bias of a compressed Linear what it loses of the mean input.
+
+    Args:
+        module: compressed, with a bias.
+        weight: `[out, in]` dense.
+        total: `[in + 1]` sum of the inputs and behind it their number.
+    """
+    mean = (total[:-1] / total[-1]).to(weight.device, torch.float32)
+    module.bias.data += ((weight.float() - module.to_dense()) @ mean).to(module.bias.dtype)
+
+
+def stored_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a compressed module in a file, its bias left out."""
+    return {name: buffer for name, buffer in module.named_buffers() if name not in module._non_persistent_buffers_set}
+
+
 def stored_bytes(module: nn.Module) -> int:
     """Bytes of a compressed module in a file, its bias left out."""
-    kept = ((name, buffer) for name, buffer in module.named_buffers() if name not in module._non_persistent_buffers_set)
-    return sum(buffer.nbytes for _, buffer in kept)
+    return sum(buffer.nbytes for buffer in stored_tensors(module).values())
 
 
 def _relative_error(weight: Tensor, module: nn.Module, gram: Tensor | None) -> float:

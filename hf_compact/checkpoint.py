@@ -43,6 +43,8 @@ REPORT_NAME = "compression_report.json"
 INDEX_NAME = "model.safetensors.index.json"
 _PIECE = 1 << 20  # values that are checked at a time
 _JOURNAL_NAME = "journal.jsonl"
+#: The most that a shard takes beside its tensors and their entries: length of the header, metadata, padding.
+SHARD_BYTES = 8 + len('{"__metadata__":{"format":"pt"}}') + 7
 _ENTRY_KEYS = {"unit", "file", "sha256", "modules", "layers", "notes"}
 
 
@@ -274,12 +276,7 @@ class Journal:
         if len(lines) == 1:  # nothing is finished that could be mixed up
             write_text(path, json.dumps({"fingerprint": fingerprint}) + "\n")
             return
-        for key in fingerprint:
-            if earlier.get(key) != fingerprint[key]:
-                raise OutputError(
-                    f"{self.folder} belongs to a run with another {key} ({_short(earlier.get(key))}, now {_short(fingerprint[key])}): "
-                    "finish that run, choose another --output, or delete the folder"
-                )
+        check_same_run(self.folder, earlier, fingerprint, "finish that run, choose another --output, or delete the folder")
         for entry in lines[1:]:
             shard = self.folder / entry["file"]
             if not shard.exists() or hash_files([shard]) != entry["sha256"]:
@@ -367,6 +364,35 @@ class Journal:
     def is_unfinished(output: Path) -> bool:
         """Whether a run into this output was stopped before its end."""
         return any((folder / _JOURNAL_NAME).exists() for folder in (output, output.with_name(output.name + ".partial")))
+
+
+def check_same_run(place: Path, earlier: Mapping[str, Any], fingerprint: Mapping[str, Any], advice: str) -> None:
+    """Raise OutputError, naming what differs, if what lies at a place was not made from the same things."""
+    for key in fingerprint:
+        if earlier.get(key) != fingerprint[key]:
+            raise OutputError(
+                f"{place} belongs to a run with another {key} ({_short(earlier.get(key))}, now {_short(fingerprint[key])}): {advice}"
+            )
+
+
+def check_new_file(path: Path) -> None:
+    """Raise OutputError unless a file can be created there without taking another's place."""
+    folder = path.absolute().parent
+    if path.exists():
+        raise OutputError(f"output {str(path)!r} exists: choose another name or delete it")
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise OutputError(f"output {str(path)!r} cannot be created: its folder must exist and be writable")
+
+
+def header_bytes(name: str, tensor: Tensor, file_bytes: int) -> int:
+    """The most that a tensor takes in the header of a safetensors file of at most so many bytes.
+
+    >>> header_bytes("a", torch.zeros(2, 3), 99) == len('"a":{"dtype":"F32","shape":[2,3],"data_offsets":[10,34]},')
+    True
+    """
+    dtype = next(kind for kind, dtype in DTYPES.items() if dtype == tensor.dtype)
+    entry = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [file_bytes, file_bytes]}
+    return len(json.dumps({name: entry}, separators=(",", ":"), ensure_ascii=False).encode()) - 1
 
 
 def check_output(output: Path) -> None:

@@ -21,6 +21,7 @@ from .checkpoint import write_text
 from .config import DistillationConfig
 from .errors import CompactError, OutputError
 from .methods.compacter import CompacterConfig
+from .planner import BudgetPlan
 from .report import format_bytes
 
 app = typer.Typer(
@@ -83,11 +84,96 @@ def compress(
     out.print(report.to_table(f"{output}"))
 
 
-@app.command(epilog="Example:\n\n    hf-compact plan ./my-model --recipe configs/recipes/codebook-3bit.yaml")
-def plan(model: ModelArgument, recipe: RecipeOption, seed: SeedOption = None) -> None:
-    """Show what `compress` would do: layers, bytes, memory, minutes, and what is skipped. Writes nothing."""
+@app.command(
+    cls=SeveralValues,
+    epilog="Examples:\n\n"
+    "    hf-compact plan ./my-model --recipe configs/recipes/codebook-3bit.yaml\n\n"
+    "    hf-compact plan ./my-model --target-size 60MB --calibration a.txt --output recipe.yaml --plot front.png --validate\n\n"
+    "    hf-compact plan ./my-model --target-bpw 2.5 --candidates entropy --calibration a.txt --output recipe.yaml\n\n"
+    "    hf-compact plan ./my-model --max-ppl-increase 10% --calibration a.txt --output recipe.yaml\n\n"
+    "then: hf-compact compress ./my-model --recipe recipe.yaml --output small --calibration a.txt",
+)
+def plan(  # noqa: PLR0913 - the options
+    context: typer.Context,
+    model: ModelArgument,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Dry run of this recipe: layers, bytes, memory, minutes.", metavar="FILE.yaml")
+    ] = None,
+    target_size: Annotated[
+        str | None, typer.Option(help="Whole file at most: 40MB, 38e6, 36MiB; landed on within half a per cent.", metavar="SIZE")
+    ] = None,
+    target_bpw: Annotated[float | None, typer.Option(help="Bits per block weight at most, scales and tables counted.")] = None,
+    max_ppl_increase: Annotated[
+        str | None, typer.Option(help="Smallest file whose forecast perplexity grows by at most this: 10%.", metavar="PERCENT")
+    ] = None,
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(help="UTF-8 text, one or several files. Default: Python's own documentation.", metavar="FILE"),
+    ] = None,
+    candidates: Annotated[
+        str | None,
+        typer.Option(help="Recipe whose stages are alternatives, or codebook (the default), or entropy.", metavar="FILE.yaml"),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Recipe to create.", metavar="FILE.yaml")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Plot of the front to create.", metavar="FILE.png")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Measured errors, read and kept; default: beside --output.", metavar="FILE.json")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens that errors are measured on. Default: 4096.")] = None,
+    validate: Annotated[bool, typer.Option("--validate", help="Compress some points in memory and measure them.")] = False,
+    data_free: Annotated[bool, typer.Option("--data-free", help="Propose from the weights alone, without text.")] = False,
+    seed: SeedOption = None,
+) -> None:
+    """Show what a recipe would do (writes nothing), or find the recipe that loses least within a budget.
+
+    Exactly one of --recipe, --target-size, --target-bpw and --max-ppl-increase.
+    """
+    targets = {"--target-size": target_size, "--target-bpw": target_bpw, "--max-ppl-increase": max_ppl_increase}
+    others = {"--calibration": calibration, "--candidates": candidates, "--output": output, "--plot": plot, "--cache": cache,
+              "--tokens": tokens, "--validate": validate, "--data-free": data_free}  # fmt: skip
+    if sum(value is not None for value in (recipe, *targets.values())) != 1:
+        raise typer.BadParameter(f"exactly one of --recipe, {', '.join(targets)} must be given", context)
+    if recipe is None:
+        if output is None:
+            raise typer.BadParameter("--output must name the recipe to create", context)
+        values: dict[str, Any] = {"target_size": target_size, "target_bpw": target_bpw, "max_ppl_increase": max_ppl_increase}
+        with _errors(), progress_bar("planning") as advance:
+            found = api.plan_budget(
+                model, **values, calibration=calibration or (), candidates=candidates or "codebook", output=output, plot=plot,
+                cache=cache, validate=validate, data_free=data_free, seed=seed, progress=advance,
+                num_tokens=api.PLAN_TOKENS if tokens is None else tokens,
+            )  # fmt: skip
+        _print_budget_plan(found, output)
+        return
+    for name, value in others.items():
+        if value:
+            raise typer.BadParameter(f"{name} belongs to a target, not to --recipe", context)
     with _errors():
-        found = api.plan(model, recipe, seed)
+        _print_plan(api.plan(model, recipe, seed))
+
+
+def _print_budget_plan(found: BudgetPlan, output: Path) -> None:
+    table = Table(title=str(output))
+    for column in ("", "file", "bits per block weight", f"error ({found.unit})", "perplexity ×"):
+        table.add_column(column, justify="right" if column else "left", overflow="fold")
+    rows = [("forecast", found.point)]
+    for position, (forecast, measured) in enumerate(found.measured):
+        rows += [(f"front {position}, forecast", forecast)] if position else []
+        rows.append(("measured", measured))
+    for label, point in rows:
+        size = f"{point.file_bytes / 1e6:.3f} MB"
+        factor = f"{point.ppl_factor:.4f}" if found.unit == "divergence" else ""
+        table.add_row(label, size, f"{point.body_bits:.3f}", f"{point.error:.4g}", factor)
+    out.print(table)
+    for stage in found.recipe.to_dict()["stages"]:
+        setting = f"{stage['bits']:g} bits" if "bits" in stage else "as in the recipe"
+        what = f"{setting}: {', '.join(stage['include'])}" if stage["include"] else "embedding only"
+        out.print(f"{stage['method']}, {what}", highlight=False)
+    for note in found.notes:
+        err.print(f"note: {note}", highlight=False)
+
+
+def _print_plan(found: dict[str, Any]) -> None:
     table = Table(title=f"{found['model']} ({found['family']})")
     for column in ("layer", "role", "shape", "method", "before", "after"):
         table.add_column(column, overflow="fold")

@@ -28,7 +28,7 @@ class MethodConfig:
     registry: ClassVar[dict[str, type["MethodConfig"]]] = {}
 
     include: tuple[str, ...] = ("*",)
-    """Whole-name globs of the block Linears to compress; `*` also matches dots."""
+    """Whole-name globs of the block Linears to compress; `*` also matches dots. Empty: embedding and head only."""
     exclude: tuple[str, ...] = ()
     """Whole-name globs of modules to leave alone; a glob that matches nothing is an error."""
 
@@ -45,6 +45,11 @@ class MethodConfig:
     @property
     def needs_whole_model(self) -> bool:
         """Whether the dense model has to be in memory as a whole before the first block is compressed."""
+        return False
+
+    @property
+    def deals_out_bits(self) -> bool:
+        """Whether the settings name an average rate `bits`, any number, that the method deals out over its Linears itself."""
         return False
 
     def to_dict(self) -> dict[str, Any]:

@@ -47,14 +47,14 @@ def select_names(names: Iterable[str], include: Sequence[str] = ("*",), exclude:
 
 
 def select_stages(names: Iterable[str], stages: Sequence[MethodConfig]) -> list[set[str]]:
-    """The targets of every stage.
+    """The targets of every stage; a stage that includes nothing has none.
 
     Raises:
         NothingMatched: a stage selects nothing.
         ConfigError: two stages select the same module.
     """
     names = list(names)
-    chosen = [set(select_names(names, stage.include, stage.exclude)) for stage in stages]
+    chosen = [set(select_names(names, stage.include, stage.exclude)) if stage.include else set() for stage in stages]
     for position, here in enumerate(chosen):
         twice = sorted(here.intersection(*[set().union(*chosen[:position])]))
         if twice:

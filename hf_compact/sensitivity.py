@@ -84,12 +84,12 @@ def _gradients(
 
     def watch(name: str, args: tuple[Tensor, ...], output: Tensor) -> None:
         if name in grams:
-            x = _kept(args[0].detach(), one)
+            x = without_padding(args[0].detach(), one)
             add_gram_(grams[name], x)
             counts[name].add_(x.shape[:-1].numel())
 
         def note(gradient: Tensor) -> None:
-            rows[name].add_(_kept(gradient, one).flatten(0, -2).float().square().sum(0))
+            rows[name].add_(without_padding(gradient, one).flatten(0, -2).float().square().sum(0))
 
         output.register_hook(note)
 
@@ -107,7 +107,7 @@ def _gradients(
         for index in range(next(iter(batch.values())).shape[0]):
             one = {name: value[index : index + 1] for name, value in batch.items()}
             with torch.enable_grad():
-                output = _kept(model(**one)[0], one)
+                output = without_padding(model(**one)[0], one)
                 _loss(output, model.get_output_embeddings() is not None, generator).backward()
     finally:
         for parameter in frozen:
@@ -126,8 +126,11 @@ def _require_grad(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return args, {**kwargs, "hidden_states": kwargs["hidden_states"].detach().requires_grad_(True)}
 
 
-def _kept(x: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-    """The positions that are not padding; of an encoder-decoder the mask that has the length of `x`."""
+def without_padding(x: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The positions `[N, ...]` of `x [B, T, ...]` that are not padding; all of `x` without a mask.
+
+    Of an encoder-decoder the mask that has the length of `x`.
+    """
     for name in ("attention_mask", "decoder_attention_mask"):
         if name in inputs and inputs[name].shape == x.shape[:-1]:
             return x[inputs[name].bool()]

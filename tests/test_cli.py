@@ -69,7 +69,7 @@ def assert_one_line(done, message: str) -> None:
     """Exit code 2, one line on stderr that holds the message, no traceback."""
     code = done.returncode if isinstance(done, subprocess.CompletedProcess) else done.exit_code
     assert code == 2, done.stderr
-    lines = [line for line in done.stderr.splitlines() if not line.startswith(("compressing:", "scoring:"))]
+    lines = [line for line in done.stderr.splitlines() if not line.startswith(("compressing:", "scoring:", "planning:"))]
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("error: ")
     assert message in lines[0]
@@ -189,6 +189,55 @@ def test_every_recipe_plans(path, dense_folder):
     done = run("plan", dense_folder, "--recipe", path)
     assert done.exit_code == 0, done.stderr
     assert "bits per weight" in done.stdout
+
+
+PLAN_OPTIONS = ["--target-size", "45 kB", "--tokens", 64]
+
+
+@pytest.fixture(scope="module")
+def candidates(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("candidates") / "candidates.yaml"
+    stages = "".join(
+        f"- {{method: codebook, bits: {bits}, group_size: 16, refit_rounds: 0, shrink_steps: 2}}\n" for bits in (2, 3, 4, 8)
+    )
+    path.write_text(f"stages:\n{stages}calibration: {{num_sequences: 4, sequence_length: 32, batch_size: 2}}\n")
+    return path
+
+
+def test_plan_for_a_budget(dense_folder, candidates, texts, tmp_path):
+    options = ["--candidates", candidates, "--output", tmp_path / "recipe.yaml", "--plot", tmp_path / "front.png", "--validate"]
+    done = run("plan", dense_folder, *PLAN_OPTIONS, "--calibration", *texts, *options)
+    assert done.exit_code == 0, done.stderr
+    assert "planning: 0/4 embeddings" in done.stderr
+    assert "planning: 4/4 validation" in done.stderr
+    assert "forecast" in done.stdout
+    assert "measured" in done.stdout
+    assert "codebook, embedding only" in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["front.png", "recipe.sensitivity.json", "recipe.yaml"]
+    dry = run("plan", dense_folder, "--recipe", tmp_path / "recipe.yaml")
+    assert dry.exit_code == 0, dry.stderr
+    assert "model.embed_tokens" in dry.stdout
+    found = api.plan(dense_folder, tmp_path / "recipe.yaml")
+    assert f"{found['body_bits_per_weight']:.3f}" in done.stdout
+    assert found["bytes_after"] < 45_000
+
+
+def test_plan_for_a_budget_fails_in_one_line(dense_folder, candidates, texts, tmp_path):
+    output = tmp_path / "recipe.yaml"
+    cases = [
+        (["--target-size", "forty"], "target_size must be a number of bytes with or without a unit, like 40MB, 38e6 or 36MiB, got 'forty'"),
+        (["--target-size", "1kB"], "target_size must be between 0.0"),
+        (["--target-bpw", "99"], "bits for these candidates, got 99"),
+        (["--max-ppl-increase", "10"], "max_ppl_increase must be a percentage above 0, like 10%, got '10'"),
+        (["--target-bpw", "3", "--data-free", "--validate"], "data_free proposes from the weights alone: validate needs"),
+        (["--target-bpw", "3", "--tokens", "0"], "num_tokens must be at least 1, got 0"),
+        (["--target-bpw", "3", "--plot", tmp_path / "no" / "front.png"], "front.png' cannot be created: its folder must exist"),
+        (["--target-bpw", "4", "--cache", texts[0]], "a.txt is not a table of errors that can be read"),
+    ]  # fmt: skip
+    for options, message in cases:
+        done = run("plan", dense_folder, "--candidates", candidates, "--output", output, "--calibration", texts[0], *options)
+        assert_one_line(done, message)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("form", ["repeated", "listed", "equals", "options first"])
@@ -417,7 +466,7 @@ def test_a_failed_verification_exits_with_2(dense_folder, recipe, texts, tmp_pat
 
 @pytest.mark.parametrize(
     "arguments",
-    [["compress"], ["compress", "m"], ["plan", "m"], ["evaluate", "m"], ["evaluate", "--text", "t"], ["inspect"], ["zip"], ["plan", "m", "--recipe", "r", "--seed", "x"], ["evaluate", "m", "--text", "t", "--windows", "0"]],
+    [["compress"], ["compress", "m"], ["plan", "m"], ["evaluate", "m"], ["evaluate", "--text", "t"], ["inspect"], ["zip"], ["plan", "m", "--recipe", "r", "--seed", "x"], ["evaluate", "m", "--text", "t", "--windows", "0"], ["plan", "m", "--target-bpw", "3"], ["plan", "m", "--target-bpw", "3", "--recipe", "r"], ["plan", "m", "--recipe", "r", "--validate"], ["plan", "m", "--target-bpw", "x", "--output", "o"]],
     ids=" ".join,
 )  # fmt: skip
 def test_wrong_usage_exits_with_2(arguments):

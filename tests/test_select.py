@@ -72,6 +72,10 @@ def test_nothing_is_left():
         select_names(NAMES, ["*.q"], ["layers.*"])
 
 
+def test_a_stage_for_the_embedding_only():
+    assert select_stages(NAMES, [CodebookConfig(include=()), CodebookConfig()]) == [set(), set(NAMES)]
+
+
 def test_nothing_is_included():
     with pytest.raises(NothingMatched, match=r"include \[\] without exclude \[\] leaves none of 5 modules"):
         select_names(NAMES, [])

@@ -33,6 +33,8 @@ ORDER = [
     "checkpoint",
     "capture",
     "distillation",
+    "measurement",
+    "planner",
     "training",
     "methods",
     "hf",

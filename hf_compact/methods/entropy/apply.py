@@ -36,6 +36,8 @@ class Share:
     """In units of `U_jj`, for the gram matrix as it is summed."""
     row_steps: Tensor
     """`[out]` steps of the rows."""
+    bits: float | None = None
+    """For the last Linear, whose miss no other can make up for: the rate that is left; the step is then searched for."""
 
 
 class Guide:
@@ -57,7 +59,8 @@ class Guide:
         forecast = sum(done.values()) + sum(self.predicted[other] * self.sizes[other] for other in rest)
         budget = self.bits * sum(self.sizes[other] for other in {*done, *rest})
         change = max(-1.0, min(1.0, (forecast - budget) / weights))
-        return Share(2 ** (self.log_step + change) * math.sqrt(num_inputs), self.row_steps[name])
+        left = self.predicted[name] - change if rest == [name] else None
+        return Share(2 ** (self.log_step + change) * math.sqrt(num_inputs), self.row_steps[name], left)
 
 
 def prepare(
@@ -164,11 +167,12 @@ def quantize(weight: Tensor, gram: Tensor | None, config: EntropyConfig, guide: 
     if not weight.any():
         return Integers(torch.zeros_like(weight, dtype=torch.int8), 1.0, torch.ones(len(weight)), torch.ones(weight.shape[1]))
     rounder = _rounder(weight, gram, config, None if guide is None else guide.row_steps)
-    if guide is not None:
+    bits = config.bits if guide is None else guide.bits
+    if bits is None:
         return rounder.integers(guide.step, gram)
     # A matrix so small that its scales take the budget gets half a bit per weight on top of them.
-    target = max(config.bits, fixed_bits(*weight.shape) + 0.5)
-    step = _find_step(rounder.some().bits, target, rounder.guess(target))
+    target = max(bits, fixed_bits(*weight.shape) + 0.5)
+    step = _find_step(rounder.some().bits, target, rounder.guess(target) if guide is None else guide.step)
     step *= 2 ** (rounder.bits(step) - target)
     return rounder.integers(step, gram)
 

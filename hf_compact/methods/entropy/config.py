@@ -46,3 +46,8 @@ class EntropyConfig(MethodConfig):
     def needs_whole_model(self) -> bool:
         """Gradients pass through all blocks."""
         return self.sensitivity == "fisher"
+
+    @property
+    def deals_out_bits(self) -> bool:
+        """One step for all Linears of the stage."""
+        return self.sensitivity == "fisher"

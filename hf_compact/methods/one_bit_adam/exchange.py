@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...budget import Choice, allocate
+from ...budget import Choice, allocate_within
 from ...distributed import broadcast_, rank, world_size
-from ...errors import ConfigError, NumericalError
+from ...errors import NumericalError
 from ...report import CommReport
 from .config import BITS
 from .functional import Segment, add_decoded_, encode_, message_bytes, quantize_, split_into_chunks
@@ -111,7 +111,7 @@ class CompressedMean:
             [Choice(message_bytes([Segment(0, 0, size, bits)]), error) for bits, error in zip(BITS, row, strict=True)]
             for size, row in zip(self.sizes, errors.tolist(), strict=True)
         ]
-        return [BITS[index] for index in fewest_bytes(choices, sum(row[BITS.index(of_bits)].error for row in choices))]
+        return [BITS[index] for index in allocate_within(choices, sum(row[BITS.index(of_bits)].error for row in choices))]
 
     def _own(self, flat: Tensor) -> Tensor:
         return _part(flat, self.chunks[rank()])
@@ -126,29 +126,3 @@ class CompressedMean:
 
 def _part(flat: Tensor, chunk: Sequence[Segment]) -> Tensor:
     return flat[chunk[0].start : chunk[-1].stop] if chunk else flat[:0]
-
-
-def fewest_bytes(choices: Sequence[Sequence[Choice]], error: float) -> list[int]:
-    """Indices of choices with a total error of at most `error`, by bisection on the budget that `allocate` spends.
-
-    Raises:
-        ConfigError: even the largest choices have a greater error.
-
-    >>> fewest_bytes([[Choice(1, 4.0), Choice(2, 1.0)], [Choice(1, 9.0), Choice(2, 2.0)]], error=6.0)
-    [0, 1]
-    """
-    low = sum(min(choice.num_bytes for choice in row) for row in choices)
-    high = sum(max(choice.num_bytes for choice in row) for row in choices)
-
-    def at(budget: int) -> tuple[float, list[int]]:
-        table = allocate(choices, budget)
-        return sum(row[index].error for row, index in zip(choices, table, strict=True)), table
-
-    least, best = at(high)
-    if least > error:
-        raise ConfigError(f"error must be at least {least} for these choices, got {error}")
-    while low < high:
-        middle = (low + high) // 2
-        found, table = at(middle)
-        low, high, best = (low, middle, table) if found <= error else (middle + 1, high, best)
-    return best

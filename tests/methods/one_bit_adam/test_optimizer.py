@@ -10,10 +10,8 @@ from torch import nn
 
 import hf_compact
 from hf_compact import CommReport, OneBitAdam, OneBitAdamCallback, OneBitAdamConfig
-from hf_compact.budget import Choice, allocate_exact
 from hf_compact.errors import ConfigError, NothingMatched, UnsupportedModel
 from hf_compact.methods.one_bit_adam import optimizer as module
-from hf_compact.methods.one_bit_adam.exchange import fewest_bytes
 
 
 def model_and_data() -> tuple[nn.Module, torch.Tensor]:
@@ -192,24 +190,6 @@ def test_auto_freeze_waits_for_the_variance_between_floor_and_ceiling(monkeypatc
     assert 30 < first_freeze(lambda step: max(0.9**step, 0.9**35)) < 60
     optimizer.config = OneBitAdamConfig(freeze=0.1)
     assert first_freeze(lambda step: 1.0) == 20
-
-
-def test_fewest_bytes_is_the_dual_of_the_exact_programme():
-    choices = [
-        [Choice(num_bytes, error * scale) for num_bytes, error in ((1, 9.0), (2, 4.0), (4, 1.0), (8, 0.1))]
-        for scale in (1, 3, 10)
-    ]
-    for ceiling in (1.5, 10.0, 30.0, 126.0):
-        found = fewest_bytes(choices, ceiling)
-        assert sum(row[i].error for row, i in zip(choices, found, strict=True)) <= ceiling
-        spent = sum(row[i].num_bytes for row, i in zip(choices, found, strict=True))
-        best = next(
-            budget for budget in range(3, 25)
-            if sum(row[i].error for row, i in zip(choices, allocate_exact(choices, budget), strict=True)) <= ceiling
-        )  # fmt: skip
-        assert best <= spent <= best + 4  # one multiplier leaves at most one tensor's step on the table
-    with pytest.raises(ConfigError, match=r"error must be at least 1\.4"):
-        fewest_bytes(choices, 1.0)
 
 
 def test_report_adds_up():
