@@ -2,9 +2,9 @@ r"""Bytes on disk against perplexity: our recipes and other libraries in one pic
 
     python -m evaluation.pareto MODEL.gguf --ours runs/rates --text wiki.test.raw --text c4.utf8 --output evaluation/results/02-pareto.json
 
-Scores what `evaluation.peers` scores, with every finished folder below `--ours` as one of our points; finished rows are
-kept, so an interrupted run goes on. Bytes are those of the whole model, untouched tensors in bfloat16. The picture lies
-beside the JSON.
+Our points are the rows that `evaluation.rates` has scored, the others are scored by `evaluation.peers`; the dense model is
+scored by both, and has to come out the same. Finished rows are kept, so an interrupted run goes on. Bytes are those of the
+whole model, untouched tensors in bfloat16. The picture lies beside the JSON.
 """
 
 import argparse
@@ -12,12 +12,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
-from hf_compact.checkpoint import REPORT_NAME
+from evaluation.peers import markdown
 
 HERE = Path(__file__).parent
+#: Relative difference of a perplexity that is rounding only.
+SAME = 1e-4
 
 
 def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -44,7 +47,7 @@ def plot(rows: list[dict], path: Path) -> None:
             points = [(row["file_bytes"] / 1e6, row["scores"][text]) for row in kind]
             axes.plot(*zip(*points, strict=True), marker, label=label)
             for (size, score), row in zip(points, kind, strict=True):
-                axes.annotate(row["name"], (size, score), fontsize=6, xytext=(4, 3), textcoords="offset points")
+                axes.annotate(row["label"], (size, score), fontsize=6, xytext=(4, 3), textcoords="offset points")
             axes.plot(*zip(*front(points), strict=True), "-", alpha=0.4, color="C0" if is_ours else "C1")
         axes.set_xscale("log")
         axes.set_yscale("log")
@@ -55,24 +58,42 @@ def plot(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def our_rows(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """What `evaluation.rates` has kept, in the form of `evaluation.peers`."""
+    return [
+        {
+            "label": name,
+            "body_bits_per_weight": row["totals"]["body_bits_per_weight"],
+            "file_bytes": row["file_bytes"],
+            "scores": row["perplexity"],
+            "seconds": row["command_seconds"],
+            "commit": row["commit"],
+            "is_ours": True,
+        }
+        for name, row in found.items()
+        if name != "dense"
+    ]
+
+
 def main() -> int:
     """Score what is missing, then draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="the dense model: folder or .gguf file")
-    parser.add_argument("--ours", type=Path, required=True, help="a folder of compressed folders")
+    parser.add_argument("--ours", type=Path, required=True, help="work folder of evaluation.rates")
     parser.add_argument("--text", action="append", required=True, help="a text to score; repeat for several")
     parser.add_argument("--output", type=Path, required=True, help="JSON file; its rows are kept when the run is repeated")
     options = parser.parse_args()
-    folders = sorted(path.parent for path in options.ours.glob(f"*/{REPORT_NAME}"))
+    found = json.loads((options.ours / "rows.json").read_text())
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     command = [sys.executable, str(HERE / "peers.py"), options.model, "--output", str(options.output), "--commit", commit]
-    command += [argument for text in options.text for argument in ("--text", text)]
-    command += [argument for folder in folders for argument in ("--ours", str(folder))]
-    subprocess.run(command, check=True)
-    ours = {str(folder) for folder in folders}
-    rows = json.loads(options.output.read_text())
-    for row in rows:
-        row |= {"is_ours": row["label"] in ours, "name": Path(row["label"]).name}
+    subprocess.run([*command, *(argument for text in options.text for argument in ("--text", text))], check=True)
+    peers = [row for row in json.loads(options.output.read_text()) if not row.get("is_ours")]
+    dense = next(row for row in peers if row["label"] == "dense bf16")["scores"]
+    if any(abs(value / dense[text] - 1) > SAME for text, value in found["dense"]["perplexity"].items()):
+        sys.exit(f"the dense model scores {dense} here and {found['dense']['perplexity']} there: not one protocol")
+    rows = [{**row, "is_ours": False} for row in peers] + our_rows(found)
+    options.output.write_text(json.dumps(rows, indent=2) + "\n")
+    options.output.with_suffix(".md").write_text(markdown(rows, options.text))
     plot(rows, options.output.with_suffix(".png"))
     return 0
 

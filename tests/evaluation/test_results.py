@@ -109,7 +109,14 @@ def test_every_row_names_a_recipe_and_its_fields():
 
 
 def test_the_front_and_its_picture(tmp_path):
-    rows = [{**row, "file_bytes": size, "is_ours": size < 3, "name": row["label"]} for size, row in enumerate(ROWS, start=1)]
+    rows = [{**row, "file_bytes": size, "is_ours": size < 3} for size, row in enumerate(ROWS, start=1)]
     pareto.plot([*rows, {"label": "absent", "skipped": "no module"}], tmp_path / "front.png")
     assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
     assert pareto.front([(3, 7), (1, 9), (2, 5), (4, 5)]) == [(1, 9), (2, 5)]
+
+
+def test_rows_of_the_rates_take_the_form_of_peers():
+    kept = {"totals": {"body_bits_per_weight": 3.0}, "file_bytes": 5, "perplexity": {"wiki": 21.0}, "command_seconds": 1.0}
+    (row,) = pareto.our_rows({"dense": {}, "codebook-3.0bpw": {**kept, "commit": "c0ffee"}})
+    assert set(ROWS[0]) <= set(row)
+    assert row["is_ours"]
