@@ -29,7 +29,7 @@ from transformers import (
 from . import distributed, verify
 from .arch import Architecture, dense_shape, describe
 from .calibration import Calibration, builtin_text, from_batches, read_texts, sample, tokenize
-from .capture import BlockRunner, Progress, compress_outside_, probe_inputs, stored_bytes
+from .capture import BlockRunner, Method, Progress, compress_outside_, probe_inputs, stored_bytes
 from .checkpoint import (
     FORMAT_VERSION,
     QUANT_METHOD,
@@ -42,15 +42,16 @@ from .checkpoint import (
     hash_files,
     write_text,
 )
-from .config import Recipe
+from .config import MethodConfig, Recipe
 from .distillation import distill_
 from .errors import CalibrationError, ConfigError, FormatError, OutputError, UnsupportedModel, VerificationError
 from .hf.card import model_card, plot_layers
-from .hf.quantizer import CompactConfig, attach_, expect_, names_in
+from .hf.quantizer import CompactConfig, attach_, expect_, names_in, outermost
 from .methods import LAYERS, METHODS
 from .report import Report, peak_memory_bytes, return_freed_memory
 from .scoring import max_positions, perplexity
 from .select import select_stages
+from .stored import open_linears
 from .version import __version__
 
 logger = logging.getLogger(__name__)
@@ -186,11 +187,11 @@ def plan(model: str | Path, recipe: Recipe | Mapping[str, Any] | str | Path, see
             skipped.append({"name": name, "reason": "the recipe leaves it in the model's dtype"})
     for name, role in arch.roles.items():
         old = dense.model.get_submodule(name)
-        stage = next((pair for pair, names in zip(stages, chosen, strict=True) if name in names), None)
-        if stage is None:
+        mine = [stage for stage, names in zip(stages, chosen, strict=True) if name in names]
+        if not mine:
             skipped.append({"name": name, "reason": "excluded by the recipe"})
             continue
-        add(name, role, stage[1].method, old, stage[0].compress_linear(_on_meta(old), None, stage[1], solve=False))
+        add(name, role, "+".join(config.method for _, config in mine), old, _empty(_on_meta(old), mine))
     handled = {layer["name"] for layer in layers} | {entry["name"] for entry in skipped} | set(arch.tied)
     rest = [name for name in parameters if name.rpartition(".")[0] not in handled]
     skipped += [{"name": name, "reason": "not a Linear of a block: stays in the model's dtype"} for name in rest]
@@ -274,14 +275,16 @@ def inspect_folder(folder: str | Path) -> dict[str, Any]:
     expect_(copy.deepcopy(skeleton), table, source.files)
     headers = source.headers()
     layers = []
-    for name, spec in table.items():
+    for name in outermost(table):
+        spec = {key: value for key, value in table[name].items() if key != "layer"}
         if "tied_to" in spec:
             continue
         shape = dense_shape(skeleton.get_submodule(name))
-        size = sum(
-            nbytes for key, (_, _, nbytes) in headers.items() if key.rpartition(".")[0] == name and not key.endswith(".bias")
-        )
-        layers.append({"name": name, **spec, "shape": list(shape), "bytes": size, "bits_per_weight": 8 * size / shape.numel()})
+        size = sum(nbytes for key, (_, _, nbytes) in headers.items() if key.startswith(f"{name}.") and key != f"{name}.bias")
+        parts = [table[part] for part in table if part.startswith(f"{name}.")]
+        kinds = dict.fromkeys(part["layer"] for part in [table[name], *parts])
+        spec |= {key: value for part in parts for key, value in part.items() if key != "layer"}
+        layers.append({"name": name, "layer": "+".join(kinds), **spec, "shape": list(shape), "bytes": size, "bits_per_weight": 8 * size / shape.numel()})
     file_bytes = sum(path.stat().st_size for path in source.files)
     num_parameters = count_parameters(skeleton)
     outside = {name for name in table if not any(name.startswith(b + ".") for b in describe(skeleton).blocks)}
@@ -711,7 +714,16 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 
 def _on_meta(module: torch.nn.Module) -> torch.nn.Linear:
     out_features, in_features = dense_shape(module)
-    return torch.nn.Linear(in_features, out_features, bias=module.bias is not None, device="meta")
+    return torch.nn.Linear(in_features, out_features, bias=module.bias is not None, device="meta", dtype=module.weight.dtype)
+
+
+def _empty(linear: torch.nn.Linear, stages: Sequence[tuple[Method, MethodConfig]]) -> torch.nn.Module:
+    """What the stages make of a Linear, without its values; those that come later take what it is built of."""
+    (method, config), *rest = stages
+    module = method.compress_linear(linear, None, config, solve=False)
+    for name in open_linears(module) if rest else ():
+        module.set_submodule(name, _empty(module.get_submodule(name), rest))
+    return module
 
 
 def _body_bits(layers: Sequence[Mapping[str, Any]], width: int) -> float:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from . import distributed
 from .arch import Architecture, as_linear, dense_shape
@@ -29,6 +30,7 @@ from .errors import NumericalError, UnsupportedModel
 from .functional.gram import add_gram_, centered, output_energy
 from .report import LayerReport, Report, peak_memory_bytes, return_freed_memory
 from .select import replace_modules, select_stages
+from .stored import open_linears
 
 logger = logging.getLogger(__name__)
 
@@ -65,11 +67,24 @@ class Method:
     is_dealt: bool = True
     """Whether the ranks deal the Linears out and send each other the results, whose sizes they must know beforehand;
     otherwise each solves all of them."""
+    finish: Callable[..., None] | None = None
+    """`(module, linear, gram, config)`, run in place once later stages have compressed the Linears that a module is built
+    of; `linear` is the dense one, `gram` that of its inputs."""
 
     def table_entry(self, module: nn.Module) -> dict[str, Any]:
         """The modules-table entry of a module that this method made."""
         name = next(name for name, cls in self.layers.items() if type(module) is cls)
         return {"layer": name, **module.spec()}
+
+
+@dataclass
+class _Built:
+    """A module that was built of Linears, while later stages may compress those."""
+
+    method: Method
+    config: MethodConfig
+    linear: nn.Linear
+    gram: Tensor | None
 
 
 class _StopForward(Exception):
@@ -119,6 +134,7 @@ class BlockRunner:
         # this it would run for each group of inputs that comes after it.
         self.settled: dict[nn.Module, dict[int, Any]] = {}
         self.resident: set[int] = set()
+        self.built: dict[str, _Built] = {}
         self.guides: list[Guide | None] = [None] * len(self.stages)
         self.num_resumed = 0 if journal is None else len(journal.entries)
 
@@ -229,7 +245,7 @@ class BlockRunner:
             return
         names = self._outside_blocks() if position == 0 else self._inside(unit)
         record = {
-            "modules": {name: self.table[name] for name in modules},
+            "modules": {name: self.table[name] for name in modules if name in self.table},
             "layers": [asdict(layer) for layer in modules.values() if layer is not None],
             "notes": self.report.notes[notes:],
         }
@@ -256,7 +272,7 @@ class BlockRunner:
         made, table = compress_outside_(self.model, self.arch, self.stages, self.layers)
         self.table |= table
         reports = {
-            name: self._report(name, part.role, part.config, part.old, part.new, None, part.seconds)
+            name: self._report(name, part.role, part.config.method, part.old, part.new, None, part.seconds)
             for name, part in made.items()
         }
         return {name: reports.get(name) for name in table}
@@ -264,21 +280,41 @@ class BlockRunner:
     def _compress_block(self, block: str, calls: list[_Call]) -> dict[str, LayerReport | None]:
         found: dict[str, LayerReport | None] = {}
         module = self.model.get_submodule(block)
+        self.built = {}
         for (method, config), targets, guide in zip(self.stages, self.targets, self.guides, strict=True):
-            names = [name for name in self.arch.targets(block) if name in targets]
+            names = [part for name in self.arch.targets(block) if name in targets for part in self._linears(name)]
             if not names:
                 continue
             for name in names:
                 check_finite(name + ".weight", self.model.get_submodule(name).weight)
             self.settled = {}
+            waiting = set(names)
             for group in self._input_groups(module, names, calls) if config.needs_calibration else [names]:
                 gram, total = self._moments(block, group[0], calls) if config.needs_calibration else (None, None)
+                started = time.perf_counter()
                 found |= self._compress_group(group, gram, total, method, config, guide)
+                waiting -= set(group)
+                for outer in dict.fromkeys(map(self._outer, group)):
+                    if outer not in group and not any(self._outer(name) == outer for name in waiting):
+                        found[outer] = self._close(outer, config, gram, time.perf_counter() - started)
                 for part, child in module.named_children():
                     inside = [name for name in names if name.startswith(f"{block}.{part}.")]
                     if inside and all(name in found for name in inside):
                         self.settled.setdefault(child, {})
         return found
+
+    def _linears(self, name: str) -> list[str]:
+        """A Linear itself, or those that an earlier stage has built it of."""
+        module = self.model.get_submodule(name)
+        if isinstance(module, nn.Linear | Conv1D):
+            return [name]
+        return [f"{name}.{part}" for part in open_linears(module)]
+
+    def _outer(self, name: str) -> str:
+        """The Linear of the dense model that this one is, or is a part of."""
+        while name not in self.arch.roles:
+            name = name.rpartition(".")[0]
+        return name
 
     def _compress_group(
         self,
@@ -307,26 +343,47 @@ class BlockRunner:
             return_freed_memory()
             is_mine = owner == distributed.rank() or not method.is_dealt
             hints = {} if guide is None or total is None else {"guide": guide.share(name, self.report.layers, total[-1].item())}
-            new[name] = method.compress_linear(linear, moments, config, solve=is_mine, **hints)
+            made = method.compress_linear(linear, moments, config, solve=is_mine, **hints)
+            outer = self._outer(name)
+            if made is linear:
+                seconds = time.perf_counter() - started
+                found[name] = self._report(name, self.arch.roles[outer], "dense", linear, linear, None, seconds)
+                continue
+            new[name] = made
             if method.is_dealt:
-                distributed.broadcast_(new[name].buffers(), owner)
+                distributed.broadcast_(made.buffers(), owner)
             if moments is not None and linear.bias is not None:
                 mean = (total[:-1] / total[-1]).to(linear.weight.device, torch.float32)
-                new[name].bias.data += ((linear.weight.float() - new[name].to_dense()) @ mean).to(linear.bias.dtype)
-            found[name] = self._report(
-                name, self.arch.roles[name], config, linear, new[name], moments, time.perf_counter() - started
-            )
-            self.table[name] = method.table_entry(new[name])
-        replace_modules(self.model, names, lambda name, _: new[name])
+                made.bias.data += ((linear.weight.float() - made.to_dense()) @ mean).to(linear.bias.dtype)
+            self.table[name] = method.table_entry(made)
+            seconds = time.perf_counter() - started
+            report = self._report(name, self.arch.roles[outer], config.method, linear, made, moments, seconds)
+            found[name] = report if name == outer else None
+            if open_linears(made):
+                self.built[name] = _Built(method, config, linear, moments)
+        if new:
+            replace_modules(self.model, new, lambda name, _: new[name])
         return found
 
+    def _close(self, outer: str, config: MethodConfig, gram: Tensor | None, seconds: float) -> LayerReport:
+        """Finish a module whose Linears a later stage has compressed, and report both stages as one."""
+        started = time.perf_counter()
+        built = self.built[outer]
+        gram = gram if built.gram is None else built.gram
+        module = self.model.get_submodule(outer)
+        if built.method.finish is not None:
+            built.method.finish(module, built.linear, gram, built.config)
+        methods = f"{built.config.method}+{config.method}"
+        seconds += time.perf_counter() - started
+        return self._report(outer, self.arch.roles[outer], methods, built.linear, module, gram, seconds)
+
     def _report(
-        self, name: str, role: str, config: MethodConfig, old: nn.Module, new: nn.Module, gram: Tensor | None, seconds: float
+        self, name: str, role: str, method: str, old: nn.Module, new: nn.Module, gram: Tensor | None, seconds: float
     ) -> LayerReport:  # fmt: skip
         return LayerReport(
             name=name,
             role=role,
-            method=config.method,
+            method=method,
             num_weights=old.weight.numel(),
             compressed_bytes=stored_bytes(new),
             relative_error=_relative_error(old.weight, new, gram),
@@ -439,9 +496,8 @@ class BlockRunner:
     def _mask_name(self, block: str, name: str) -> str:
         """The input that says which of a target's inputs are padding; cross attention reads the encoder's keys and values."""
         is_decoder = len(self.arch.stacks) > 1 and block in self.arch.stacks[-1]
-        return (
-            "decoder_attention_mask" if is_decoder and self.arch.roles[name] not in ("cross_k", "cross_v") else "attention_mask"
-        )
+        is_memory = self.arch.roles[self._outer(name)] in ("cross_k", "cross_v")
+        return "decoder_attention_mask" if is_decoder and not is_memory else "attention_mask"
 
     def _run_block(self, block: nn.Module, number: int, call: _Call) -> Tensor:
         """One block on one batch; the parts of it that are settled run once and are remembered."""
@@ -539,8 +595,7 @@ def assign_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 def stored_bytes(module: nn.Module) -> int:
     """Bytes of a compressed module in a file, its bias left out."""
-    kept = ((name, buffer) for name, buffer in module.named_buffers() if name not in module._non_persistent_buffers_set)
-    return sum(buffer.nbytes for _, buffer in kept)
+    return sum(tensor.nbytes for name, tensor in module.state_dict().items() if name != "bias")
 
 
 def _relative_error(weight: Tensor, module: nn.Module, gram: Tensor | None) -> float:
@@ -550,7 +605,8 @@ def _relative_error(weight: Tensor, module: nn.Module, gram: Tensor | None) -> f
     for rows in torch.arange(len(weight), device=weight.device).split(1024):
         dense = weight[rows].float()
         total += output_energy(dense, gram)
-        lost += output_energy(dense - module.to_dense(rows=rows), gram)
+        new = module.weight[rows].float() if isinstance(module, nn.Linear) else module.to_dense(rows=rows)
+        lost += output_energy(dense - new, gram)
     return lost / max(total, 1e-30)
 
 

@@ -47,6 +47,11 @@ class MethodConfig:
         """Whether the dense model has to be in memory as a whole before the first block is compressed."""
         return False
 
+    @property
+    def leaves_linears(self) -> bool:
+        """Whether what it makes is built of Linears, which later stages compress when they select the same name."""
+        return False
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, every default included, the method's name first."""
         return {"method": self.method, **_plain(self)}

@@ -111,7 +111,7 @@ class CompactQuantizer(HfQuantizer):
             (METHODS[stage.method], stage) for stage in Recipe.from_dict({"stages": self.quantization_config.stages}).stages
         ]
         for _, stage in stages:
-            if stage.needs_calibration:
+            if stage.needs_calibration or stage.leaves_linears:
                 raise ConfigError(
                     f"{stage.method} with these settings needs calibration, which loading has not: "
                     "use a stage that needs none (codebook with rounding nearest), or hf-compact compress"
@@ -158,7 +158,8 @@ class CompactQuantizer(HfQuantizer):
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # what save_pretrained leaves in the config
         with torch.device("meta"):
             skeleton = type(model)(model.config)
-        for name in names_in(model, self.quantization_config.modules):
+        table = names_in(model, self.quantization_config.modules)
+        for name in outermost(table):
             module = model.get_submodule(name)
             dense = module.dense_module(dtype)
             original = skeleton.get_submodule(name)
@@ -249,6 +250,17 @@ def expect_(model: PreTrainedModel, table: Mapping[str, Any], files: Sequence[Pa
         check_files(model, modules, files)
 
 
+def outermost(names: Iterable[str]) -> list[str]:
+    """The names that are no part of another one.
+
+    >>> outermost(["a.up", "a.up.core0", "a.upper"])
+    ['a.up', 'a.upper']
+    """
+    known = set(names)
+    parents = {name: [name[:i] for i, letter in enumerate(name) if letter == "."] for name in known}
+    return [name for name in dict.fromkeys(names) if known.isdisjoint(parents[name])]
+
+
 def names_in(model: PreTrainedModel, modules: Mapping[str, Any]) -> dict[str, Any]:
     """The table as another head class of the same base model names it.
 
@@ -261,16 +273,17 @@ def names_in(model: PreTrainedModel, modules: Mapping[str, Any]) -> dict[str, An
     prefix = model.base_model_prefix + "."
     known = {name for name, _ in model.named_modules(remove_duplicate=False)}
     is_base = model.base_model is model
+    wholes = outermost(modules)
 
     def rename(name: str) -> str:
-        if name in known:
+        if any(whole in known for whole in wholes if f"{name}.".startswith(f"{whole}.")):
             return name
         return name.removeprefix(prefix) if is_base else prefix + name
 
-    renamed = {}
-    for name, spec in modules.items():
-        new = rename(name)
-        if new in known:
+    renamed: dict[str, Any] = {}
+    for name in sorted(modules, key=lambda name: name not in wholes):
+        spec, new = modules[name], rename(name)
+        if new in known or any(new.startswith(f"{built}.") for built in renamed):
             tied = {"tied_to": rename(spec["tied_to"])} if "tied_to" in spec else {}
             if tied and tied["tied_to"] not in known:
                 raise FormatError(

@@ -1,0 +1,16 @@
+"""Tensor-network decomposition: block Linears as trains of small ones, plain low rank among them."""
+
+from ...capture import Method
+from .apply import compress_embedding, compress_linear, prepare
+from .config import TensorNetworkConfig
+from .layer import TensorTrainLinear
+
+METHOD = Method(
+    config=TensorNetworkConfig,
+    layers={"tensor_train_linear": TensorTrainLinear},
+    compress_linear=compress_linear,
+    compress_embedding=compress_embedding,
+    tied_layer="tensor_train_linear",
+    prepare=prepare,
+    is_dealt=False,
+)

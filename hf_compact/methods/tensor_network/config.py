@@ -1,0 +1,83 @@
+"""Settings of tensor-network decomposition."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from ...config import MethodConfig
+from ...errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorNetworkConfig(MethodConfig):
+    """Factor block Linears into trains of small ones, with one budget for the whole model.
+
+    >>> TensorNetworkConfig(keep_ratio=1.5)
+    Traceback (most recent call last):
+    hf_compact.errors.ConfigError: tensor_network.keep_ratio must be in (0, 1], got 1.5
+    """
+
+    method: ClassVar[str] = "tensor_network"
+
+    keep_ratio: float = 0.8
+    """Kept parameters / dense parameters of all selected Linears together."""
+    format: Literal["low_rank", "tensor_train", "auto"] = "low_rank"
+    """A product of two matrices, a train with even factors, or for each Linear what has the least error at its size."""
+    num_cores: int = 2
+    """Tensor trains only: how many cores."""
+    is_pivoted: bool = True
+    """Low rank only: some rows of the product are stored as they are, the others as their combinations, which takes
+    `r (O + I - r)` values in place of `r (O + I)`. Without it the ranks are ordered and can be cut later."""
+    solver: Literal["svd", "whitened", "regression"] = "whitened"
+    """What is minimised: the error of the weights, of the outputs, or of the outputs against those of the dense model."""
+    allocation: Literal["uniform", "fisher", "profile"] = "fisher"
+    """How the budget is dealt out. `uniform`: every Linear keeps the same share. `fisher`: by what an error costs the
+    loss, from gradients of the dense model; the model is loaded whole. `profile`: as `hf-compact profile` has measured."""
+    profile: str | None = None
+    """Allocation `profile` only: the JSON file."""
+    rank_multiple: int = 8
+    """Ranks are multiples of it, where the matrix is not kept dense."""
+    protected: tuple[str, ...] = ()
+    """Whole-name globs of Linears that keep at least `protected_ratio` of their parameters."""
+    protected_ratio: float = 0.8
+    """See `protected`."""
+    damp: float = 0.01
+    """Ridge of the gram matrices as a fraction of their mean diagonal."""
+    blend: float = 0.6
+    """Regression only: weight of the dense model's inputs against the inputs of the compressed prefix."""
+
+    def __post_init__(self) -> None:
+        """Check ranges, then combinations."""
+        choices = {"format": ("low_rank", "tensor_train", "auto"), "solver": ("svd", "whitened", "regression"),
+                   "allocation": ("uniform", "fisher", "profile")}  # fmt: skip
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"tensor_network.{name} must be one of {', '.join(allowed)}, got {getattr(self, name)}")
+        for name in ("keep_ratio", "protected_ratio"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ConfigError(f"tensor_network.{name} must be in (0, 1], got {getattr(self, name)}")
+        for name in ("damp", "blend"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"tensor_network.{name} must be in [0, 1], got {getattr(self, name)}")
+        if not 2 <= self.num_cores <= 6:
+            raise ConfigError(f"tensor_network.num_cores must be in [2, 6], got {self.num_cores}")
+        if self.rank_multiple < 1:
+            raise ConfigError(f"tensor_network.rank_multiple must be at least 1, got {self.rank_multiple}")
+        if (self.allocation == "profile") != (self.profile is not None):
+            raise ConfigError(
+                f"tensor_network.profile belongs to allocation profile, got allocation {self.allocation} and profile {self.profile}"
+            )
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the solver or the allocation reads gram matrices of the inputs."""
+        return True
+
+    @property
+    def needs_whole_model(self) -> bool:
+        """Gradients pass through all blocks."""
+        return self.allocation == "fisher"
+
+    @property
+    def leaves_linears(self) -> bool:
+        """Cores are Linears."""
+        return True
