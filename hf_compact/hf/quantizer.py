@@ -9,6 +9,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -24,10 +25,10 @@ from ..arch import as_linear, describe
 from ..capture import Method, compress_outside_
 from ..checkpoint import DTYPES, FORMAT_VERSION, QUANT_METHOD, TensorSource, rebuild_, share_buffers_
 from ..config import MethodConfig, Recipe
-from ..errors import ConfigError, FormatError
+from ..errors import ConfigError, FormatError, UnsupportedModel
 from ..methods import LAYERS, METHODS
 from ..select import select_stages
-from ..stored import CodedModule
+from ..stored import CodedModule, StoredModule
 
 logger = logging.getLogger(__name__)
 
@@ -152,6 +153,7 @@ class CompactQuantizer(HfQuantizer):
         for name, spec in specs.items():
             if "tied_to" in spec:
                 share_buffers_(model.get_submodule(name), model.get_submodule(spec["tied_to"]))
+        add_set_rank_(model)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         dtype = dtype or model.dtype
@@ -176,6 +178,15 @@ class CompactQuantizer(HfQuantizer):
         model.tie_weights()
         return model
 
+    def attach_(self, model: PreTrainedModel) -> None:
+        """Make a model that holds the compressed modules already what a loaded one is."""
+        model.config.quantization_config = self.quantization_config
+        model.hf_quantizer = self
+        model.quantization_method = QUANT_METHOD
+        model.is_quantized = True
+        forget_ties_(model, self.quantization_config.modules)
+        add_set_rank_(model)
+
     def is_serializable(self) -> bool:
         """Saving is plain `save_pretrained`."""
         return True
@@ -184,6 +195,11 @@ class CompactQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Gradients pass through, so adapters can be trained on top."""
         return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Whether a Trainer may train the model itself: nothing in it is packed."""
+        return not any(issubclass(LAYERS[spec["layer"]], StoredModule) for spec in self.quantization_config.modules.values())
 
 
 class _Pending:
@@ -221,12 +237,33 @@ class _QuantizeOnLoad(ConversionOps):
 
 def attach_(model: PreTrainedModel, modules: Mapping[str, Any], stages: Sequence[Mapping[str, Any] | MethodConfig]) -> None:
     """Make a model that was compressed in memory what a reloaded one is: `save_pretrained` then writes the table."""
-    config = CompactConfig(modules=modules, stages=stages)
-    model.config.quantization_config = config
-    model.hf_quantizer = CompactQuantizer(config, pre_quantized=True)
-    model.quantization_method = QUANT_METHOD
-    model.is_quantized = True
-    forget_ties_(model, modules)
+    CompactQuantizer(CompactConfig(modules=modules, stages=stages), pre_quantized=True).attach_(model)
+
+
+def add_set_rank_(model: PreTrainedModel) -> None:
+    """Give a model with layers of ordered components the method `set_rank(share)`."""
+    if any(hasattr(module, "set_rank") for module in model.modules()):
+        model.set_rank = MethodType(set_rank, model)
+
+
+def set_rank(model: PreTrainedModel, share: float) -> None:
+    """Cut every low-rank layer to that share of its rank (1 at least), in place; `save_pretrained` then saves the cut model.
+
+    Raises:
+        ConfigError: the share is not in (0, 1].
+        UnsupportedModel: a layer's components have no order.
+    """
+    if not 0 < share <= 1:
+        raise ConfigError(f"share must be in (0, 1], got {share}")
+    table = model.config.quantization_config.modules
+    named = {name: model.get_submodule(own) for name in table for own in names_in(model, {name: table[name]})}
+    cut = {name: module for name, module in named.items() if hasattr(module, "set_rank")}
+    for name, module in cut.items():
+        if not module.is_ordered:
+            raise UnsupportedModel(f"{name} has no order of ranks: decompose with is_pivoted false, and quantize after the cut")
+    for name, module in cut.items():
+        module.set_rank(max(1, round(share * module.ranks[0])))
+        table[name] |= module.spec()
 
 
 def forget_ties_(model: PreTrainedModel, modules: Mapping[str, Any]) -> None:

@@ -2,8 +2,11 @@
 
 from ...capture import Method
 from .apply import compress_embedding, compress_linear, prepare
-from .config import TensorNetworkConfig
+from .callback import TensorNetworkCallback
+from .config import TensorNetworkConfig, TensorNetworkTraining
 from .layer import TensorTrainLinear
+
+__all__ = ["METHOD", "TensorNetworkCallback", "TensorNetworkConfig", "TensorNetworkTraining", "TensorTrainLinear"]
 
 METHOD = Method(
     config=TensorNetworkConfig,

@@ -81,3 +81,50 @@ class TensorNetworkConfig(MethodConfig):
     def leaves_linears(self) -> bool:
         """Cores are Linears."""
         return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorNetworkTraining:
+    """How `TensorNetworkCallback` trains.
+
+    >>> TensorNetworkTraining(schedule="trp", energy=0.0)
+    Traceback (most recent call last):
+    hf_compact.errors.ConfigError: training.energy must be in (0, 1], got 0.0
+    """
+
+    schedule: Literal["heal", "trp", "maestro"] = "heal"
+    """`heal`: train the factors of a decomposed model, nothing else. `trp`: train a dense model whose matrices are
+    truncated from time to time, and factor them at the end. `maestro`: train factors of full rank of which now and then
+    only the first few are used, so that the result can be cut to any rank."""
+    include: tuple[str, ...] = ("*",)
+    """trp and maestro: whole-name globs of block Linears."""
+    exclude: tuple[str, ...] = ()
+    """trp and maestro: whole-name globs of block Linears to leave alone."""
+    interval: int = 20
+    """trp: optimizer steps between two truncations."""
+    energy: float = 0.98
+    """trp: share of the energy that a truncation keeps; the number of singular values follows."""
+    nuclear_weight: float = 3e-4
+    """trp: weight of the nuclear norm, whose sub-gradient is added at truncations."""
+    shares: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+    """maestro: shares of the rank that a layer is cut to while it is drawn; every step draws one layer."""
+    lasso_weight: float = 0.0
+    """maestro: weight of the norms of all suffixes of the factors, which drives the last components to zero."""
+    threshold: float = 1e-5
+    """maestro: components whose suffixes have a smaller product of norms, relative to all, are dropped at the end."""
+    seed: int = 0
+    """maestro: of the draws."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.schedule not in ("heal", "trp", "maestro"):
+            raise ConfigError(f"training.schedule must be one of heal, trp, maestro, got {self.schedule}")
+        if self.interval < 1:
+            raise ConfigError(f"training.interval must be at least 1, got {self.interval}")
+        if not 0 < self.energy <= 1:
+            raise ConfigError(f"training.energy must be in (0, 1], got {self.energy}")
+        if not self.shares or not all(0 < share <= 1 for share in self.shares):
+            raise ConfigError(f"training.shares must be in (0, 1], got {self.shares}")
+        for name in ("nuclear_weight", "lasso_weight", "threshold"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"training.{name} must be at least 0, got {getattr(self, name)}")

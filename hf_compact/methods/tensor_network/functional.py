@@ -252,6 +252,43 @@ def ranks_for(out_factors: Sequence[int], in_factors: Sequence[int], num_values:
     return best
 
 
+def truncate_energy(weight: Tensor, energy: float, shrink: float, right: Tensor | None = None) -> tuple[Tensor, int]:
+    """The matrix with the fewest singular values that keep a share of its energy, each made smaller by `shrink`.
+
+    A step along the sub-gradient `U V^T` of the nuclear norm at the truncated matrix takes the same amount off every
+    singular value that is left, so both are one operation.
+
+    Args:
+        weight: `[out, in]`. Not written to.
+        energy: kept share of the sum of squares, in (0, 1].
+        shrink: taken off the kept singular values, learning rate times weight of the norm.
+        right: `[in, in]` invertible; the singular values are those of `W right`.
+
+    Returns:
+        The matrix, in the dtype of `weight`, and its rank.
+    Source: Trained Rank Pruning (arXiv 1812.02402); differs by the metric of the inputs.
+
+    >>> truncate_energy(torch.diag(torch.tensor([4.0, 1.0])), energy=0.9, shrink=0.5)
+    (tensor([[3.5000, 0.0000], [0.0000, 0.0000]]), 1)
+    """
+    seen = weight.double() if right is None else weight.double() @ right
+    u, values, vt = torch.linalg.svd(seen, full_matrices=False)
+    kept = values.square().cumsum(0)
+    rank = min(int((kept < energy * kept[-1] * (1 - 1e-12)).sum()) + 1, len(values))
+    result = (u[:, :rank] * (values[:rank] - shrink).clamp_min(0)) @ vt[:rank]
+    result = result if right is None else torch.linalg.solve(right, result, left=False)
+    return result.to(weight.dtype), rank
+
+
+def suffix_norms(matrix: Tensor) -> Tensor:
+    """Norm of all rows from each one on, `[n]` of `[n, m]`; differentiable where a suffix is not zero.
+
+    >>> suffix_norms(torch.tensor([[3.0], [4.0]])).tolist()
+    [5.0, 4.0]
+    """
+    return matrix.square().sum(1).flip(0).cumsum(0).flip(0).sqrt()
+
+
 def candidate_factors(out_features: int, in_features: int, num_cores: int, most: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Pairs of factorisations of both sides, the most even ones first.
 

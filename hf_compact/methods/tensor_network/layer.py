@@ -57,6 +57,9 @@ class TensorTrainLinear(nn.Module):
     mode: Literal["auto", "factored", "dense"] = "auto"
     """Factored, rebuilt for every call, or whichever takes fewer operations. A core that is hooked is always used."""
 
+    active_rank: int | None = None
+    """Plain low rank in training: only so many of the first inner values are used."""
+
     def __init__(
         self, out_factors: Sequence[int], in_factors: Sequence[int], ranks: Sequence[int], *, is_pivoted: bool = False,
         is_sorted: bool = False, device: torch.device | str | None = None, dtype: torch.dtype | None = None,
@@ -113,6 +116,11 @@ class TensorTrainLinear(nn.Module):
         return len(self.ranks) == 1 and self.out_factors[1] == 1 and self.in_factors[0] == 1
 
     @property
+    def is_ordered(self) -> bool:
+        """Whether the first components can stand alone."""
+        return self.is_low_rank and not self.is_pivoted and all(type(core) is nn.Linear for core in self.cores)
+
+    @property
     def num_values(self) -> int:
         """Values in all cores."""
         gauge = self.ranks[0] ** 2 if self.is_pivoted else 0
@@ -147,6 +155,22 @@ class TensorTrainLinear(nn.Module):
         self.core1.weight.data.copy_(found.rows)
         self.out_order.copy_(found.order)
         return self
+
+    @torch.no_grad()
+    def set_rank(self, rank: int) -> None:
+        """Cut a plain product to its first components; what is cut is gone.
+
+        Raises:
+            ValueError: the components have no order, or the rank is not in `[1, ranks[0]]`.
+        """
+        if not self.is_ordered:
+            raise ValueError("the components of a pivoted, quantized or longer train have no order")
+        if not 1 <= rank <= self.ranks[0]:
+            raise ValueError(f"rank must be in [1, {self.ranks[0]}], got {rank}")
+        self.core0.weight = nn.Parameter(self.core0.weight[:, :rank].clone(), requires_grad=self.core0.weight.requires_grad)
+        self.core1.weight = nn.Parameter(self.core1.weight[:rank].clone(), requires_grad=self.core1.weight.requires_grad)
+        self.core0.in_features = self.core1.out_features = rank
+        self.ranks = [rank]
 
     def load_orders_(self, rows: Tensor, columns: Tensor) -> None:
         """What row and column of the matrix stand at each place of the train."""
@@ -186,7 +210,7 @@ class TensorTrainLinear(nn.Module):
     def _is_rebuilt(self, tokens: int) -> bool:
         if self.mode != "auto":
             return self.mode == "dense"
-        if self._is_watched:
+        if self._is_watched or self.active_rank is not None:
             return False
         dense = self.out_features * self.in_features
         rebuild = rebuild_multiply_adds(self.out_factors, self.in_factors, self.ranks)
@@ -199,9 +223,11 @@ class TensorTrainLinear(nn.Module):
 
     def _factored(self, x: Tensor) -> Tensor:
         """The product core by core, for as many tokens at a time as keep every tensor as small as an activation."""
-        if self.is_pivoted:
+        if self.is_low_rank:
             inner = self.core1(x)
-            return torch.cat([inner, self.core0(inner)], dim=-1)
+            if self.active_rank is not None:  # a mask, so that every parameter has a gradient
+                inner = inner * (torch.arange(self.ranks[0], device=x.device) < self.active_rank).to(inner.dtype)
+            return torch.cat([inner, self.core0(inner)], dim=-1) if self.is_pivoted else self.core0(inner)
         rows = x.reshape(-1, self.in_features)
         peak = peak_values(self.out_factors, self.in_factors, self.ranks)
         step = len(rows) if self._is_watched else len(rows) * max(self.in_features, self.out_features) // peak
