@@ -77,13 +77,35 @@ def spectrum(weight: Tensor, right: Tensor | None = None, left: Tensor | None = 
     >>> spectrum(torch.eye(2), right=torch.diag(torch.tensor([3.0, 1.0]))).energy.tolist()
     [9.0, 1.0]
     """
-    seen = weight.double()
-    seen = seen if right is None else seen @ right
-    seen = seen if left is None else left.T @ seen
-    u, values, vt = torch.linalg.svd(seen, full_matrices=False)
-    up, down = u * values.sqrt(), values.sqrt()[:, None] * vt
+    seen = _seen(weight, right, left)
+    is_wide = seen.shape[0] <= seen.shape[1]
+    energy, vectors = torch.linalg.eigh(seen @ seen.T if is_wide else seen.T @ seen)
+    energy, vectors = energy.flip(0).clamp_min(0), vectors.flip(1)
+    # The vectors of the shorter side are orthonormal to the last, so the product is exact; the square roots only share it out.
+    root = energy.sqrt().sqrt()
+    root = root.clamp_min(1e-6 * root[0]) if root[0] > 0 else torch.ones_like(root)
+    if is_wide:
+        up, down = vectors * root, (vectors.T @ seen) / root[:, None]
+    else:
+        up, down = (seen @ vectors) / root, root[:, None] * vectors.T
     if right is not None:
         down = torch.linalg.solve(right, down, left=False)
     if left is not None:
         up = torch.linalg.solve(left.T, up)
-    return Spectrum(up, down, values.square())
+    return Spectrum(up, down, energy)
+
+
+def energies(weight: Tensor, right: Tensor | None = None, left: Tensor | None = None) -> Tensor:
+    """The `energy` of `spectrum` alone, `[min(out, in)]`, in a fraction of the time.
+
+    >>> energies(torch.eye(2), right=torch.diag(torch.tensor([3.0, 1.0]))).tolist()
+    [9.0, 1.0]
+    """
+    seen = _seen(weight, right, left)
+    small = seen @ seen.T if seen.shape[0] <= seen.shape[1] else seen.T @ seen
+    return torch.linalg.eigvalsh(small).flip(0).clamp_min(0)
+
+
+def _seen(weight: Tensor, right: Tensor | None, left: Tensor | None) -> Tensor:
+    seen = weight.double() if right is None else weight.double() @ right.double()
+    return seen if left is None else left.double().T @ seen

@@ -1,10 +1,11 @@
 """Every method by its name in a recipe. Adding one is a folder and one line here."""
 
 from ..capture import Method
-from . import codebook, entropy, tensor_network
+from . import codebook, correction, entropy, tensor_network
 
 METHODS: dict[str, Method] = {
     "codebook": codebook.METHOD,
+    "correction": correction.METHOD,
     "entropy": entropy.METHOD,
     "tensor_network": tensor_network.METHOD,
 }

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ...arch import Architecture, as_linear, dense_shape
 from ...budget import Choice, allocate
 from ...errors import ConfigError, NumericalError
-from ...functional.factor import spectrum, whitening_factor
+from ...functional.factor import energies, spectrum, whitening_factor
 from ...report import LayerReport
 from ...select import select_names
 from ...sensitivity import measure
@@ -75,7 +75,7 @@ def prepare(
         curves = {}
         for name in names:
             weight = as_linear(model.get_submodule(name)).weight.detach().cpu()
-            energy = _spectrum(weight, found.grams.pop(name), outputs[name], config).energy
+            energy = energies(weight, *_metrics(found.grams.pop(name), outputs[name], config))
             lost = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)]).tolist()
             curves[name] = [Choice(values, lost[rank]) for rank, values in _ranks(shapes[name], config)]
     layers = []
@@ -168,11 +168,6 @@ def _metrics(gram: Tensor | None, outputs: Tensor | None, config: TensorNetworkC
     except ValueError as error:
         raise NumericalError(str(error)) from error
     return right, left
-
-
-def _spectrum(weight: Tensor, gram: Tensor, outputs: Tensor, config: TensorNetworkConfig):  # type: ignore[no-untyped-def]
-    right, left = _metrics(gram, outputs, config)
-    return spectrum(weight, right, left)
 
 
 def _weighted_error(error: Tensor, right: Tensor | None, left: Tensor | None) -> float:
