@@ -3,11 +3,12 @@
 Importing this package registers the `hf_compact` quantization method with transformers.
 """
 
-from .api import compress, evaluate, inspect_folder, plan
+from .api import compress, evaluate, inspect_folder, plan, profile
 from .config import CalibrationConfig, Recipe
 from .errors import CompactError
 from .hf.quantizer import CompactConfig
 from .methods.codebook import CodebookConfig
+from .methods.tensor_network import TensorNetworkCallback, TensorNetworkConfig
 from .report import Report
 from .version import __version__
 
@@ -18,9 +19,12 @@ __all__ = [
     "CompactError",
     "Recipe",
     "Report",
+    "TensorNetworkCallback",
+    "TensorNetworkConfig",
     "__version__",
     "compress",
     "evaluate",
     "inspect_folder",
     "plan",
+    "profile",
 ]

@@ -28,7 +28,7 @@ from transformers import (
 
 from . import distributed, verify
 from .arch import Architecture, dense_shape, describe
-from .calibration import Calibration, builtin_text, from_batches, read_texts, sample, tokenize
+from .calibration import Calibration, builtin_text, from_batches, read_texts, sample, tokenize, windows
 from .capture import BlockRunner, Method, Progress, compress_outside_, probe_inputs, stored_bytes
 from .checkpoint import (
     FORMAT_VERSION,
@@ -48,6 +48,7 @@ from .errors import CalibrationError, ConfigError, FormatError, OutputError, Uns
 from .hf.card import model_card, plot_layers
 from .hf.quantizer import CompactConfig, attach_, expect_, names_in, outermost
 from .methods import LAYERS, METHODS
+from .profiling import plot_profile, profile_
 from .report import Report, peak_memory_bytes, return_freed_memory
 from .scoring import max_positions, perplexity
 from .select import select_stages
@@ -254,6 +255,60 @@ def evaluate(
     return rows
 
 
+def profile(
+    model: str | Path, recipe: Recipe | Mapping[str, Any] | str | Path, *, output: str | Path, ratios: Sequence[float] = (0.25, 0.5, 0.75),
+    calibration: Sequence[str | Path] | Calibration = (), seed: int | None = None,
+    progress: Progress = lambda unit, done, total: None,
+) -> dict[str, Any]:  # fmt: skip
+    """What compressing each Linear alone costs a causal language model, at several sizes.
+
+    Writes the table to `output`, which the setting `profile` of a `tensor_network` stage reads, and a heat map beside it
+    with the ending `.png`. Killed at any time, the same call goes on.
+
+    Args:
+        model: Hub id, folder or `.gguf` file.
+        recipe: its first stage has a `keep_ratio`, which is replaced by each ratio.
+        output: JSON file.
+        ratios: kept parameters / dense parameters.
+        calibration: text files; the end of the text, which no gram matrix sees, is what the divergence is taken on.
+        seed: replaces the recipe's.
+        progress: called with the Linear, finished and all Linears.
+
+    Returns:
+        As `profiling.profile_`.
+
+    Raises:
+        CompactError: bad input, before anything is measured.
+    """
+    recipe, output = as_recipe(recipe, seed), Path(output)
+    stage = recipe.stages[0]
+    if not hasattr(stage, "keep_ratio"):
+        raise ConfigError(f"recipe.stages[0] must be a method with a keep_ratio, like tensor_network, got {stage.method}")
+    if not ratios or not all(0 < ratio < 1 for ratio in ratios):
+        raise ConfigError(f"ratios must be in (0, 1), got {list(ratios)}")
+    if not output.absolute().parent.is_dir() or output.is_dir() or output.suffix != ".json":
+        raise OutputError(f"output {str(output)!r} must name a .json file in a folder that exists")
+    dense = open_dense(model, recipe.dtype, is_whole=True)
+    if not is_causal_lm(dense.model):
+        raise UnsupportedModel(f"model {str(model)!r} is a {type(dense.model).__name__}: a profile needs a causal language model")
+    prepared = prepare_calibration(calibration, dense.load_tokenizer(), recipe)
+    check_inputs(dense.model, prepared)
+    if prepared.held_out is None:
+        raise CalibrationError("a profile takes the divergence on the end of a text: give calibration as text files")
+    _check_model_finite(dense.model)
+    fingerprint = {
+        "stage": stage.to_dict(), "ratios": list(ratios), "source": dense.fingerprint, "calibration": prepared.fingerprint
+    }  # fmt: skip
+    length = min(len(prepared.held_out), recipe.calibration.sequence_length)
+    probes = list(windows(prepared.held_out, length, None))
+    found = profile_(
+        dense.model, (METHODS[stage.method], stage), ratios, prepared.batches, probes, output, fingerprint, progress
+    )  # fmt: skip
+    with disk_errors(output.parent):
+        plot_profile(found, output.with_suffix(".png"))
+    return found
+
+
 def inspect_folder(folder: str | Path) -> dict[str, Any]:
     """What a compressed folder holds, read from safetensors headers and JSON files only.
 
@@ -284,7 +339,16 @@ def inspect_folder(folder: str | Path) -> dict[str, Any]:
         parts = [table[part] for part in table if part.startswith(f"{name}.")]
         kinds = dict.fromkeys(part["layer"] for part in [table[name], *parts])
         spec |= {key: value for part in parts for key, value in part.items() if key != "layer"}
-        layers.append({"name": name, "layer": "+".join(kinds), **spec, "shape": list(shape), "bytes": size, "bits_per_weight": 8 * size / shape.numel()})
+        layers.append(
+            {
+                "name": name,
+                "layer": "+".join(kinds),
+                **spec,
+                "shape": list(shape),
+                "bytes": size,
+                "bits_per_weight": 8 * size / shape.numel(),
+            }
+        )
     file_bytes = sum(path.stat().st_size for path in source.files)
     num_parameters = count_parameters(skeleton)
     outside = {name for name in table if not any(name.startswith(b + ".") for b in describe(skeleton).blocks)}

@@ -31,6 +31,7 @@ ORDER = [
     "checkpoint",
     "capture",
     "distillation",
+    "profiling",
     "training",
     "methods",
     "hf",

@@ -89,9 +89,9 @@ def spectrum(weight: Tensor, right: Tensor | None = None, left: Tensor | None = 
     else:
         up, down = (seen @ vectors) / root, root[:, None] * vectors.T
     if right is not None:
-        down = torch.linalg.solve(right, down, left=False)
+        down = torch.linalg.solve(right.double(), down, left=False)
     if left is not None:
-        up = torch.linalg.solve(left.T, up)
+        up = torch.linalg.solve(left.double().T, up)
     return Spectrum(up, down, energy)
 
 

@@ -17,7 +17,7 @@ from ...report import LayerReport
 from ...select import select_names
 from ...sensitivity import measure
 from .config import TensorNetworkConfig
-from .functional import candidate_factors, decompose, low_rank_for, low_rank_values, pivot, ranks_for
+from .functional import candidate_factors, decompose, low_rank_for, low_rank_values, ranks_for
 from .layer import TensorTrainLinear
 
 _FISHER_TOKENS = 16384
@@ -60,7 +60,7 @@ def prepare(
         NumericalError: gradients are not finite.
     """
     shapes = {name: dense_shape(model.get_submodule(name)) for name in names}
-    least = {name: 0.0 for name in names}
+    least = dict.fromkeys(names, 0.0)
     if config.protected:
         least |= dict.fromkeys(select_names(names, config.protected), config.protected_ratio)
     total = sum(shape.numel() for shape in shapes.values())
@@ -187,7 +187,9 @@ def _profiled_curves(shapes: Mapping[str, torch.Size], config: TensorNetworkConf
     """Piecewise linear between the ratios of a profile, and nothing lost at 1."""
     try:
         layers = json.loads(Path(config.profile).read_text(encoding="utf-8"))["layers"]
-        measured = {name: {float(ratio): float(loss) for ratio, loss in layers[name].items()} for name in shapes}
+        measured = {
+            name: {float(ratio): float(point["divergence"]) for ratio, point in layers[name]["curve"].items()} for name in shapes
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"tensor_network.profile {config.profile!r} does not fit the model: {error!r}") from error
     curves = {}

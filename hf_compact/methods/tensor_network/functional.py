@@ -80,10 +80,7 @@ def splits(size: int, num_cores: int) -> list[tuple[int, ...]]:
     if num_cores == 1:
         return [(size,)] if size > 1 else []
     found = [
-        (first, *rest)
-        for first in range(2, size // 2 + 1)
-        if size % first == 0
-        for rest in splits(size // first, num_cores - 1)
+        (first, *rest) for first in range(2, size // 2 + 1) if size % first == 0 for rest in splits(size // first, num_cores - 1)
     ]
     return sorted(found, key=lambda factors: (max(factors) / min(factors), factors))
 
@@ -289,7 +286,9 @@ def suffix_norms(matrix: Tensor) -> Tensor:
     return matrix.square().sum(1).flip(0).cumsum(0).flip(0).sqrt()
 
 
-def candidate_factors(out_features: int, in_features: int, num_cores: int, most: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+def candidate_factors(
+    out_features: int, in_features: int, num_cores: int, most: int
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Pairs of factorisations of both sides, the most even ones first.
 
     >>> candidate_factors(4, 6, 2, most=1)

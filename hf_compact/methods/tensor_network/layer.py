@@ -71,7 +71,9 @@ class TensorTrainLinear(nn.Module):
         self.is_pivoted, self.is_sorted = is_pivoted, is_sorted
         check_factors((self.out_features, self.in_features), self.out_factors, self.in_factors, self.ranks)
         if is_pivoted and (not self.is_low_rank or is_sorted):
-            raise ValueError(f"is_pivoted is for two cores with the factors (O, 1) and (1, I), got {out_factors} and {in_factors}")
+            raise ValueError(
+                f"is_pivoted is for two cores with the factors (O, 1) and (1, I), got {out_factors} and {in_factors}"
+            )
         bonds = [1, *self.ranks, 1]
         for k, (o, i) in enumerate(zip(self.out_factors, self.in_factors, strict=True)):
             rows = o - bonds[1] if is_pivoted and k == 0 else bonds[k] * o
