@@ -66,7 +66,7 @@ def profile_(
             before = [block for block in blocks if blocks.index(block) < _position(blocks, name)]
             curve = {}
             for ratio in ratios:
-                made = method.compress_linear(as_linear(dense), grams[name], dataclasses.replace(config, keep_ratio=ratio))
+                made = method.compress_linear(_linear(model, name), grams[name], _at(config, ratio))
                 replace_modules(model, [name], lambda *_, made=made: made)
                 lost = [
                     divergence(_rerun(model, before, state, ids), target)
@@ -107,6 +107,15 @@ def plot_profile(found: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def _at(config: Any, ratio: float) -> MethodConfig:
+    return dataclasses.replace(config, keep_ratio=ratio)
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    module: Any = model.get_submodule(name)
+    return as_linear(module)
+
+
 def _depth(name: str) -> int:
     """Parts of a name up to and with the number of its block."""
     return next((i for i, part in enumerate(name.split("."), start=1) if part.isdigit()), name.count("."))
@@ -128,7 +137,7 @@ def _read(path: Path, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
 
 def _grams(model: PreTrainedModel, names: Sequence[str], batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Second moments of the inputs of the dense model, `[in, in]` float32."""
-    grams = {name: torch.zeros([as_linear(model.get_submodule(name)).in_features] * 2, device=model.device) for name in names}
+    grams = {name: torch.zeros([_linear(model, name).in_features] * 2, device=model.device) for name in names}
     hooks = [
         model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: add_gram_(grams[name], args[0]))
         for name in names

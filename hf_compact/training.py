@@ -91,7 +91,7 @@ class CompactCallback(TrainerCallback):
         check_optimizer(model, kwargs["optimizer"], type(self).__name__)
         check_same_on_all_ranks(f"{name} {tuple(tensor.shape)}" for name, tensor in model.state_dict().items())
         if state.global_step:
-            check_resumed(model, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            check_resumed(model, Path(args.output_dir or "") / f"checkpoint-{state.global_step}")
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """As `begin_step`."""

@@ -104,7 +104,7 @@ def compress_linear(
     """
     shape = linear.weight.shape
     num_values = int(config.keep_ratio * shape.numel()) if guide is None else guide.num_values
-    rank = low_rank_for(*shape, num_values, config.is_pivoted)
+    rank = low_rank_for(shape[0], shape[1], num_values, config.is_pivoted)
     rank = rank // config.rank_multiple * config.rank_multiple or rank
     if num_values >= shape.numel() or min(shape) <= 1:
         return linear
@@ -141,7 +141,7 @@ def _low_rank(linear: nn.Linear, rank: int, config: TensorNetworkConfig) -> Tens
 
 def _trains(linear: nn.Linear, num_values: int, config: TensorNetworkConfig) -> Iterator[TensorTrainLinear]:
     """Empty trains within the budget: even factorisations, as they are and sorted."""
-    for out_factors, in_factors in candidate_factors(*linear.weight.shape, config.num_cores, _SPLITS):
+    for out_factors, in_factors in candidate_factors(linear.out_features, linear.in_features, config.num_cores, _SPLITS):
         ranks = ranks_for(out_factors, in_factors, num_values)
         for is_sorted in (False, True):
             yield TensorTrainLinear.empty_like(
@@ -179,7 +179,7 @@ def _weighted_error(error: Tensor, right: Tensor | None, left: Tensor | None) ->
 def _ranks(shape: Sequence[int], config: TensorNetworkConfig) -> list[tuple[int, int]]:
     """`(rank, values)` of every low-rank choice that is smaller than the dense matrix."""
     multiples = range(config.rank_multiple, min(shape), config.rank_multiple)
-    sized = [(rank, low_rank_values(*shape, rank, config.is_pivoted)) for rank in [*multiples] or [1]]
+    sized = [(rank, low_rank_values(shape[0], shape[1], rank, config.is_pivoted)) for rank in [*multiples] or [1]]
     return [(rank, values) for rank, values in sized if values < shape[0] * shape[1]]
 
 

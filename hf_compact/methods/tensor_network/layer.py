@@ -258,7 +258,7 @@ class TensorTrainLinear(nn.Module):
         return contract([weight.reshape(shape) for weight, shape in zip(weights, shapes, strict=True)])
 
 
-def _weight(core: nn.Module, dtype: torch.dtype) -> Tensor:
+def _weight(core: Any, dtype: torch.dtype) -> Tensor:
     """The matrix of a core: its own, or what it answers to the identity if it is more than a Linear."""
     if type(core) is nn.Linear:
         return core.weight.to(dtype)
