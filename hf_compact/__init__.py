@@ -3,7 +3,7 @@
 Importing this package registers the `hf_compact` quantization method with transformers.
 """
 
-from .api import compress, evaluate, inspect_folder, plan, profile
+from .api import compress, evaluate, export, inspect_folder, plan, profile
 from .config import CalibrationConfig, Recipe
 from .errors import CompactError
 from .hf.quantizer import CompactConfig
@@ -24,6 +24,7 @@ __all__ = [
     "__version__",
     "compress",
     "evaluate",
+    "export",
     "inspect_folder",
     "plan",
     "profile",

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -46,6 +46,7 @@ from .config import MethodConfig, Recipe
 from .distillation import distill_
 from .errors import CalibrationError, ConfigError, FormatError, OutputError, UnsupportedModel, VerificationError
 from .hf.card import model_card, plot_layers
+from .hf.export import save_dense, save_low_rank
 from .hf.quantizer import CompactConfig, attach_, expect_, names_in, outermost
 from .methods import LAYERS, METHODS
 from .profiling import plot_profile, profile_
@@ -307,6 +308,33 @@ def profile(
     with disk_errors(output.parent):
         plot_profile(found, output.with_suffix(".png"))
     return found
+
+
+def export(folder: str | Path, output: str | Path, kind: Literal["dense", "low_rank"] = "dense") -> None:
+    """Write a compressed folder as one that loads without this library.
+
+    Args:
+        folder: compressed.
+        output: folder to create.
+        kind: `dense`, or `low_rank`: two plain Linears for each low-rank layer, under `trust_remote_code=True`.
+
+    Raises:
+        CompactError: the folder is not compressed by this library, or has layers that `kind` cannot say.
+    """
+    folder, output = Path(folder), Path(output)
+    if kind not in ("dense", "low_rank"):
+        raise ConfigError(f"kind must be one of dense, low_rank, got {kind!r}")
+    inspect_folder(folder)
+    check_output(output)
+    model = verify.load_model(folder)
+    with disk_errors(output):
+        if kind == "dense":
+            save_dense(model, output)
+        else:
+            save_low_rank(model, output, "AutoModelForCausalLM" if is_causal_lm(model) else "AutoModel")
+        tokenizer = _tokenizer(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(output)
 
 
 def inspect_folder(folder: str | Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ Inside a block the Linears are grouped by the tensor they read (q, k and v share
 by group, so that the inputs of `down_proj` already come through the compressed `up_proj`.
 """
 
+import copy
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -77,6 +78,17 @@ class Method:
         return {"layer": name, **module.spec()}
 
 
+class _Moments(NamedTuple):
+    """Sums over the calibration inputs of a Linear, float64; None where nobody needs them."""
+
+    gram: Tensor | None
+    """`[in, in]` of x x^T."""
+    total: Tensor | None
+    """`[in + 1]` of x, and the number of inputs."""
+    cross: Tensor | None
+    """`[in, in]` of x_dense x^T, the dense model's input times the one that comes through the compressed prefix."""
+
+
 @dataclass
 class _Built:
     """A module that was built of Linears, while later stages may compress those."""
@@ -128,6 +140,7 @@ class BlockRunner:
         ]
         self.table: dict[str, dict[str, Any]] = {}
         self.hidden: list[Tensor] = []
+        self.dense_hidden: list[Tensor] = []  # as `hidden`, of the dense model; only where a stage compares with it
         self.outputs: list[list[Any]] = []
         self.is_tuple: bool | None = None
         # Parts of the block whose targets are all compressed -> their output per batch. Attention is the dear one: without
@@ -166,12 +179,17 @@ class BlockRunner:
             self._compress(0, units[0], self._compress_outside)
             for stack in self.arch.stacks:
                 first = units.index(stack[0])
+                twins = {stack[0]: self._twin(stack[0])}  # before an earlier run's result takes its place
                 self._prepare(first, self._inside(stack[0]))
                 calls = self._record(stack)
+                self.dense_hidden = list(self.hidden)
                 for position, block in enumerate(stack, start=first):
                     progress(block, position, len(units))
+                    dense = twins.pop(block) if block in twins else self._twin(block)
                     self._prepare(position, self._inside(block))
-                    self._compress(position, block, lambda: self._compress_block(block, calls[block]))  # noqa: B023
+                    self._compress(position, block, lambda: self._compress_block(block, calls[block], dense))  # noqa: B023
+                    for number, call in enumerate(calls[block] if dense is not None else ()):
+                        self.dense_hidden[number] = self._run_dense(dense, number, call)
                     self._advance(block, calls.pop(block))
                     if self.source is not None:
                         self.model.get_submodule(block).to("meta")
@@ -277,7 +295,7 @@ class BlockRunner:
         }
         return {name: reports.get(name) for name in table}
 
-    def _compress_block(self, block: str, calls: list[_Call]) -> dict[str, LayerReport | None]:
+    def _compress_block(self, block: str, calls: list[_Call], dense: nn.Module | None) -> dict[str, LayerReport | None]:
         found: dict[str, LayerReport | None] = {}
         module = self.model.get_submodule(block)
         self.built = {}
@@ -290,13 +308,15 @@ class BlockRunner:
             self.settled = {}
             waiting = set(names)
             for group in self._input_groups(module, names, calls) if config.needs_calibration else [names]:
-                gram, total = self._moments(block, group[0], calls) if config.needs_calibration else (None, None)
+                sums = _Moments(None, None, None)
+                if config.needs_calibration:
+                    sums = self._moments(block, group[0], calls, dense if config.needs_dense_inputs else None)
                 started = time.perf_counter()
-                found |= self._compress_group(group, gram, total, method, config, guide)
+                found |= self._compress_group(group, sums, method, config, guide)
                 waiting -= set(group)
                 for outer in dict.fromkeys(map(self._outer, group)):
                     if outer not in group and not any(self._outer(name) == outer for name in waiting):
-                        found[outer] = self._close(outer, config, gram, time.perf_counter() - started)
+                        found[outer] = self._close(outer, config, sums.gram, time.perf_counter() - started)
                 for part, child in module.named_children():
                     inside = [name for name in names if name.startswith(f"{block}.{part}.")]
                     if inside and all(name in found for name in inside):
@@ -319,8 +339,7 @@ class BlockRunner:
     def _compress_group(
         self,
         names: list[str],
-        gram: Tensor | None,
-        total: Tensor | None,
+        sums: _Moments,
         method: Method,
         config: MethodConfig,
         guide: Guide | None,
@@ -329,6 +348,7 @@ class BlockRunner:
 
         A Linear with a bias answers for the spread of its inputs only: what the mean input loses goes into the bias.
         """
+        gram, total, cross = sums
         old = {name: as_linear(self.model.get_submodule(name)) for name in names}
         owners = distributed.owners([linear.weight.numel() * linear.in_features for linear in old.values()])
         found: dict[str, LayerReport | None] = {}
@@ -343,6 +363,8 @@ class BlockRunner:
             return_freed_memory()
             is_mine = owner == distributed.rank() or not method.is_dealt
             hints = {} if guide is None or total is None else {"guide": guide.share(name, self.report.layers, total[-1].item())}
+            if cross is not None and moments is not None and linear.bias is None:
+                hints["cross"] = cross
             made = method.compress_linear(linear, moments, config, solve=is_mine, **hints)
             outer = self._outer(name)
             if made is linear:
@@ -460,38 +482,57 @@ class BlockRunner:
         seen = {name for group in groups.values() for name in group}
         return [*groups.values(), *([name] for name in names if name not in seen)]
 
-    def _moments(self, block: str, name: str, calls: list[_Call]) -> tuple[Tensor, Tensor]:
+    def _moments(self, block: str, name: str, calls: list[_Call], dense: nn.Module | None = None) -> _Moments:
         """Moments of a target's inputs over all calibration batches (and ranks), padding left out.
 
-        Returns:
-            `(gram [in, in], total [in + 1])` float64: sum of x x^T, sum of x with the number of inputs behind it.
+        With the dense block also those between its inputs and the target's.
         """
         target = self.model.get_submodule(name)
         size = dense_shape(target)[1]
         gram = torch.zeros(size, size, dtype=torch.float64, device=self.hidden[0].device)
         total = torch.zeros(size + 1, dtype=torch.float64, device=gram.device)
+        part = name.removeprefix(block + ".")
+        has_twin = dense is not None and any(part == other for other, _ in dense.named_modules())
+        cross = torch.zeros_like(gram) if has_twin else None
         mask: Tensor | None = None
+        twin: Tensor | None = None
+
+        def kept(x: Tensor) -> Tensor:
+            return (x[mask.bool()] if mask is not None and mask.shape == x.shape[:2] else x).flatten(0, -2)
+
+        def note_dense(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            nonlocal twin
+            twin = kept(args[0])
+            raise _StopForward
 
         def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0]
-            x = (x[mask.bool()] if mask is not None and mask.shape == x.shape[:2] else x).flatten(0, -2)
+            x = kept(args[0])
             add_gram_(gram, x)
+            if cross is not None:
+                cross.add_(twin.float().T @ x.float())
             total[:-1] += x.sum(0, dtype=torch.float32)
             total[-1] += len(x)
             raise _StopForward
 
-        handle = target.register_forward_pre_hook(note)
+        handles = [target.register_forward_pre_hook(note)]
+        if cross is not None:
+            handles.append(dense.get_submodule(part).register_forward_pre_hook(note_dense))
         try:
             for number, batch in enumerate(self.batches[:-1]):
                 mask = batch.get(self._mask_name(block, name))
+                if cross is not None:
+                    with suppress(_StopForward):
+                        self._run_dense(dense, number, calls[number])
                 with suppress(_StopForward):
                     self._run_block(self.model.get_submodule(block), number, calls[number])
         finally:
-            handle.remove()
-        distributed.sum_([gram, total])
+            for handle in handles:
+                handle.remove()
+        distributed.sum_([gram, total, *([] if cross is None else [cross])])
         if not gram.isfinite().all():
             raise NumericalError("inputs of a layer are not finite: the model overflows on the calibration text")
-        return gram.cpu(), total.cpu()  # solvers work there, in float64
+        # Solvers work on the CPU, in float64.
+        return _Moments(gram.cpu(), total.cpu(), None if cross is None else cross.cpu())
 
     def _mask_name(self, block: str, name: str) -> str:
         """The input that says which of a target's inputs are padding; cross attention reads the encoder's keys and values."""
@@ -505,6 +546,16 @@ class BlockRunner:
             return_freed_memory()
         with patched_forwards({child: partial(self._remember, child, number) for child in self.settled}):
             output = block(self.hidden[number], *call.args, **call.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def _twin(self, block: str) -> nn.Module | None:
+        """A copy of a block that stays dense, where a stage compares with it."""
+        needs = any(config.needs_dense_inputs for _, config in self.stages)
+        return copy.deepcopy(self.model.get_submodule(block)) if needs else None
+
+    def _run_dense(self, dense: nn.Module, number: int, call: _Call) -> Tensor:
+        """The dense block on what the dense model would have handed to it."""
+        output = dense(self.dense_hidden[number], *call.args, **call.kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     def _remember(self, child: nn.Module, number: int, *args: Any, **kwargs: Any) -> Any:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import transformers
 import typer
@@ -174,6 +174,18 @@ def profile(
         means = [sum(curve[share]["divergence"] for curve in rows) / len(rows) for share in ratios]
         table.add_row(role, *(f"{mean:.4f}" for mean in means))
     out.print(table)
+
+
+@app.command(epilog="Example:\n\n    hf-compact export ./my-model-small --output ./my-model-plain --to low_rank")
+def export(
+    folder: Annotated[Path, typer.Argument(help="A compressed folder.", metavar="DIR")],
+    output: Annotated[Path, typer.Option(help="Folder to create.", metavar="DIR")],
+    to: Annotated[Literal["dense", "low_rank"], typer.Option(help="Dense, or two Linears per low-rank layer.")] = "dense",
+) -> None:
+    """Write a compressed folder as one that loads without this library."""
+    with _errors():
+        api.export(folder, output, to)
+    out.print(f"{output}: {to}", highlight=False)
 
 
 @app.command(epilog="Example:\n\n    hf-compact inspect ./my-model-4bit --json")

@@ -48,6 +48,11 @@ class MethodConfig:
         return False
 
     @property
+    def needs_dense_inputs(self) -> bool:
+        """Whether the method compares with what the dense model has at the same place; it needs the whole model too."""
+        return False
+
+    @property
     def leaves_linears(self) -> bool:
         """Whether what it makes is built of Linears, which later stages compress when they select the same name."""
         return False

@@ -17,7 +17,7 @@ from ...report import LayerReport
 from ...select import select_names
 from ...sensitivity import measure
 from .config import TensorNetworkConfig
-from .functional import candidate_factors, decompose, low_rank_for, low_rank_values, ranks_for
+from .functional import candidate_factors, decompose, low_rank_for, low_rank_values, ranks_for, regression_target
 from .layer import TensorTrainLinear
 
 _FISHER_TOKENS = 16384
@@ -88,8 +88,9 @@ def prepare(
 
 
 def compress_linear(
-    linear: nn.Linear, gram: Tensor | None, config: TensorNetworkConfig, solve: bool = True, guide: Share | None = None
-) -> nn.Linear | TensorTrainLinear:
+    linear: nn.Linear, gram: Tensor | None, config: TensorNetworkConfig, solve: bool = True, guide: Share | None = None,
+    cross: Tensor | None = None,
+) -> nn.Linear | TensorTrainLinear:  # fmt: skip
     """Factor one Linear; the Linear itself where its share is all of it.
 
     Args:
@@ -98,6 +99,7 @@ def compress_linear(
         config: settings.
         solve: with False the module is empty.
         guide: its share of the budget; None gives it `config.keep_ratio`.
+        cross: `[in, in]` sum of x_dense x^T, for the regression.
 
     Raises:
         NumericalError: a gram matrix is not finite.
@@ -113,6 +115,8 @@ def compress_linear(
             return _low_rank(linear, rank, config)
         return next(_trains(linear, num_values, config), None) or _low_rank(linear, rank, config)
     weight = linear.weight.detach().double().cpu()
+    if gram is not None and cross is not None:
+        weight = regression_target(weight, gram, cross, config.damp, config.blend)
     outputs = None if guide is None else guide.outputs
     right, left = _metrics(gram, outputs, config)
     made = []

@@ -28,7 +28,8 @@ class TensorNetworkConfig(MethodConfig):
     """Low rank only: some rows of the product are stored as they are, the others as their combinations, which takes
     `r (O + I - r)` values in place of `r (O + I)`. Without it the ranks are ordered and can be cut later."""
     solver: Literal["svd", "whitened", "regression"] = "whitened"
-    """What is minimised: the error of the weights, of the outputs, or of the outputs against those of the dense model."""
+    """What is minimised: the error of the weights, of the outputs, or of the outputs against those of the dense model,
+    whose inputs are not those of the compressed prefix (Linears without a bias; others as `whitened`)."""
     allocation: Literal["uniform", "fisher", "profile"] = "fisher"
     """How the budget is dealt out. `uniform`: every Linear keeps the same share. `fisher`: by what an error costs the
     loss, from gradients of the dense model; the model is loaded whole. `profile`: as `hf-compact profile` has measured."""
@@ -75,7 +76,12 @@ class TensorNetworkConfig(MethodConfig):
     @property
     def needs_whole_model(self) -> bool:
         """Gradients pass through all blocks."""
-        return self.allocation == "fisher"
+        return self.allocation == "fisher" or self.needs_dense_inputs
+
+    @property
+    def needs_dense_inputs(self) -> bool:
+        """The target of the regression is what the dense model gives."""
+        return self.solver == "regression"
 
     @property
     def leaves_linears(self) -> bool:

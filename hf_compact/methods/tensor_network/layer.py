@@ -198,6 +198,20 @@ class TensorTrainLinear(nn.Module):
             matrix = torch.empty_like(matrix).index_copy_(1, self.in_order.long(), matrix)
         return matrix if rows is None else matrix[rows]
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Plain low rank: `(up [out, r], down [r, in])` with `W = up @ down`.
+
+        Raises:
+            ValueError: the train is another one.
+        """
+        if not self.is_low_rank:
+            raise ValueError(f"only two cores with the factors (O, 1) and (1, I) are two factors, got {self.extra_repr()}")
+        up, down = (_weight(core, torch.float32).detach() for core in self.cores)
+        if self.is_pivoted:
+            up = torch.cat([torch.eye(len(down), device=up.device), up])[self.out_order]
+        dtype = next(self.parameters()).dtype
+        return up.to(dtype), down.to(dtype)
+
     def dense_module(self, dtype: torch.dtype) -> nn.Linear:
         """An ordinary Linear with the same values."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")

@@ -157,7 +157,9 @@ def test_a_rank_is_cut_to_the_first_components():
     torch.testing.assert_close(whole(x), layer(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("kind", "rank", "match"), [("pivoted", 2, "no order"), ("kronecker", 2, "no order"), ("low rank", 8, r"\[1, 7\]")])
+@pytest.mark.parametrize(
+    ("kind", "rank", "match"), [("pivoted", 2, "no order"), ("kronecker", 2, "no order"), ("low rank", 8, r"\[1, 7\]")]
+)
 def test_what_cannot_be_cut_says_so(kind, rank, match):
     with pytest.raises(ValueError, match=match):
         filled(KINDS[kind]).set_rank(rank)
