@@ -410,6 +410,7 @@ class BlockRunner:
             compressed_bytes=stored_bytes(new),
             relative_error=_relative_error(old.weight, new, gram),
             seconds=seconds,
+            operations_ratio=new.num_multiply_adds / old.weight.numel() if hasattr(new, "num_multiply_adds") else None,
         )
 
     # Forward passes.
