@@ -23,7 +23,7 @@ import yaml
 from transformers import Trainer, TrainingArguments
 
 from evaluation.spine import RESULTS, bar, machine
-from hf_compact import TensorNetworkCallback, api
+from hf_compact import TensorNetworkCallback, api, verify
 from hf_compact.calibration import read_texts, tokenize, windows
 
 #: recipe -> most perplexity, times dense, on the two texts without training; None is reported only.
@@ -98,14 +98,12 @@ class Windows(torch.utils.data.Dataset):
 def healed(options: argparse.Namespace, name: str) -> dict[str, Any]:
     """Train the factors of a decomposed model, or the dense model as it is, on the same tokens; then score."""
     is_dense = name == "dense"
+    opened = api.open_dense(options.model, "float32", is_whole=True)
+    model, tokenizer = opened.model, opened.load_tokenizer()
     folder = options.work / f"healed-{name}"
     started = time.perf_counter()
-    if is_dense:
-        opened = api.open_dense(options.model, "float32")
-        model, tokenizer = opened.model, opened.load_tokenizer()
-    else:
-        model, tokenizer, _ = api.open_for_scoring(options.work / f"tensor-network-{name}")
-        model = model.float()
+    if not is_dense:
+        model = verify.load_model(options.work / f"tensor-network-{name}", dtype=torch.float32)
     data = Windows(options, tokenizer)
     arguments = TrainingArguments(
         str(options.work / f"healing-{name}"), per_device_train_batch_size=BATCH, num_train_epochs=1, bf16=True, use_cpu=True,
@@ -116,7 +114,7 @@ def healed(options: argparse.Namespace, name: str) -> dict[str, Any]:
     trainer = Trainer(model, arguments, train_dataset=data, callbacks=callbacks)
     saved = list(Path(arguments.output_dir).glob("checkpoint-*"))
     trainer.train(resume_from_checkpoint=bool(saved))
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.save_pretrained(folder)  # in float32; scoring takes bfloat16
     tokenizer.save_pretrained(folder)
     row = {"num_tokens": len(data) * LENGTH, "command_seconds": time.perf_counter() - started}
     return row | {"perplexity": scored(str(folder), options, f"healed-{name}")}
