@@ -3,13 +3,14 @@
 Importing this package registers the `hf_compact` quantization method with transformers and Compacter with PEFT.
 """
 
-from .api import compress, evaluate, inspect_folder, plan, plan_budget, recover
+from .api import compress, evaluate, export, inspect_folder, plan, plan_budget, profile, recover
 from .config import CalibrationConfig, Recipe
 from .errors import CompactError
 from .hf.quantizer import CompactConfig, set_bits
 from .methods.codebook import CodebookConfig
 from .methods.compacter import CompacterConfig, CompacterModel
 from .methods.one_bit_adam import OneBitAdam, OneBitAdamCallback, OneBitAdamConfig
+from .methods.tensor_network import TensorNetworkCallback, TensorNetworkConfig
 from .report import CommReport, Report
 from .version import __version__
 
@@ -26,12 +27,16 @@ __all__ = [
     "OneBitAdamConfig",
     "Recipe",
     "Report",
+    "TensorNetworkCallback",
+    "TensorNetworkConfig",
     "__version__",
     "compress",
     "evaluate",
+    "export",
     "inspect_folder",
     "plan",
     "plan_budget",
+    "profile",
     "recover",
     "set_bits",
 ]

@@ -30,8 +30,8 @@ from transformers import (
 
 from . import distributed, verify
 from .arch import Architecture, dense_shape, describe, on_meta
-from .calibration import Calibration, builtin_text, from_batches, read_texts, sample, tokenize
-from .capture import BlockRunner, Progress, compress_outside_, probe_inputs, stored_bytes
+from .calibration import Calibration, builtin_text, from_batches, read_texts, sample, tokenize, windows
+from .capture import BlockRunner, Method, Progress, compress_outside_, probe_inputs, stored_bytes
 from .checkpoint import (
     FORMAT_VERSION,
     QUANT_METHOD,
@@ -45,19 +45,22 @@ from .checkpoint import (
     hash_files,
     write_text,
 )
-from .config import CalibrationConfig, DistillationConfig, Recipe
+from .config import CalibrationConfig, DistillationConfig, MethodConfig, Recipe
 from .distillation import distill_
 from .errors import CalibrationError, ConfigError, FormatError, OutputError, UnsupportedModel, VerificationError
 from .hf.card import model_card, plot_layers
-from .hf.quantizer import CompactConfig, attach_, expect_, names_in
+from .hf.export import save_dense, save_low_rank
+from .hf.quantizer import CompactConfig, attach_, expect_, names_in, outermost
 from .measurement import Alternative, ErrorTable, Item, divergence_between, measure, propose
 from .methods import LAYERS, METHODS
 from .methods.compacter import CompacterConfig
 from .planner import BudgetPlan, Point, Programme, Target, files_bytes, find_items, plot_front
+from .profiling import plot_profile, profile_
 from .recovery import train_adapter
 from .report import Report, peak_memory_bytes, return_freed_memory
 from .scoring import max_positions, perplexity
 from .select import select_stages
+from .stored import open_linears
 from .version import __version__
 
 logger = logging.getLogger(__name__)
@@ -200,11 +203,11 @@ def plan(model: str | Path, recipe: Recipe | Mapping[str, Any] | str | Path, see
             skipped.append({"name": name, "reason": "the recipe leaves it in the model's dtype"})
     for name, role in arch.roles.items():
         old = dense.model.get_submodule(name)
-        stage = next((pair for pair, names in zip(stages, chosen, strict=True) if name in names), None)
-        if stage is None:
+        mine = [stage for stage, names in zip(stages, chosen, strict=True) if name in names]
+        if not mine:
             skipped.append({"name": name, "reason": "excluded by the recipe"})
             continue
-        add(name, role, stage[1].method, old, stage[0].compress_linear(on_meta(old), None, stage[1], solve=False))
+        add(name, role, "+".join(config.method for _, config in mine), old, _empty(on_meta(old), mine))
     handled = {layer["name"] for layer in layers} | {entry["name"] for entry in skipped} | set(arch.tied)
     rest = [name for name in parameters if name.rpartition(".")[0] not in handled]
     skipped += [{"name": name, "reason": "not a Linear of a block: stays in the model's dtype"} for name in rest]
@@ -437,6 +440,87 @@ def recover(  # noqa: PLR0913 - settings, by keyword
     return result
 
 
+def profile(
+    model: str | Path, recipe: Recipe | Mapping[str, Any] | str | Path, *, output: str | Path, ratios: Sequence[float] = (0.25, 0.5, 0.75),
+    calibration: Sequence[str | Path] | Calibration = (), seed: int | None = None,
+    progress: Progress = lambda unit, done, total: None,
+) -> dict[str, Any]:  # fmt: skip
+    """What compressing each Linear alone costs a causal language model, at several sizes.
+
+    Writes the table to `output`, which the setting `profile` of a `tensor_network` stage reads, and a heat map beside it
+    with the ending `.png`. Killed at any time, the same call goes on.
+
+    Args:
+        model: Hub id, folder or `.gguf` file.
+        recipe: its first stage has a `keep_ratio`, which is replaced by each ratio.
+        output: JSON file.
+        ratios: kept parameters / dense parameters.
+        calibration: text files; the end of the text, which no gram matrix sees, is what the divergence is taken on.
+        seed: replaces the recipe's.
+        progress: called with the Linear, finished and all Linears.
+
+    Returns:
+        As `profiling.profile_`.
+
+    Raises:
+        CompactError: bad input, before anything is measured.
+    """
+    recipe, output = as_recipe(recipe, seed), Path(output)
+    stage = recipe.stages[0]
+    if not hasattr(stage, "keep_ratio"):
+        raise ConfigError(f"recipe.stages[0] must be a method with a keep_ratio, like tensor_network, got {stage.method}")
+    if not ratios or not all(0 < ratio < 1 for ratio in ratios):
+        raise ConfigError(f"ratios must be in (0, 1), got {list(ratios)}")
+    if not output.absolute().parent.is_dir() or output.is_dir() or output.suffix != ".json":
+        raise OutputError(f"output {str(output)!r} must name a .json file in a folder that exists")
+    dense = open_dense(model, recipe.dtype, is_whole=True)
+    if not is_causal_lm(dense.model):
+        raise UnsupportedModel(f"model {str(model)!r} is a {type(dense.model).__name__}: a profile needs a causal language model")
+    prepared = prepare_calibration(calibration, dense.load_tokenizer(), recipe)
+    check_inputs(dense.model, prepared)
+    if prepared.held_out is None:
+        raise CalibrationError("a profile takes the divergence on the end of a text: give calibration as text files")
+    _check_model_finite(dense.model)
+    fingerprint = {
+        "stage": stage.to_dict(), "ratios": list(ratios), "source": dense.fingerprint, "calibration": prepared.fingerprint
+    }  # fmt: skip
+    length = min(len(prepared.held_out), recipe.calibration.sequence_length)
+    probes = list(windows(prepared.held_out, length, None))
+    found = profile_(
+        dense.model, (METHODS[stage.method], stage), ratios, prepared.batches, probes, output, fingerprint, progress
+    )  # fmt: skip
+    with disk_errors(output.parent):
+        plot_profile(found, output.with_suffix(".png"))
+    return found
+
+
+def export(folder: str | Path, output: str | Path, kind: Literal["dense", "low_rank"] = "dense") -> None:
+    """Write a compressed folder as one that loads without this library.
+
+    Args:
+        folder: compressed.
+        output: folder to create.
+        kind: `dense`, or `low_rank`: two plain Linears for each low-rank layer, under `trust_remote_code=True`.
+
+    Raises:
+        CompactError: the folder is not compressed by this library, or has layers that `kind` cannot say.
+    """
+    folder, output = Path(folder), Path(output)
+    if kind not in ("dense", "low_rank"):
+        raise ConfigError(f"kind must be one of dense, low_rank, got {kind!r}")
+    inspect_folder(folder)
+    check_output(output)
+    model = verify.load_model(folder)
+    with disk_errors(output):
+        if kind == "dense":
+            save_dense(model, output)
+        else:
+            save_low_rank(model, output, "AutoModelForCausalLM" if is_causal_lm(model) else "AutoModel")
+        tokenizer = _tokenizer(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(output)
+
+
 def inspect_folder(folder: str | Path) -> dict[str, Any]:
     """What a compressed folder holds, read from safetensors headers and JSON files only.
 
@@ -458,14 +542,25 @@ def inspect_folder(folder: str | Path) -> dict[str, Any]:
     expect_(copy.deepcopy(skeleton), table, source.files)
     headers = source.headers()
     layers = []
-    for name, spec in table.items():
+    for name in outermost(table):
+        spec = {key: value for key, value in table[name].items() if key != "layer"}
         if "tied_to" in spec:
             continue
         shape = dense_shape(skeleton.get_submodule(name))
-        size = sum(
-            nbytes for key, (_, _, nbytes) in headers.items() if key.rpartition(".")[0] == name and not key.endswith(".bias")
+        size = sum(nbytes for key, (_, _, nbytes) in headers.items() if key.startswith(f"{name}.") and key != f"{name}.bias")
+        parts = [table[part] for part in table if part.startswith(f"{name}.")]
+        kinds = dict.fromkeys(part["layer"] for part in [table[name], *parts])
+        spec |= {key: value for part in parts for key, value in part.items() if key != "layer"}
+        layers.append(
+            {
+                "name": name,
+                "layer": "+".join(kinds),
+                **spec,
+                "shape": list(shape),
+                "bytes": size,
+                "bits_per_weight": 8 * size / shape.numel(),
+            }
         )
-        layers.append({"name": name, **spec, "shape": list(shape), "bytes": size, "bits_per_weight": 8 * size / shape.numel()})
     file_bytes = sum(path.stat().st_size for path in source.files)
     num_parameters = count_parameters(skeleton)
     outside = {name for name in table if not any(name.startswith(b + ".") for b in describe(skeleton).blocks)}
@@ -1007,6 +1102,15 @@ def _read_config(folder: Path) -> PreTrainedConfig:
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
     return AutoTokenizer.from_pretrained(folder) if any((folder / name).exists() for name in names) else None
+
+
+def _empty(linear: torch.nn.Linear, stages: Sequence[tuple[Method, MethodConfig]]) -> torch.nn.Module:
+    """What the stages make of a Linear, without its values; those that come later take what it is built of."""
+    (method, config), *rest = stages
+    module = method.compress_linear(linear, None, config, solve=False)
+    for name in open_linears(module) if rest else ():
+        module.set_submodule(name, _empty(module.get_submodule(name), rest))
+    return module
 
 
 def _body_bits(layers: Sequence[Mapping[str, Any]], width: int) -> float:

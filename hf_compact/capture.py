@@ -8,6 +8,7 @@ Inside a block the Linears are grouped by the tensor they read (q, k and v share
 by group, so that the inputs of `down_proj` already come through the compressed `up_proj`.
 """
 
+import copy
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from . import distributed
 from .arch import Architecture, as_linear, dense_shape
@@ -30,6 +32,7 @@ from .fitting import fit_, patched_forwards, relative_error
 from .functional.gram import add_gram_, centered, output_energy
 from .report import LayerReport, Report, peak_memory_bytes, return_freed_memory
 from .select import replace_modules, select_stages
+from .stored import open_linears
 
 logger = logging.getLogger(__name__)
 
@@ -69,11 +72,45 @@ class Method:
     is_dealt: bool = True
     """Whether the ranks deal the Linears out and send each other the results, whose sizes they must know beforehand;
     otherwise each solves all of them."""
+    finish: Callable[..., None] | None = None
+    """`(module, linear, gram, config)`, run in place once later stages have compressed the Linears that a module is built
+    of; `linear` is the dense one, `gram` that of its inputs."""
 
     def table_entry(self, module: nn.Module) -> dict[str, Any]:
         """The modules-table entry of a module that this method made."""
         name = next(name for name, cls in self.layers.items() if type(module) is cls)
         return {"layer": name, **module.spec()}
+
+
+class _Moments(NamedTuple):
+    """Sums over the calibration inputs of a Linear, float64; None where nobody needs them."""
+
+    gram: Tensor | None
+    """`[in, in]` of x x^T."""
+    total: Tensor | None
+    """`[in + 1]` of x, and the number of inputs."""
+    cross: Tensor | None
+    """`[in, in]` of x_dense x^T, the dense model's input times the one that comes through the compressed prefix."""
+
+
+class _Stage(NamedTuple):
+    """A method at work on one block."""
+
+    method: Method
+    config: MethodConfig
+    guide: Guide | None
+    arranged: set[str]
+    """Linears whose rows `method.arrange` has put in order."""
+
+
+@dataclass
+class _Built:
+    """A module that was built of Linears, while later stages may compress those."""
+
+    method: Method
+    config: MethodConfig
+    linear: nn.Linear
+    gram: Tensor | None
 
 
 class StopForward(Exception):
@@ -119,12 +156,14 @@ class BlockRunner:
         ]
         self.table: dict[str, dict[str, Any]] = {}
         self.hidden: list[Tensor] = []
+        self.dense_hidden: list[Tensor] = []  # as `hidden`, of the dense model; only where a stage compares with it
         self.outputs: list[list[Any]] = []
         self.is_tuple: bool | None = None
         # Parts of the block whose targets are all compressed -> their output per batch. Attention is the dear one: without
         # this it would run for each group of inputs that comes after it.
         self.settled: dict[nn.Module, dict[int, Any]] = {}
         self.resident: set[int] = set()
+        self.built: dict[str, _Built] = {}
         self.guides: list[Guide | None] = [None] * len(self.stages)
         self.num_resumed = 0 if journal is None else len(journal.entries)
 
@@ -158,12 +197,17 @@ class BlockRunner:
             self._compress(0, units[0], self._compress_outside)
             for stack in self.arch.stacks:
                 first = units.index(stack[0])
+                twins = {stack[0]: self._twin(stack[0])}  # before an earlier run's result takes its place
                 self._prepare(first, self._inside(stack[0]))
                 calls = self._record(stack)
+                self.dense_hidden = list(self.hidden)
                 for position, block in enumerate(stack, start=first):
                     progress(block, position, len(units))
+                    dense = twins.pop(block) if block in twins else self._twin(block)
                     self._prepare(position, self._inside(block))
-                    self._compress(position, block, lambda: self._compress_block(block, calls[block]))  # noqa: B023
+                    self._compress(position, block, lambda: self._compress_block(block, calls[block], dense))  # noqa: B023
+                    for number, call in enumerate(calls[block] if dense is not None else ()):
+                        self.dense_hidden[number] = self._run_dense(dense, number, call)
                     self._advance(block, calls.pop(block))
                     if self.source is not None:
                         self.model.get_submodule(block).to("meta")
@@ -239,7 +283,7 @@ class BlockRunner:
             return
         names = self._outside_blocks() if position == 0 else self._inside(unit)
         record = {
-            "modules": {name: self.table[name] for name in modules},
+            "modules": {name: self.table[name] for name in modules if name in self.table},
             "layers": [asdict(layer) for layer in modules.values() if layer is not None],
             "notes": self.report.notes[notes:],
             "reconstruction": self.report.reconstruction.get(unit),
@@ -267,35 +311,51 @@ class BlockRunner:
         made, table = compress_outside_(self.model, self.arch, self.stages, self.layers)
         self.table |= table
         reports = {
-            name: self._report(name, part.role, part.config, part.old, part.new, None, part.seconds)
+            name: self._report(name, part.role, part.config.method, part.old, part.new, None, part.seconds)
             for name, part in made.items()
         }
         return {name: reports.get(name) for name in table}
 
-    def _compress_block(self, block: str, calls: list[_Call]) -> dict[str, LayerReport]:
-        found: dict[str, LayerReport] = {}
+    def _compress_block(self, block: str, calls: list[_Call], dense: nn.Module | None) -> dict[str, LayerReport | None]:
+        found: dict[str, LayerReport | None] = {}
         module = self.model.get_submodule(block)
+        self.built = {}
         if self.reconstruction is not None:
             targets_of = [self._run_block(module, number, call) for number, call in enumerate(calls[:-1])]
         for (method, config), targets, guide in zip(self.stages, self.targets, self.guides, strict=True):
-            names = [name for name in self.arch.targets(block) if name in targets]
-            if not names:
-                continue
+            names = [part for name in self.arch.targets(block) if name in targets for part in self._linears(name)]
             for name in names:
                 check_finite(name + ".weight", self.model.get_submodule(name).weight)
-            self.settled = {}
-            arranged = method.arrange(self.model, self.arch, block, names, config) if method.arrange else set()
-            for group in self._input_groups(module, names, calls) if config.needs_calibration else [names]:
-                gram, total = self._moments(block, group[0], calls) if config.needs_calibration else (None, None)
-                found |= self._compress_group(group, gram, total, method, config, guide, list(found.values()), arranged)
-                for part, child in module.named_children():
-                    inside = [name for name in names if name.startswith(f"{block}.{part}.")]
-                    if inside and all(name in found for name in inside):
-                        self.settled.setdefault(child, {})
+            if names:
+                arranged = method.arrange(self.model, self.arch, block, names, config) if method.arrange else set()
+                self._run_stage(_Stage(method, config, guide, arranged), block, names, calls, dense, found)
         if self.reconstruction is not None and found:
             self.settled = {}
             self._reconstruct(block, module, calls, targets_of)
         return found
+
+    def _run_stage(
+        self, stage: _Stage, block: str, names: list[str], calls: list[_Call], dense: nn.Module | None,
+        found: dict[str, LayerReport | None],
+    ) -> None:  # fmt: skip
+        """Compress a stage's Linears of one block, group by group; adds to what the block's earlier stages have found."""
+        module, config = self.model.get_submodule(block), stage.config
+        self.settled = {}
+        waiting = set(names)
+        for group in self._input_groups(module, names, calls) if config.needs_calibration else [names]:
+            sums = _Moments(None, None, None)
+            if config.needs_calibration:
+                sums = self._moments(block, group[0], calls, dense if config.needs_dense_inputs else None)
+            started = time.perf_counter()
+            found |= self._compress_group(group, sums, stage, [layer for layer in found.values() if layer is not None])
+            waiting -= set(group)
+            for outer in dict.fromkeys(map(self._outer, group)):
+                if outer not in group and not any(self._outer(name) == outer for name in waiting):
+                    found[outer] = self._close(outer, config, sums.gram, time.perf_counter() - started)
+            for part, child in module.named_children():
+                inside = [name for name in names if name.startswith(f"{block}.{part}.")]
+                if inside and all(name in found for name in inside):
+                    self.settled.setdefault(child, {})
 
     def _reconstruct(self, block: str, module: nn.Module, calls: list[_Call], targets: list[Tensor]) -> None:
         """Fit a compressed block to its dense outputs on the calibration batches, padding left out."""
@@ -313,24 +373,31 @@ class BlockRunner:
         first, last = losses[: len(targets)], losses[-len(targets) :]
         self.report.reconstruction[block] = [sum(first) / len(first), sum(last) / len(last)]
 
+    def _linears(self, name: str) -> list[str]:
+        """A Linear itself, or those that an earlier stage has built it of."""
+        module = self.model.get_submodule(name)
+        if isinstance(module, nn.Linear | Conv1D):
+            return [name]
+        return [f"{name}.{part}" for part in open_linears(module)]
+
+    def _outer(self, name: str) -> str:
+        """The Linear of the dense model that this one is, or is a part of."""
+        while name not in self.arch.roles:
+            name = name.rpartition(".")[0]
+        return name
+
     def _compress_group(
-        self,
-        names: list[str],
-        gram: Tensor | None,
-        total: Tensor | None,
-        method: Method,
-        config: MethodConfig,
-        guide: Guide | None,
-        earlier: Sequence[LayerReport],
-        arranged: set[str],
-    ) -> dict[str, LayerReport]:
+        self, names: list[str], sums: _Moments, stage: _Stage, earlier: Sequence[LayerReport]
+    ) -> dict[str, LayerReport | None]:  # fmt: skip
         """Compress Linears that share one input; the ranks deal them out by cost and exchange the results.
 
         A Linear with a bias answers for the spread of its inputs only: what the mean input loses goes into the bias.
         """
+        gram, total, cross = sums
+        method, config = stage.method, stage.config
         old = {name: as_linear(self.model.get_submodule(name)) for name in names}
         owners = distributed.owners([linear.weight.numel() * linear.in_features for linear in old.values()])
-        found: dict[str, LayerReport] = {}
+        found: dict[str, LayerReport | None] = {}
         new: dict[str, nn.Module] = {}
         for owner, (name, linear) in zip(owners, old.items(), strict=True):
             started = time.perf_counter()
@@ -341,33 +408,62 @@ class BlockRunner:
                 moments = centered(gram, total)
             return_freed_memory()
             is_mine = owner == distributed.rank() or not method.is_dealt
-            hints: dict[str, Any] = {"is_arranged": name in arranged} if method.arrange else {}
-            if guide is not None and total is not None:
-                finished = [*self.report.layers, *earlier, *found.values()]  # the report knows whole blocks only
-                hints["guide"] = guide.share(name, finished, total[-1].item())
-            new[name] = method.compress_linear(linear, moments, config, solve=is_mine, **hints)
+            known = [*earlier, *(layer for layer in found.values() if layer is not None)]
+            hints = self._hints(name, stage, known, total)
+            if cross is not None and moments is not None and linear.bias is None:
+                hints["cross"] = cross
+            made = method.compress_linear(linear, moments, config, solve=is_mine, **hints)
+            outer = self._outer(name)
+            if made is linear:
+                seconds = time.perf_counter() - started
+                found[name] = self._report(name, self.arch.roles[outer], "dense", linear, linear, None, seconds)
+                continue
+            new[name] = made
             if method.is_dealt:
-                distributed.broadcast_(new[name].buffers(), owner)
+                distributed.broadcast_(made.buffers(), owner)
             if moments is not None and linear.bias is not None:
-                correct_bias_(new[name], linear.weight, total)
-            found[name] = self._report(
-                name, self.arch.roles[name], config, linear, new[name], moments, time.perf_counter() - started
-            )
-            self.table[name] = method.table_entry(new[name])
-        replace_modules(self.model, names, lambda name, _: new[name])
+                correct_bias_(made, linear.weight, total)
+            self.table[name] = method.table_entry(made)
+            seconds = time.perf_counter() - started
+            report = self._report(name, self.arch.roles[outer], config.method, linear, made, moments, seconds)
+            found[name] = report if name == outer else None
+            if open_linears(made):
+                self.built[name] = _Built(method, config, linear, moments)
+        if new:
+            replace_modules(self.model, new, lambda name, _: new[name])
         return found
 
+    def _hints(self, name: str, stage: _Stage, known: Sequence[LayerReport], total: Tensor | None) -> dict[str, Any]:
+        """What the stage has prepared for one Linear."""
+        hints: dict[str, Any] = {"is_arranged": name in stage.arranged} if stage.method.arrange else {}
+        if stage.guide is not None and total is not None:  # the report knows whole blocks only
+            hints["guide"] = stage.guide.share(name, [*self.report.layers, *known], total[-1].item())
+        return hints
+
+    def _close(self, outer: str, config: MethodConfig, gram: Tensor | None, seconds: float) -> LayerReport:
+        """Finish a module whose Linears a later stage has compressed, and report both stages as one."""
+        started = time.perf_counter()
+        built = self.built[outer]
+        gram = gram if built.gram is None else built.gram
+        module = self.model.get_submodule(outer)
+        if built.method.finish is not None:
+            built.method.finish(module, built.linear, gram, built.config)
+        methods = f"{built.config.method}+{config.method}"
+        seconds += time.perf_counter() - started
+        return self._report(outer, self.arch.roles[outer], methods, built.linear, module, gram, seconds)
+
     def _report(
-        self, name: str, role: str, config: MethodConfig, old: nn.Module, new: nn.Module, gram: Tensor | None, seconds: float
+        self, name: str, role: str, method: str, old: nn.Module, new: nn.Module, gram: Tensor | None, seconds: float
     ) -> LayerReport:  # fmt: skip
         return LayerReport(
             name=name,
             role=role,
-            method=config.method,
+            method=method,
             num_weights=old.weight.numel(),
             compressed_bytes=stored_bytes(new),
             relative_error=_relative_error(old.weight, new, gram),
             seconds=seconds,
+            operations_ratio=new.num_multiply_adds / old.weight.numel() if hasattr(new, "num_multiply_adds") else None,
         )
 
     # Forward passes.
@@ -440,43 +536,62 @@ class BlockRunner:
         seen = {name for group in groups.values() for name in group}
         return [*groups.values(), *([name] for name in names if name not in seen)]
 
-    def _moments(self, block: str, name: str, calls: list[_Call]) -> tuple[Tensor, Tensor]:
+    def _moments(self, block: str, name: str, calls: list[_Call], dense: nn.Module | None = None) -> _Moments:
         """Moments of a target's inputs over all calibration batches (and ranks), padding left out.
 
-        Returns:
-            `(gram [in, in], total [in + 1])` float64: sum of x x^T, sum of x with the number of inputs behind it.
+        With the dense block also those between its inputs and the target's.
         """
         target = self.model.get_submodule(name)
         size = dense_shape(target)[1]
         gram = torch.zeros(size, size, dtype=torch.float64, device=self.hidden[0].device)
         total = torch.zeros(size + 1, dtype=torch.float64, device=gram.device)
+        part = name.removeprefix(block + ".")
+        has_twin = dense is not None and any(part == other for other, _ in dense.named_modules())
+        cross = torch.zeros_like(gram) if has_twin else None
         mask: Tensor | None = None
+        twin: Tensor | None = None
+
+        def kept(x: Tensor) -> Tensor:
+            return (x[mask.bool()] if mask is not None and mask.shape == x.shape[:2] else x).flatten(0, -2)
+
+        def note_dense(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            nonlocal twin
+            twin = kept(args[0])
+            raise StopForward
 
         def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0]
-            x = (x[mask.bool()] if mask is not None and mask.shape == x.shape[:2] else x).flatten(0, -2)
+            x = kept(args[0])
             add_gram_(gram, x)
+            if cross is not None:
+                cross.add_(twin.float().T @ x.float())
             total[:-1] += x.sum(0, dtype=torch.float32)
             total[-1] += len(x)
             raise StopForward
 
-        handle = target.register_forward_pre_hook(note)
+        handles = [target.register_forward_pre_hook(note)]
+        if cross is not None:
+            handles.append(dense.get_submodule(part).register_forward_pre_hook(note_dense))
         try:
             for number, batch in enumerate(self.batches[:-1]):
                 mask = batch.get(self._mask_name(block, name))
+                if cross is not None:
+                    with suppress(StopForward):
+                        self._run_dense(dense, number, calls[number])
                 with suppress(StopForward):
                     self._run_block(self.model.get_submodule(block), number, calls[number])
         finally:
-            handle.remove()
-        distributed.sum_([gram, total])
+            for handle in handles:
+                handle.remove()
+        distributed.sum_([gram, total, *([] if cross is None else [cross])])
         if not gram.isfinite().all():
             raise NumericalError("inputs of a layer are not finite: the model overflows on the calibration text")
-        return gram.cpu(), total.cpu()  # solvers work there, in float64
+        # Solvers work on the CPU, in float64.
+        return _Moments(gram.cpu(), total.cpu(), None if cross is None else cross.cpu())
 
     def _mask_name(self, block: str, name: str | None = None) -> str:
         """The input that says which inputs of a block or a target are padding; cross attention reads the encoder's states."""
         is_decoder = len(self.arch.stacks) > 1 and block in self.arch.stacks[-1]
-        is_own = name is None or self.arch.roles[name] not in ("cross_k", "cross_v")
+        is_own = name is None or self.arch.roles[self._outer(name)] not in ("cross_k", "cross_v")
         return "decoder_attention_mask" if is_decoder and is_own else "attention_mask"
 
     def _run_block(self, block: nn.Module, number: int, call: _Call) -> Tensor:
@@ -485,6 +600,16 @@ class BlockRunner:
             return_freed_memory()
         with patched_forwards({child: partial(self._remember, child, number) for child in self.settled}):
             output = block(self.hidden[number], *call.args, **call.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def _twin(self, block: str) -> nn.Module | None:
+        """A copy of a block that stays dense, where a stage compares with it."""
+        needs = any(config.needs_dense_inputs for _, config in self.stages)
+        return copy.deepcopy(self.model.get_submodule(block)) if needs else None
+
+    def _run_dense(self, dense: nn.Module, number: int, call: _Call) -> Tensor:
+        """The dense block on what the dense model would have handed to it."""
+        output = dense(self.dense_hidden[number], *call.args, **call.kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     def _remember(self, child: nn.Module, number: int, *args: Any, **kwargs: Any) -> Any:
@@ -587,7 +712,7 @@ def correct_bias_(module: nn.Module, weight: Tensor, total: Tensor) -> None:
 
 def stored_tensors(module: nn.Module) -> dict[str, Tensor]:
     """The tensors of a compressed module in a file, its bias left out."""
-    return {name: buffer for name, buffer in module.named_buffers() if name not in module._non_persistent_buffers_set}
+    return {name: tensor for name, tensor in module.state_dict().items() if name != "bias"}
 
 
 def stored_bytes(module: nn.Module) -> int:
@@ -602,7 +727,8 @@ def _relative_error(weight: Tensor, module: nn.Module, gram: Tensor | None) -> f
     for rows in torch.arange(len(weight), device=weight.device).split(1024):
         dense = weight[rows].float()
         total += output_energy(dense, gram)
-        lost += output_energy(dense - module.to_dense(rows=rows), gram)
+        new = module.weight[rows].float() if isinstance(module, nn.Linear) else module.to_dense(rows=rows)
+        lost += output_energy(dense - new, gram)
     return lost / max(total, 1e-30)
 
 

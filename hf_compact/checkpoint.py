@@ -206,7 +206,8 @@ def check_layers(specs: Mapping[str, Mapping[str, Any]], layers: Mapping[str, ty
 def rebuild_(model: nn.Module, specs: Mapping[str, Mapping[str, Any]], layers: Mapping[str, type[nn.Module]]) -> None:
     """Replace modules by the empty ones that a modules table describes, in place (also on meta).
 
-    The order is the table's, but tied modules come last: `config.json` sorts its keys, and they share what is there.
+    The order is the table's, but what is part of another module comes after it, and tied modules come last: `config.json`
+    sorts its keys, and they share what is there.
 
     Args:
         model: holds a module for every name, dense or compressed before.
@@ -217,7 +218,7 @@ def rebuild_(model: nn.Module, specs: Mapping[str, Mapping[str, Any]], layers: M
         FormatError: a spec names an unknown layer or module, or settings that the layer does not take.
     """
     check_layers(specs, layers)
-    for name, spec in sorted(specs.items(), key=lambda item: "tied_to" in item[1]):
+    for name, spec in sorted(specs.items(), key=lambda item: ("tied_to" in item[1], item[0].count("."))):
         settings = {key: value for key, value in spec.items() if key not in ("layer", "tied_to")}
         try:
             old = model.get_submodule(name)

@@ -276,6 +276,59 @@ def recover(  # noqa: PLR0913 - one argument per option
     )
 
 
+@app.command(
+    cls=SeveralValues,
+    epilog="Example:\n\n    hf-compact profile ./my-model --recipe configs/recipes/tensor-network-40.yaml --output profile.json "
+    "--ratio 0.3 0.6 --calibration text.txt",
+)
+def profile(
+    model: ModelArgument,
+    recipe: RecipeOption,
+    output: Annotated[Path, typer.Option(help="JSON file; the heat map lies beside it as .png.", metavar="OUT.json")],
+    ratio: Annotated[
+        list[float] | None, typer.Option(help="Kept share of a Linear, one or several. Default: 0.25 0.5 0.75.", metavar="SHARE")
+    ] = None,
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(help="UTF-8 text, one or several files. Default: Python's own documentation.", metavar="FILE"),
+    ] = None,
+    seed: SeedOption = None,
+) -> None:
+    """Measure what compressing each Linear of MODEL alone costs; a stopped run goes on. The stage reads it as `profile`."""
+    with _errors(), progress_bar("profiling") as advance:
+        found = api.profile(
+            model,
+            recipe,
+            output=output,
+            ratios=ratio or (0.25, 0.5, 0.75),
+            calibration=calibration or (),
+            seed=seed,
+            progress=advance,
+        )
+    table = Table(title="divergence, nats per token: mean over the blocks")
+    curves = [(layer["role"], layer["curve"]) for layer in found["layers"].values()]
+    ratios = list(curves[0][1])
+    for column in ("role", *(f"kept {share}" for share in ratios)):
+        table.add_column(column)
+    for role in dict.fromkeys(role for role, _ in curves):
+        rows = [curve for other, curve in curves if other == role]
+        means = [sum(curve[share]["divergence"] for curve in rows) / len(rows) for share in ratios]
+        table.add_row(role, *(f"{mean:.4f}" for mean in means))
+    out.print(table)
+
+
+@app.command(epilog="Example:\n\n    hf-compact export ./my-model-small --output ./my-model-plain --to low_rank")
+def export(
+    folder: Annotated[Path, typer.Argument(help="A compressed folder.", metavar="DIR")],
+    output: Annotated[Path, typer.Option(help="Folder to create.", metavar="DIR")],
+    to: Annotated[Literal["dense", "low_rank"], typer.Option(help="Dense, or two Linears per low-rank layer.")] = "dense",
+) -> None:
+    """Write a compressed folder as one that loads without this library."""
+    with _errors():
+        api.export(folder, output, to)
+    out.print(f"{output}: {to}", highlight=False)
+
+
 @app.command(epilog="Example:\n\n    hf-compact inspect ./my-model-4bit --json")
 def inspect(
     folder: Annotated[Path, typer.Argument(help="A compressed folder.", metavar="DIR")],
@@ -291,7 +344,7 @@ def inspect(
     for column in ("layer", "format", "shape", "kB", "bits per weight"):
         table.add_column(column, overflow="fold")
     for layer in found["layers"]:
-        kind = f"{layer['layer']} {layer.get('bits', '')} bit {layer.get('grid', '')}"
+        kind = " ".join(str(part) for part in (layer["layer"], _bits(layer), layer.get("grid"), _rank(layer)) if part)
         shape = "×".join(map(str, layer["shape"]))
         table.add_row(layer["name"], kind, shape, f"{layer['bytes'] / 1e3:.1f}", f"{layer['bits_per_weight']:.3f}")
     out.print(table)
@@ -302,6 +355,15 @@ def inspect(
         highlight=False,
     )
     out.print(f"verified: {'yes' if found['is_verified'] else 'no'}", highlight=False)
+
+
+def _bits(layer: dict[str, Any]) -> str:
+    return f"{layer['bits']} bit" if "bits" in layer else ""
+
+
+def _rank(layer: dict[str, Any]) -> str:
+    ranks = layer.get("ranks") or ([layer["rank"]] if "rank" in layer else [])
+    return f"rank {'·'.join(map(str, ranks))}" if ranks else ""
 
 
 @contextmanager

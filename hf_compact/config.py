@@ -52,6 +52,16 @@ class MethodConfig:
         """Whether the settings name an average rate `bits`, any number, that the method deals out over its Linears itself."""
         return False
 
+    @property
+    def needs_dense_inputs(self) -> bool:
+        """Whether the method compares with what the dense model has at the same place; it needs the whole model too."""
+        return False
+
+    @property
+    def leaves_linears(self) -> bool:
+        """Whether what it makes is built of Linears, which later stages compress when they select the same name."""
+        return False
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, every default included, the method's name first."""
         return {"method": self.method, **_plain(self)}

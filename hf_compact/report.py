@@ -34,6 +34,8 @@ class LayerReport:
     """Share of the output energy on the calibration inputs that is lost; of the weight's energy without inputs."""
     seconds: float
     """Time of the solver."""
+    operations_ratio: float | None = None
+    """Multiply-adds per token, compressed / dense; None where the weight is unpacked and multiplied as a dense one."""
 
     @property
     def bits_per_weight(self) -> float:

@@ -47,16 +47,20 @@ def select_names(names: Iterable[str], include: Sequence[str] = ("*",), exclude:
 
 
 def select_stages(names: Iterable[str], stages: Sequence[MethodConfig]) -> list[set[str]]:
-    """The targets of every stage; a stage that includes nothing has none.
+    """The targets of every stage, by the names of the dense model; a stage that includes nothing has none.
+
+    A stage that selects what an earlier one has taken apart into Linears compresses those.
 
     Raises:
         NothingMatched: a stage selects nothing.
-        ConfigError: two stages select the same module.
+        ConfigError: a stage selects a module that an earlier one compresses for good.
     """
     names = list(names)
     chosen = [set(select_names(names, stage.include, stage.exclude)) if stage.include else set() for stage in stages]
-    for position, here in enumerate(chosen):
-        twice = sorted(here.intersection(*[set().union(*chosen[:position])]))
+    taken: set[str] = set()
+    for position, (stage, here) in enumerate(zip(stages, chosen, strict=True)):
+        twice = sorted(here & taken)
+        taken |= set() if stage.leaves_linears else here
         if twice:
             raise ConfigError(
                 f"recipe.stages[{position}] selects {twice[0]}, which an earlier stage compresses: exclude it in one"

@@ -31,11 +31,14 @@ class Sensitivity:
     """`[out]` float64, the squared gradient at each output, summed over all tokens and divided by their number."""
     grams: dict[str, Tensor]
     """`[in, in]` mean of x x^T over the first tokens: for forecasts, not for solving."""
+    outputs: dict[str, Tensor]
+    """`[out, out]` mean of g g^T over the same tokens as `rows`, its diagonal; empty unless it was asked for."""
 
 
 def measure(
     model: PreTrainedModel, arch: Architecture, names: Sequence[str], batches: Sequence[Mapping[str, Tensor]],
     num_tokens: int, num_gram_tokens: int, progress: Callable[[int, int], None] = lambda done, total: None,
+    is_full: bool = False,
 ) -> Sensitivity:  # fmt: skip
     """One backward pass over the first sequences.
 
@@ -47,6 +50,7 @@ def measure(
         num_tokens: about how many tokens gradients are taken of, over all ranks.
         num_gram_tokens: about how many the gram matrices are made from.
         progress: called with the tokens that are done and all of them.
+        is_full: whether the second moments between outputs are taken too.
 
     Raises:
         NumericalError: gradients are not finite.
@@ -55,6 +59,7 @@ def measure(
     device = model.device
     rows = {name: torch.zeros(shape[0], dtype=torch.float64, device=device) for name, shape in shapes.items()}
     grams = {name: torch.zeros(shape[1], shape[1], device=device) for name, shape in shapes.items()}
+    outputs = {name: torch.zeros(shape[0], shape[0], device=device) for name, shape in shapes.items()} if is_full else {}
     counts = {name: torch.zeros(1, dtype=torch.float64, device=device) for name in names}
     seen = 0
     for number, batch in enumerate(batches):
@@ -64,19 +69,21 @@ def measure(
         is_counted = seen * distributed.world_size() < num_gram_tokens
         seen += next(iter(batch.values())).shape[:2].numel()
         seed = number * distributed.world_size() + distributed.rank()
-        _gradients(model, arch, batch, seed, rows, grams if is_counted else {}, counts)
-    distributed.sum_([*rows.values(), *grams.values(), *counts.values()])
+        _gradients(model, arch, batch, seed, rows, outputs, grams if is_counted else {}, counts)
+    distributed.sum_([*rows.values(), *outputs.values(), *grams.values(), *counts.values()])
     for name in names:
         rows[name] = rows[name].cpu() / max(1, seen * distributed.world_size())
+        if is_full:
+            outputs[name] = (outputs[name] / max(1, seen * distributed.world_size())).cpu()
         grams[name] = (grams[name] / counts[name].clamp_min(1)).float().cpu()
         if not rows[name].isfinite().all():
             raise NumericalError(f"gradients at the output of {name} are not finite: set sensitivity to none")
-    return Sensitivity(rows, grams)
+    return Sensitivity(rows, grams, outputs)
 
 
 def _gradients(
     model: PreTrainedModel, arch: Architecture, batch: Mapping[str, Tensor], seed: int, rows: Mapping[str, Tensor],
-    grams: Mapping[str, Tensor], counts: Mapping[str, Tensor],
+    outputs: Mapping[str, Tensor], grams: Mapping[str, Tensor], counts: Mapping[str, Tensor],
 ) -> None:  # fmt: skip
     """Forward and backward over one batch, one sequence at a time; adds to the tables, padding left out."""
     generator = torch.Generator(model.device).manual_seed(seed)
@@ -89,7 +96,10 @@ def _gradients(
             counts[name].add_(x.shape[:-1].numel())
 
         def note(gradient: Tensor) -> None:
-            rows[name].add_(without_padding(gradient, one).flatten(0, -2).float().square().sum(0))
+            gradient = without_padding(gradient, one).flatten(0, -2).float()
+            rows[name].add_(gradient.square().sum(0))
+            if name in outputs:
+                add_gram_(outputs[name], gradient)
 
         output.register_hook(note)
 

@@ -44,6 +44,12 @@ class StoredModule(nn.Module, ABC):
         return f"{self.in_features}, {self.out_features}, " + ", ".join(f"{k}={v}" for k, v in self.spec().items())
 
 
+def open_linears(module: nn.Module) -> list[str]:
+    """Names, below a compressed module, of the Linears it is built of that may be compressed in turn."""
+    names = getattr(module, "linears", ())
+    return [name for name in names if isinstance(module.get_submodule(name), nn.Linear)]
+
+
 class CodedModule(StoredModule):
     """A matrix that is decoded once before it is used."""
 

@@ -35,6 +35,7 @@ ORDER = [
     "distillation",
     "measurement",
     "planner",
+    "profiling",
     "training",
     "methods",
     "hf",

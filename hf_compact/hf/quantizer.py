@@ -8,7 +8,7 @@ and then fills them with random numbers.
 import logging
 import re
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from ..config import MethodConfig, Recipe
 from ..errors import ConfigError, FormatError, UnsupportedModel
 from ..methods import LAYERS, METHODS
 from ..select import select_stages
-from ..stored import CodedModule, SwitchableModule
+from ..stored import CodedModule, StoredModule, SwitchableModule
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ class CompactQuantizer(HfQuantizer):
             (METHODS[stage.method], stage) for stage in Recipe.from_dict({"stages": self.quantization_config.stages}).stages
         ]
         for _, stage in stages:
-            if stage.needs_calibration:
+            if stage.needs_calibration or stage.leaves_linears:
                 raise ConfigError(
                     f"{stage.method} with these settings needs calibration, which loading has not: "
                     "use a stage that needs none (codebook with rounding nearest), or hf-compact compress"
@@ -153,14 +153,15 @@ class CompactQuantizer(HfQuantizer):
         for name, spec in specs.items():
             if "tied_to" in spec:
                 share_buffers_(model.get_submodule(name), model.get_submodule(spec["tied_to"]))
-        _offer_switch_(model)
+        _offer_switches_(model)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         dtype = dtype or model.dtype
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # what save_pretrained leaves in the config
         with torch.device("meta"):
             skeleton = type(model)(model.config)
-        for name in names_in(model, self.quantization_config.modules):
+        table = names_in(model, self.quantization_config.modules)
+        for name in outermost(table):
             module = model.get_submodule(name)
             dense = module.dense_module(dtype)
             original = skeleton.get_submodule(name)
@@ -175,8 +176,18 @@ class CompactQuantizer(HfQuantizer):
             model.set_submodule(name, dense)
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
         model.tie_weights()
-        model.__dict__.pop("set_bits", None)
+        for name in ("set_bits", "set_rank"):
+            model.__dict__.pop(name, None)
         return model
+
+    def attach_(self, model: PreTrainedModel) -> None:
+        """Make a model that holds the compressed modules already what a loaded one is."""
+        model.config.quantization_config = self.quantization_config
+        model.hf_quantizer = self
+        model.quantization_method = QUANT_METHOD
+        model.is_quantized = True
+        forget_ties_(model, self.quantization_config.modules)
+        _offer_switches_(model)
 
     def is_serializable(self) -> bool:
         """Saving is plain `save_pretrained`."""
@@ -186,6 +197,11 @@ class CompactQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Gradients pass through, so adapters can be trained on top."""
         return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Whether a Trainer may train the model itself: nothing in it is packed."""
+        return not any(issubclass(LAYERS[spec["layer"]], StoredModule) for spec in self.quantization_config.modules.values())
 
 
 class _Pending:
@@ -223,13 +239,7 @@ class _QuantizeOnLoad(ConversionOps):
 
 def attach_(model: PreTrainedModel, modules: Mapping[str, Any], stages: Sequence[Mapping[str, Any] | MethodConfig]) -> None:
     """Make a model that was compressed in memory what a reloaded one is: `save_pretrained` then writes the table."""
-    config = CompactConfig(modules=modules, stages=stages)
-    model.config.quantization_config = config
-    model.hf_quantizer = CompactQuantizer(config, pre_quantized=True)
-    model.quantization_method = QUANT_METHOD
-    model.is_quantized = True
-    forget_ties_(model, modules)
-    _offer_switch_(model)
+    CompactQuantizer(CompactConfig(modules=modules, stages=stages), pre_quantized=True).attach_(model)
 
 
 def set_bits(model: nn.Module, bits: int) -> None:
@@ -272,24 +282,46 @@ def _switchable(model: nn.Module) -> list[SwitchableModule]:
     return [module for module in model.modules() if isinstance(module, SwitchableModule) and len(module.widths) > 1]
 
 
-def _offer_switch_(model: PreTrainedModel) -> None:
-    """Give the model its own `set_bits`: an attribute of this one object."""
+def set_rank(model: PreTrainedModel, share: float) -> None:
+    """Cut every low-rank layer to that share of its rank (1 at least), in place; `save_pretrained` then saves the cut model.
+
+    Raises:
+        ConfigError: the share is not in (0, 1].
+        UnsupportedModel: a layer's components have no order.
+    """
+    if not 0 < share <= 1:
+        raise ConfigError(f"share must be in (0, 1], got {share}")
+    table = model.config.quantization_config.modules
+    named = {name: model.get_submodule(own) for name in table for own in names_in(model, {name: table[name]})}
+    cut = {name: module for name, module in named.items() if hasattr(module, "set_rank")}
+    for name, module in cut.items():
+        if not module.is_ordered:
+            raise UnsupportedModel(f"{name} has no order of ranks: decompose with is_pivoted false, and quantize after the cut")
+    for name, module in cut.items():
+        module.set_rank(max(1, round(share * module.ranks[0])))
+        table[name] |= module.spec()
+
+
+def _offer_switches_(model: PreTrainedModel) -> None:
+    """Give the model its own `set_bits` and `set_rank`, where it has layers for them: attributes of this one object."""
     if _switchable(model):
-        model.set_bits = _Switch(model)
+        model.set_bits = _Switch(set_bits, model)
+    if any(hasattr(module, "set_rank") for module in model.modules()):
+        model.set_rank = _Switch(set_rank, model)
 
 
 class _Switch:
-    """`set_bits` of one model, copied and pickled along with it; a strong reference would keep the model from being freed."""
+    """A function of one model, copied and pickled along with it; a strong reference would keep the model from being freed."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = weakref.ref(model)
+    def __init__(self, function: Callable[[PreTrainedModel, Any], None], model: PreTrainedModel) -> None:
+        self.function, self.model = function, weakref.ref(model)
 
-    def __call__(self, bits: int) -> None:
-        """As `set_bits`."""
-        set_bits(self.model(), bits)
+    def __call__(self, value: Any) -> None:
+        """As the function."""
+        self.function(self.model(), value)
 
-    def __reduce__(self) -> tuple[type, tuple[PreTrainedModel | None]]:
-        return _Switch, (self.model(),)
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        return _Switch, (self.function, self.model())
 
 
 def forget_ties_(model: PreTrainedModel, modules: Mapping[str, Any]) -> None:
@@ -313,6 +345,17 @@ def expect_(model: PreTrainedModel, table: Mapping[str, Any], files: Sequence[Pa
         check_files(model, modules, files)
 
 
+def outermost(names: Iterable[str]) -> list[str]:
+    """The names that are no part of another one.
+
+    >>> outermost(["a.up", "a.up.core0", "a.upper"])
+    ['a.up', 'a.upper']
+    """
+    known = set(names)
+    parents = {name: [name[:i] for i, letter in enumerate(name) if letter == "."] for name in known}
+    return [name for name in dict.fromkeys(names) if known.isdisjoint(parents[name])]
+
+
 def names_in(model: PreTrainedModel, modules: Mapping[str, Any]) -> dict[str, Any]:
     """The table as another head class of the same base model names it.
 
@@ -325,16 +368,17 @@ def names_in(model: PreTrainedModel, modules: Mapping[str, Any]) -> dict[str, An
     prefix = model.base_model_prefix + "."
     known = {name for name, _ in model.named_modules(remove_duplicate=False)}
     is_base = model.base_model is model
+    wholes = outermost(modules)
 
     def rename(name: str) -> str:
-        if name in known:
+        if any(whole in known for whole in wholes if f"{name}.".startswith(f"{whole}.")):
             return name
         return name.removeprefix(prefix) if is_base else prefix + name
 
-    renamed = {}
-    for name, spec in modules.items():
-        new = rename(name)
-        if new in known:
+    renamed: dict[str, Any] = {}
+    for name in sorted(modules, key=lambda name: name not in wholes):
+        spec, new = modules[name], rename(name)
+        if new in known or any(new.startswith(f"{built}.") for built in renamed):
             tied = {"tied_to": rename(spec["tied_to"])} if "tied_to" in spec else {}
             if tied and tied["tied_to"] not in known:
                 raise FormatError(

@@ -4,7 +4,7 @@ import json
 import pytest
 import yaml
 
-from evaluation import pareto, peers, rates, spine
+from evaluation import pareto, peers, rates, spine, tensor_network
 from hf_compact import Recipe
 
 
@@ -120,3 +120,29 @@ def test_rows_of_the_rates_take_the_form_of_peers():
     (row,) = pareto.our_rows({"dense": {}, "codebook-3.0bpw": {**kept, "commit": "c0ffee"}})
     assert set(ROWS[0]) <= set(row)
     assert row["is_ours"]
+
+
+def test_tensor_networks_are_held_against_their_bars(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_network, "RESULTS", tmp_path)
+    totals = {"body_bits_per_weight": 12.8, "share_of_fp32": 0.4, "share_of_bf16": 0.8}
+    common = {"command_seconds": 60.0, "commit": "c0ffee"}
+
+    def scores(wiki: float, c4: float) -> dict:
+        return {**common, "perplexity": {"wiki": wiki, "c4": c4}}
+
+    twenty = {**scores(30.0, 120.0), "totals": totals, "file_bytes": 10**8, "solver_seconds": 120.0, "kept_share": 0.803}
+    times = {"prefill dense": 0.12, "prefill 40": 0.1, "decode dense": 0.01, "decode 40": 0.011}
+    found = {
+        "dense": scores(20.0, 30.0),
+        "tensor-network-20": twenty,
+        "speed": {**times, **common},
+        "healed-dense": scores(10.0, 30.0),
+        "healed-20": scores(11.0, 36.0),
+    }
+    tensor_network.write(found, "python -m evaluation.tensor_network")
+    bars = json.loads((tmp_path / "03-tensor-network.json").read_text())["bars"]
+    assert [bar["held"] for bar in bars] == [True, False, True, True, True, False, False, True]
+    assert [bar["measured"] for bar in bars] == [1.5, 4.0, 2.0, 0.803, 1.1, 1.2, 0.9091, 1.2]
+    table = (tmp_path / "03-tensor-network.md").read_text()
+    assert "| tensor-network-20 | 12.80 | 100.0 | 40.0 % | 80.0 % | 1.500 | 4.000 | 1.0 |" in table
+    assert "| healed-20 |  |  |  |  | 0.550 | 1.200 | 1.0 |" in table

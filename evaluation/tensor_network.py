@@ -1,0 +1,303 @@
+r"""Tensor networks: quality without training, healing, composition at equal bytes, speed; goes on where it was stopped.
+
+    python -m evaluation.tensor_network --model MODEL.gguf --calibration wiki.valid.raw --calibration wiki.utf8 \
+        --calibration technical.utf8 --calibration tiny.utf8 --text wiki.test.raw --text c4.utf8 --work runs/tensor
+
+`--step` takes some of the steps only; what has not run yet is left out of the tables. Healing trains on windows of the
+calibration texts, the factors of the decomposed model and, as the control, all weights of the dense one, on the same
+tokens in the same order. Results go to `evaluation/results/03-tensor-network.json` and `.md`.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import Trainer, TrainingArguments
+
+from evaluation.spine import RESULTS, bar, machine
+from hf_compact import TensorNetworkCallback, api, verify
+from hf_compact.calibration import read_texts, tokenize, windows
+
+#: recipe -> most perplexity, times dense, on the two texts without training; None is reported only.
+UNTRAINED = {"20": (2.4, 3.5), "40": (6.0, 12.0), "60": None}
+#: recipe -> most perplexity after healing, times the dense model trained on the same tokens.
+HEALED = {"20": 1.15, "40": 1.4}
+TOKENS, LENGTH, BATCH = 500_000, 512, 4
+MINUTES = 5
+PREFILL, PREFILL_RATIO = 512, 1.15
+ENTROPY = {"method": "entropy", "sensitivity": "fisher", "embedding_bits": 6.0}
+#: The control has the bits per block weight that the corrected model takes.
+CORRECTION = {"method": "correction", "rank": 16}
+CORRECTED_BITS = 1.7
+
+
+def command(*arguments: str, log: Path) -> None:
+    """Run `hf-compact` with its output in a log."""
+    with log.open("w") as stream:
+        subprocess.run([sys.executable, "-m", "hf_compact", *arguments], check=True, stdout=stream, stderr=subprocess.STDOUT)
+
+
+def scored(model: str, options: argparse.Namespace, name: str) -> dict[str, float]:
+    """Perplexity by text."""
+    path = options.work / f"{name}.scores.json"
+    texts = [argument for text in options.text for argument in ("--text", text)]
+    command("evaluate", model, "--json", str(path), *texts, log=options.work / f"{name}.evaluate.log")
+    return {Path(row["text"]).name: row["perplexity"] for row in json.loads(path.read_text())}
+
+
+def compressed(options: argparse.Namespace, name: str, recipe: dict[str, Any]) -> dict[str, Any]:
+    """Compress with a recipe, score, and keep what the report says."""
+    path, folder = options.work / f"{name}.yaml", options.work / name
+    path.write_text(yaml.safe_dump(recipe))
+    started = time.perf_counter()
+    if not folder.exists():
+        texts = [argument for text in options.calibration for argument in ("--calibration", text)]
+        arguments = ("compress", options.model, "--recipe", str(path), "--output", str(folder), *texts)
+        command(*arguments, log=options.work / f"{name}.log")
+    seconds = time.perf_counter() - started
+    report = json.loads((folder / "compression_report.json").read_text())
+    body = [layer for layer in report["layers"] if layer["role"] not in ("embedding", "head")]
+    kept = {key: report[key] for key in ("totals", "file_bytes", "seconds", "distillation", "verification")}
+    return {
+        "command_seconds": seconds,
+        "perplexity": scored(str(folder), options, name),
+        "solver_seconds": sum(layer["seconds"] for layer in body),
+        "kept_share": sum(layer["compressed_bytes"] for layer in body) / (2 * sum(layer["num_weights"] for layer in body)),
+        **kept,
+    }
+
+
+def recipe(name: str) -> dict[str, Any]:
+    """A recipe of the project as a dict."""
+    return yaml.safe_load(Path(f"configs/recipes/{name}.yaml").read_text())
+
+
+class Windows(torch.utils.data.Dataset):
+    """Windows of the training texts, spread evenly over all of them."""
+
+    def __init__(self, options: argparse.Namespace, tokenizer: Any) -> None:
+        rows = list(windows(tokenize(tokenizer, read_texts(options.calibration)), LENGTH, None))
+        count = min(len(rows), TOKENS // LENGTH)
+        self.rows = [rows[i * len(rows) // count][0] for i in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.rows[index], "labels": self.rows[index]}
+
+
+def healed(options: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Train the factors of a decomposed model, or the dense model as it is, on the same tokens; then score."""
+    is_dense = name == "dense"
+    opened = api.open_dense(options.model, "float32", is_whole=True)
+    model, tokenizer = opened.model, opened.load_tokenizer()
+    folder = options.work / f"healed-{name}"
+    started = time.perf_counter()
+    if not is_dense:
+        model = verify.load_model(options.work / f"tensor-network-{name}", dtype=torch.float32)
+    data = Windows(options, tokenizer)
+    arguments = TrainingArguments(
+        str(options.work / f"healing-{name}"), per_device_train_batch_size=BATCH, num_train_epochs=1, bf16=True, use_cpu=True,
+        learning_rate=1e-4, lr_scheduler_type="cosine", warmup_steps=len(data) // BATCH // 30, weight_decay=0.0,
+        save_steps=20, save_total_limit=1, report_to=[], disable_tqdm=True, logging_steps=20, seed=0,
+    )  # fmt: skip
+    callbacks = [] if is_dense else [TensorNetworkCallback(schedule="heal")]
+    trainer = Trainer(model, arguments, train_dataset=data, callbacks=callbacks)
+    saved = list(Path(arguments.output_dir).glob("checkpoint-*"))
+    trainer.train(resume_from_checkpoint=bool(saved))
+    model.save_pretrained(folder)  # in float32; scoring takes bfloat16
+    tokenizer.save_pretrained(folder)
+    row = {"num_tokens": len(data) * LENGTH, "command_seconds": time.perf_counter() - started}
+    return row | {"perplexity": scored(str(folder), options, f"healed-{name}")}
+
+
+@torch.no_grad()
+def speed(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of prefill and of one decoded token, dense and decomposed by turns in one process; medians of 15."""
+    started = time.perf_counter()
+    models = {"dense": api.open_for_scoring(options.model)[0], "40": api.open_for_scoring(options.work / "tensor-network-40")[0]}
+    ids = torch.arange(PREFILL)[None] % 1000
+    times: dict[str, list[float]] = {f"{kind} {name}": [] for name in models for kind in ("prefill", "decode")}
+    for turn in range(16):
+        for name, model in models.items():
+            at = time.perf_counter()
+            cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+            middle = time.perf_counter()
+            for _ in range(8):
+                model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+            if turn:  # the first turn warms up
+                times[f"prefill {name}"].append(middle - at)
+                times[f"decode {name}"].append((time.perf_counter() - middle) / 8)
+    found = {key: statistics.median(values) for key, values in times.items()}
+    costs = [
+        (m.num_multiply_adds, m.num_values, m.in_features * m.out_features)
+        for m in models["40"].modules()
+        if hasattr(m, "num_multiply_adds")
+    ]
+    ratios = {"multiply_adds": sum(c[0] for c in costs), "values": sum(c[1] for c in costs), "dense": sum(c[2] for c in costs)}
+    return {
+        **found,
+        "factored_layers": ratios,
+        "threads": torch.get_num_threads(),
+        "command_seconds": time.perf_counter() - started,
+    }
+
+
+def steps(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Every step by name, in the order they need each other."""
+    found: dict[str, Callable[[], dict[str, Any]]] = {
+        "dense": lambda: {"perplexity": scored(options.model, options, "dense"), "command_seconds": 0.0}
+    }
+    for name in UNTRAINED:
+        full = f"tensor-network-{name}"
+        found[full] = lambda full=full: compressed(options, full, recipe(full))
+    found["speed"] = lambda: speed(options)
+    small = {key: value for key, value in recipe("compactifai-93").items() if key not in ("stages", "distillation")}
+    found["correction"] = lambda: compressed(
+        options, "correction", small | {"stages": [CORRECTION, {**ENTROPY, "bits": CORRECTED_BITS, "sensitivity": "none"}]}
+    )
+    found["correction-control"] = lambda: compressed(
+        options,
+        "correction-control",
+        small | {"stages": [{**ENTROPY, "sensitivity": "none", "bits": _body_bits(options, "correction")}]},
+    )
+    found["compactifai-93"] = lambda: compressed(options, "compactifai-93", recipe("compactifai-93"))
+    found["compactifai-93-control"] = lambda: compressed(options, "compactifai-93-control", _control(options))
+    for name in ("dense", *HEALED):
+        found[f"healed-{name}"] = lambda name=name: healed(options, name)
+    return found
+
+
+def _body_bits(options: argparse.Namespace, name: str) -> float:
+    return json.loads((options.work / name / "compression_report.json").read_text())["totals"]["body_bits_per_weight"]
+
+
+def _control(options: argparse.Namespace) -> dict[str, Any]:
+    """Quantization alone, at the bits per block weight that the composition took."""
+    composed = recipe("compactifai-93")
+    quantizer = {**composed["stages"][-1], "sensitivity": "fisher", "bits": _body_bits(options, "compactifai-93")}
+    return composed | {"stages": [quantizer]}
+
+
+Add = Callable[[str, str, float, bool, dict[str, Any]], None]
+
+
+def bars(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is claimed, held against what was measured; steps that have not run are left out."""
+    result: list[dict[str, Any]] = []
+
+    def add(claim: str, target: str, measured: float, is_held: bool, row: dict[str, Any]) -> None:
+        result.append(bar(claim, target, round(measured, 4), is_held, row, row["command_seconds"]))
+
+    untrained_bars(found, add)
+    relative_bars(found, add)
+    if "speed" in found:
+        row = found["speed"]
+        decode, prefill = row["decode dense"] / row["decode 40"], row["prefill dense"] / row["prefill 40"]
+        add("-40 %: decoding at batch 1, times as fast as dense", ">= 1", decode, decode >= 1, row)
+        claim = f"-40 %: prefill of {PREFILL} tokens, times as fast as dense"
+        add(claim, f">= {PREFILL_RATIO}", prefill, prefill >= PREFILL_RATIO, row)
+    return result
+
+
+def untrained_bars(found: dict[str, Any], add: Add) -> None:
+    """Of the recipes as they are."""
+    base = found["dense"]["perplexity"]
+    for name, limits in UNTRAINED.items():
+        row = found.get(f"tensor-network-{name}")
+        if row is None or limits is None:
+            continue
+        for (text, value), limit in zip(row["perplexity"].items(), limits, strict=True):
+            ratio = value / base[text]
+            add(f"-{name} %, no training: perplexity on {text}, times dense", f"<= {limit}", ratio, ratio <= limit, row)
+        minutes = row["solver_seconds"] / 60
+        add(f"-{name} %: minutes of the solvers", f"<= {MINUTES}", minutes, minutes <= MINUTES, row)
+        share, wanted = row["kept_share"], 1 - int(name) / 100
+        add(f"-{name} %: kept share of the block weights", f"<= {wanted:.2f} + 0.005", share, share <= wanted + 0.005, row)
+
+
+def relative_bars(found: dict[str, Any], add: Add) -> None:
+    """Of rows against a control row of their own."""
+    pairs = [(f"healed-{name}", "healed-dense", limit) for name, limit in HEALED.items()]
+    pairs += [("correction", "correction-control", 1.0), ("compactifai-93", "compactifai-93-control", 1.0)]
+    for name, control, limit in pairs:
+        if name not in found or control not in found:
+            continue
+        for text, value in found[name]["perplexity"].items():
+            ratio = value / found[control]["perplexity"][text]
+            add(f"{name}: perplexity on {text}, times {control}", f"<= {limit}", ratio, ratio <= limit, found[name])
+
+
+def write(found: dict[str, Any], line: str) -> None:
+    """The JSON, and a table of all rows and of the bars."""
+    base = found["dense"]["perplexity"]
+    held = bars(found)
+    lines = [
+        "| row | bits per block weight | MB on disk | vs fp32 | vs bf16 | " + " | ".join(f"{text}, × dense" for text in base) + " | minutes |",
+        "|---" * (6 + len(base)) + "|",
+    ]  # fmt: skip
+    for name, row in found.items():
+        if "perplexity" not in row:
+            continue
+        totals = row.get("totals")
+        sizes = ["", "", "", ""]
+        if totals:
+            shares = [f"{100 * totals[key]:.1f} %" for key in ("share_of_fp32", "share_of_bf16")]
+            sizes = [f"{totals['body_bits_per_weight']:.2f}", f"{row['file_bytes'] / 1e6:.1f}", *shares]
+        ratios = [f"{value / base[text]:.3f}" for text, value in row["perplexity"].items()]
+        lines.append("| " + " | ".join([name, *sizes, *ratios, f"{row['command_seconds'] / 60:.1f}"]) + " |")
+    common = {"seed": 0, "machine": machine(), "command": line}
+    (RESULTS / "03-tensor-network.json").write_text(
+        json.dumps({"bars": [b | common for b in held], "rows": found}, indent=2) + "\n"
+    )
+    text = f"# Tensor networks\n\n{machine()}, seed 0; the commit of each row is in the JSON.\n\n" + "\n".join(lines)
+    if "speed" in found:
+        text += "\n\n" + ", ".join(f"{key}: {1e3 * value:.1f} ms" for key, value in found["speed"].items() if " " in key)
+    text += "\n\n| claim | target | measured | held |\n|---|---|---|---|\n"
+    text += "\n".join(f"| {b['claim']} | {b['target']} | {b['measured']} | {'yes' if b['held'] else '**no**'} |" for b in held)
+    (RESULTS / "03-tensor-network.md").write_text(text + "\n")
+
+
+def main() -> int:
+    """Measure what is missing and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="SmolLM2-135M-Instruct: folder or .gguf file")
+    parser.add_argument("--calibration", action="append", required=True, help="calibration and training text; repeat for several")
+    parser.add_argument("--text", action="append", required=True, help="two texts to score")
+    parser.add_argument("--step", action="append", help="a step by name; all by default")
+    parser.add_argument("--work", type=Path, default=Path("runs/tensor"))
+    options = parser.parse_args()
+    if len(options.text) != 2:
+        parser.error(f"--text must be given twice, got {len(options.text)}")
+    options.work.mkdir(parents=True, exist_ok=True)
+    todo = steps(options)
+    unknown = set(options.step or ()) - set(todo)
+    if unknown:
+        parser.error(f"--step must be one of {', '.join(todo)}, got {sorted(unknown)[0]}")
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    names = [Path(path).name for path in (options.model, *options.calibration)]
+    line = f"python -m evaluation.tensor_network --model {names[0]} " + " ".join(f"--calibration {name}" for name in names[1:])
+    line += " " + " ".join(f"--text {Path(text).name}" for text in options.text)
+    kept = options.work / "rows.json"
+    found = json.loads(kept.read_text()) if kept.exists() else {}
+    for name, measure in todo.items():
+        if name not in found and (name == "dense" or not options.step or name in options.step):
+            found[name] = {**measure(), "commit": commit}
+            kept.write_text(json.dumps(found, indent=2) + "\n")
+            print(f"done: {name}", flush=True)
+    write(found, line)
+    print((RESULTS / "03-tensor-network.md").read_text())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

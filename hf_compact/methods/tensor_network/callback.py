@@ -1,0 +1,154 @@
+"""Training with tensor networks: healing, periodic truncation (TRP), ordered dropout of ranks (Maestro).
+
+All three keep their state in the parameters; what is due at a step, and what is drawn, follows from its number.
+
+Sources: Trained Rank Pruning (arXiv 1812.02402), Maestro (arXiv 2308.14929). Both differ: TRP here truncates in the
+metric of the inputs where gram matrices are given, and takes the sub-gradient step on the singular values; Maestro
+draws from a few shares of the rank, not from every rank.
+"""
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ... import distributed
+from ...arch import as_linear, describe
+from ...errors import ConfigError
+from ...functional.factor import spectrum, whitening_factor
+from ...select import replace_modules, select_names
+from ...training import CompactCallback
+from .config import TensorNetworkTraining
+from .functional import suffix_norms, truncate_energy
+from .layer import TensorTrainLinear
+
+
+class TensorNetworkCallback(CompactCallback):
+    """See `TensorNetworkTraining`.
+
+    Args:
+        training: the schedule; keyword arguments make one.
+        grams: `[in, in]` second moments of the inputs by module name, for `trp`; without them the weights' own metric.
+        settings: fields of `TensorNetworkTraining`.
+
+    >>> TensorNetworkCallback(schedule="trp", interval=50).training.interval
+    50
+    """
+
+    def __init__(
+        self, training: TensorNetworkTraining | None = None, grams: Mapping[str, Tensor] | None = None, **settings: Any
+    ) -> None:  # fmt: skip
+        """Keep the settings."""
+        super().__init__()
+        self.training = training or TensorNetworkTraining(**settings)
+        self.rights = {name: whitening_factor(gram, 0.01) for name, gram in (grams or {}).items()}
+        self.names: list[str] = []
+        self.frozen: list[nn.Parameter] = []
+
+    def swap_(self, model: PreTrainedModel) -> None:
+        """Freeze all but the factors (heal), find the Linears (trp), or factor them at full rank (maestro).
+
+        Raises:
+            ConfigError: a schedule does not fit the model.
+            NothingMatched: a glob matches no Linear.
+        """
+        trains = [name for name, module in model.named_modules() if isinstance(module, TensorTrainLinear)]
+        if self.training.schedule == "heal":
+            factors = {id(p) for name in trains for p in model.get_submodule(name).parameters() if p.is_floating_point()}
+            if not factors:
+                raise ConfigError("training.schedule heal needs a decomposed model whose cores are not quantized, got none")
+            self.frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in factors]
+            for parameter in self.frozen:
+                parameter.requires_grad_(False)
+            return
+        if trains:
+            if self.training.schedule == "trp" or not all(model.get_submodule(name).is_ordered for name in trains):
+                raise ConfigError(f"training.schedule {self.training.schedule} starts from a dense model, {trains[0]} is a train")
+            self.names = trains
+            return
+        roles = describe(model).roles
+        self.names = select_names(roles, self.training.include, self.training.exclude)
+        if self.training.schedule == "maestro":
+            replace_modules(model, self.names, lambda _, module: _full_train(as_linear(module)))
+
+    def begin_step(self, model: PreTrainedModel, step: int) -> None:
+        """Maestro: one layer is cut to one share of its rank."""
+        if self.training.schedule == "maestro":
+            drawn = random.Random(f"{self.training.seed} {step}")
+            layer = model.get_submodule(drawn.choice(self.names))
+            layer.active_rank = max(1, round(drawn.choice(self.training.shares) * layer.ranks[0]))
+
+    def before_update(self, model: PreTrainedModel, step: int) -> None:
+        """Maestro: the gradient of the hierarchical group lasso."""
+        if self.training.schedule == "maestro" and self.training.lasso_weight:
+            with torch.enable_grad():
+                sums = [
+                    suffix_norms(factor.float()).sum()
+                    for name in self.names
+                    for factor in (model.get_submodule(name).core0.weight.T, model.get_submodule(name).core1.weight)
+                ]
+                (self.training.lasso_weight * torch.stack(sums).sum()).backward()
+
+    @torch.no_grad()
+    def step(self, model: PreTrainedModel, step: int, learning_rate: float) -> None:
+        """Trp: every `interval` steps the matrices are truncated. Maestro: the layer that was cut is whole again."""
+        if self.training.schedule == "maestro":
+            for name in self.names:
+                model.get_submodule(name).active_rank = None
+        elif self.training.schedule == "trp" and step % self.training.interval == 0:
+            for name in self.names:
+                self._truncate_(name, as_linear(model.get_submodule(name)), model, learning_rate * self.training.nuclear_weight)
+
+    @torch.no_grad()
+    def restore_(self, model: PreTrainedModel) -> None:
+        """Thaw (heal); factor what has become low rank (trp); drop components that do nothing (maestro)."""
+        for parameter in self.frozen:
+            parameter.requires_grad_(True)
+        self.frozen = []
+        if self.training.schedule == "trp":
+            replace_modules(model, self.names, lambda name, module: self._factor(name, module))
+        elif self.training.schedule == "maestro":
+            self.step(model, 0, 0.0)
+            for name in self.names:
+                module = model.get_submodule(name)
+                module.set_rank(_kept_rank(module, self.training.threshold))
+
+    def modules(self, model: PreTrainedModel) -> dict[str, dict[str, Any]]:
+        """All trains of the model."""
+        if self.training.schedule == "heal":
+            return {}
+        trains = {name: module for name, module in model.named_modules() if isinstance(module, TensorTrainLinear)}
+        return {name: {"layer": "tensor_train_linear", **train.spec()} for name, train in trains.items()}
+
+    def _truncate_(self, name: str, linear: nn.Linear, model: PreTrainedModel, shrink: float) -> None:
+        matrix, _ = truncate_energy(linear.weight, self.training.energy, shrink, self.rights.get(name))
+        distributed.broadcast_([matrix], 0)
+        own = model.get_submodule(name)
+        own.weight.copy_(matrix if own is linear else matrix.T)
+
+    def _factor(self, name: str, module: nn.Module) -> nn.Module:
+        """A pivoted product of the rank that holds the energy, or the module where that saves nothing."""
+        linear, right = as_linear(module), self.rights.get(name)
+        _, rank = truncate_energy(linear.weight, self.training.energy, 0.0, right)
+        if rank >= min(linear.weight.shape):
+            return module
+        train = TensorTrainLinear.empty_like(
+            linear, out_factors=[linear.out_features, 1], in_factors=[1, linear.in_features], ranks=[rank], is_pivoted=True
+        )
+        return train.load_factors_(*spectrum(linear.weight, right).truncate(rank))
+
+
+def _full_train(linear: nn.Linear) -> TensorTrainLinear:
+    """A plain product of full rank, the singular values shared evenly between both factors."""
+    train = TensorTrainLinear.empty_like(
+        linear, out_factors=[linear.out_features, 1], in_factors=[1, linear.in_features], ranks=[min(linear.weight.shape)]
+    )
+    return train.load_factors_(*spectrum(linear.weight.detach()).truncate(min(linear.weight.shape)))
+
+
+def _kept_rank(module: TensorTrainLinear, threshold: float) -> int:
+    importance = suffix_norms(module.core0.weight.T.float()) * suffix_norms(module.core1.weight.float())
+    return max(1, int((importance > threshold * importance[0]).sum()))

@@ -1,0 +1,179 @@
+"""What the compression of one Linear alone costs the whole model, at several sizes: a table that an allocation can read.
+
+The cost is the divergence of the next-token distribution from the dense model's on text that no solver has seen, which
+says more with few tokens than the perplexity does. Blocks before the changed one are not run again.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .arch import as_linear, describe
+from .capture import Method, patched_forwards, without_cache
+from .checkpoint import disk_errors, write_text
+from .config import MethodConfig
+from .distillation import divergence
+from .errors import OutputError
+from .functional.gram import add_gram_
+from .select import replace_modules, select_names
+
+PROFILE_VERSION = 1
+
+
+@torch.no_grad()
+def profile_(
+    model: PreTrainedModel, stage: tuple[Method, MethodConfig], ratios: Sequence[float],
+    batches: Sequence[Mapping[str, Tensor]], probes: Sequence[Tensor], path: Path, fingerprint: Mapping[str, Any],
+    progress: Callable[[str, int, int], None] = lambda unit, done, total: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure every selected Linear; the model is dense again afterwards.
+
+    Args:
+        model: a dense causal language model in memory.
+        stage: a method with a setting `keep_ratio`, and its config.
+        ratios: kept parameters / dense parameters, each tried alone.
+        batches: inputs behind the gram matrices.
+        probes: token ids `[1, T]` on which the divergence is taken.
+        path: JSON file, written after every Linear; a file of the same fingerprint is gone on with.
+        fingerprint: what decides the numbers.
+        progress: called with the Linear, finished and all Linears.
+
+    Returns:
+        What is in the file: `layers`, name -> `role` and `curve`, ratio -> `divergence` (nats per token) and `ranks`.
+
+    Raises:
+        OutputError: the file belongs to another run or cannot be written.
+    """
+    (method, config), arch = stage, describe(model)
+    names = select_names(arch.roles, config.include, config.exclude)
+    found = _read(path, fingerprint)
+    rest = [name for name in names if name not in found["layers"]]
+    if not rest:
+        return found
+    with without_cache(model):
+        grams = _grams(model, rest, batches)
+        blocks = list(arch.blocks) if len(arch.stacks) == 1 else []
+        targets, states = zip(*(_dense_run(model, blocks, ids) for ids in probes), strict=True)
+        for name in rest:
+            progress(name, len(found["layers"]), len(names))
+            dense = model.get_submodule(name)
+            before = [block for block in blocks if blocks.index(block) < _position(blocks, name)]
+            curve = {}
+            for ratio in ratios:
+                made = method.compress_linear(_linear(model, name), grams[name], _at(config, ratio))
+                replace_modules(model, [name], lambda *_, made=made: made)
+                lost = [
+                    divergence(_rerun(model, before, state, ids), target)
+                    for ids, target, state in zip(probes, targets, states, strict=True)
+                ]
+                replace_modules(model, [name], lambda *_, dense=dense: dense)
+                curve[str(ratio)] = {"divergence": torch.stack(lost).mean().item(), "ranks": getattr(made, "ranks", None)}
+            found["layers"][name] = {"role": arch.roles[name], "curve": curve}
+            with disk_errors(path.parent):
+                write_text(path, json.dumps(found, indent=2) + "\n")
+    progress("finished", len(names), len(names))
+    return found
+
+
+def plot_profile(found: Mapping[str, Any], path: Path) -> None:
+    """A PNG: one heat map per ratio, roles by blocks, the divergence as colour on a common logarithmic scale."""
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    layers = found["layers"]
+    roles = list(dict.fromkeys(layer["role"] for layer in layers.values()))
+    owners = {name: name.removesuffix(name.split(".", _depth(name))[-1]).rstrip(".") for name in layers}
+    blocks = list(dict.fromkeys(owners.values()))
+    ratios = list(next(iter(layers.values()))["curve"])
+    values = torch.full((len(ratios), len(roles), len(blocks)), float("nan"))
+    for name, layer in layers.items():
+        for k, ratio in enumerate(ratios):
+            place = (k, roles.index(layer["role"]), blocks.index(owners[name]))
+            values[place] = max(layer["curve"][ratio]["divergence"], 1e-6)
+    scale = LogNorm(values[~values.isnan()].min().item(), max(values[~values.isnan()].max().item(), 1.1e-6))
+    figure = Figure(figsize=(2 + 0.3 * len(blocks), 1 + 0.35 * len(ratios) * len(roles)), layout="constrained")
+    for axes, ratio, image in zip(figure.subplots(len(ratios), 1, squeeze=False)[:, 0], ratios, values, strict=True):
+        shown = axes.imshow(image.numpy(), norm=scale, aspect="auto")
+        axes.set_title(f"kept share {ratio}")
+        axes.set_yticks(range(len(roles)), roles)
+        axes.set_xlabel("block")
+    figure.colorbar(shown, ax=figure.axes, label="divergence, nats per token")
+    figure.savefig(path, dpi=120)
+
+
+def _at(config: Any, ratio: float) -> MethodConfig:
+    return dataclasses.replace(config, keep_ratio=ratio)
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    module: Any = model.get_submodule(name)
+    return as_linear(module)
+
+
+def _depth(name: str) -> int:
+    """Parts of a name up to and with the number of its block."""
+    return next((i for i, part in enumerate(name.split("."), start=1) if part.isdigit()), name.count("."))
+
+
+def _read(path: Path, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    fresh = {"profile_version": PROFILE_VERSION, "fingerprint": dict(fingerprint), "layers": {}}
+    if not path.exists():
+        return fresh
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        is_ours = isinstance(found["layers"], dict)
+    except (OSError, ValueError, KeyError, TypeError):
+        is_ours = False
+    if not is_ours or {**found, "layers": {}} != fresh:
+        raise OutputError(f"{path} exists and is not the profile of the same model, settings and text: choose another --output")
+    return found
+
+
+def _grams(model: PreTrainedModel, names: Sequence[str], batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Second moments of the inputs of the dense model, `[in, in]` float32."""
+    grams = {name: torch.zeros([_linear(model, name).in_features] * 2, device=model.device) for name in names}
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: add_gram_(grams[name], args[0]))
+        for name in names
+    ]
+    try:
+        for batch in batches:
+            model.base_model(**{key: value.to(model.device) for key, value in batch.items()})
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: gram.cpu() for name, gram in grams.items()}
+
+
+def _dense_run(model: PreTrainedModel, blocks: Sequence[str], ids: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """Logits, and what every block returns."""
+    kept: dict[str, Any] = {}
+    hooks = [
+        model.get_submodule(block).register_forward_hook(lambda m, a, out, block=block: kept.update({block: out}))
+        for block in blocks
+    ]
+    try:
+        logits = model(input_ids=ids.to(model.device))[0]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return logits, kept
+
+
+def _rerun(model: PreTrainedModel, before: Sequence[str], kept: Mapping[str, Any], ids: Tensor) -> Tensor:
+    """Logits with the blocks before the change replaced by what they returned."""
+    stands: dict[nn.Module, Callable[..., Any]] = {
+        model.get_submodule(block): lambda *args, output=kept[block], **kwargs: output for block in before
+    }
+    with patched_forwards(stands):
+        return model(input_ids=ids.to(model.device))[0]
+
+
+def _position(blocks: Sequence[str], name: str) -> int:
+    return next((i for i, block in enumerate(blocks) if name.startswith(block + ".")), 0)

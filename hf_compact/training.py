@@ -1,0 +1,160 @@
+"""The base of every callback that changes the modules of a model while it is trained.
+
+`prepare`, `step` and `finalize` serve a plain PyTorch or accelerate loop; as a `TrainerCallback` the same object calls
+them at the right events. What must survive a checkpoint belongs into parameters and persistent buffers of the model,
+and what is drawn at random must follow from a seed and the step, so that a resumed run takes the same decisions.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
+
+from . import distributed
+from .checkpoint import QUANT_METHOD, TensorSource
+from .errors import ConfigError, FormatError
+
+
+class CompactCallback(TrainerCallback):
+    """Prepares once, follows every optimizer step, finalises once."""
+
+    def __init__(self) -> None:
+        """Nothing has happened yet."""
+        self.is_prepared = self.is_finalized = False
+
+    # What a plain loop calls.
+
+    def prepare(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Change the model in place, once, before the optimizer is made."""
+        if not self.is_prepared:
+            self.swap_(model)
+            self.is_prepared = True
+            record_(model, self.modules(model))
+        return model
+
+    def finalize(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Leave nothing that only training needs, once; `save_pretrained` then writes a compressed model."""
+        if not self.is_finalized:
+            self.restore_(model)
+            self.is_finalized = True
+            record_(model, self.modules(model))
+        return model
+
+    # What a method fills in.
+
+    def swap_(self, model: PreTrainedModel) -> None:
+        """Swap modules; existing `Parameter` objects are kept where they fit."""
+
+    def restore_(self, model: PreTrainedModel) -> None:
+        """Swap what only training needs back."""
+
+    def modules(self, model: PreTrainedModel) -> dict[str, dict[str, Any]]:
+        """The modules table, empty where the model's own is still right."""
+        return {}
+
+    def begin_step(self, model: PreTrainedModel, step: int) -> None:
+        """Before the forward passes of an optimizer step, counted from 0."""
+
+    def before_update(self, model: PreTrainedModel, step: int) -> None:
+        """Gradients are complete and the same on all ranks; whatever is added to them counts."""
+
+    def step(self, model: PreTrainedModel, step: int, learning_rate: float) -> None:
+        """After an optimizer step; `step` counts from 1."""
+
+    # The Trainer's events. Callbacks see the unwrapped model.
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Prepare before the optimizer exists."""
+        refuse_sharding(args, type(self).__name__)
+        self.prepare(kwargs["model"])
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Check what cannot be repaired from here.
+
+        Raises:
+            ConfigError: the callback came too late, or the optimizer does not hold every trained parameter.
+            FormatError: the checkpoint that is resumed holds another structure.
+        """
+        if not self.is_prepared:
+            raise ConfigError(
+                f"{type(self).__name__} was added after the Trainer was made: pass it in Trainer(callbacks=[...]), "
+                "or call its prepare(model) before the Trainer is made"
+            )
+        model = kwargs["model"]
+        check_optimizer(model, kwargs["optimizer"], type(self).__name__)
+        check_same_on_all_ranks(f"{name} {tuple(tensor.shape)}" for name, tensor in model.state_dict().items())
+        if state.global_step:
+            check_resumed(model, Path(args.output_dir or "") / f"checkpoint-{state.global_step}")
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """As `begin_step`."""
+        self.begin_step(kwargs["model"], state.global_step)
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """As `before_update`."""
+        self.before_update(kwargs["model"], state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """As `step`."""
+        self.step(kwargs["model"], state.global_step, kwargs["optimizer"].param_groups[0]["lr"])
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Finalise once."""
+        self.finalize(kwargs["model"])
+
+
+def record_(model: PreTrainedModel, modules: Mapping[str, Any]) -> None:
+    """Make `save_pretrained` write a modules table, through the quantizer that is registered with transformers."""
+    if modules:
+        config = AutoQuantizationConfig.from_dict({"quant_method": QUANT_METHOD, "modules": modules})
+        AutoHfQuantizer.from_config(config, pre_quantized=True).attach_(model)
+
+
+def refuse_sharding(args: TrainingArguments, name: str) -> None:
+    """Raise ConfigError under FSDP and DeepSpeed ZeRO-3, where no rank holds a whole parameter."""
+    zero = getattr(args, "hf_deepspeed_config", None)
+    is_fsdp = bool(getattr(args, "fsdp", None)) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
+    kind = "FSDP" if is_fsdp else "DeepSpeed ZeRO-3" if zero is not None and zero.is_zero3() else None
+    if kind:
+        raise ConfigError(f"{name} needs whole parameters on every rank and does not work under {kind}: use DDP or ZeRO-1/2")
+
+
+def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, name: str) -> None:
+    """Raise ConfigError unless the optimizer holds every parameter that takes gradients."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    missing = [key for key, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) not in held]
+    if missing:
+        raise ConfigError(
+            f"the optimizer lacks {len(missing)} trained parameters, the first is {missing[0]}: it was made before {name} "
+            "changed the model. Call prepare(model) before the optimizer is made, or let the Trainer make it"
+        )
+
+
+def check_same_on_all_ranks(facts: Iterable[str]) -> None:
+    """Raise ConfigError unless every rank has come to the same facts."""
+    if distributed.world_size() > 1:
+        mine = hashlib.sha256("\n".join(facts).encode()).hexdigest()
+        found: list[Any] = [None] * distributed.world_size()
+        dist.all_gather_object(found, mine)
+        if len(set(found)) > 1:
+            raise ConfigError("the ranks hold models of different structure: give all of them the same model, recipe and seed")
+
+
+def check_resumed(model: PreTrainedModel, folder: Path) -> None:
+    """Raise FormatError if a checkpoint does not hold the tensors of the model; the Trainer itself only warns."""
+    if not folder.is_dir() or not list(folder.glob("*.safetensors")):
+        return
+    stored = {name: tuple(shape) for name, (_, shape, _) in TensorSource.in_folder(folder).rename_for(model).headers().items()}
+    for name, tensor in model.state_dict().items():
+        is_tied = name in model.all_tied_weights_keys
+        if stored.get(name, tuple(tensor.shape) if is_tied else None) != tuple(tensor.shape):
+            raise FormatError(
+                f"{folder} has {name} as {stored.get(name)}, the model as {tuple(tensor.shape)}: resume with the settings it was made with"
+            )

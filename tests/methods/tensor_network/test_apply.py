@@ -1,0 +1,364 @@
+"""Budgets, formats, compositions and round trips of decomposed models."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM
+
+import hf_compact
+from hf_compact.api import inspect_folder, plan
+from hf_compact.calibration import from_batches
+from hf_compact.errors import ConfigError, FormatError, NothingMatched, NumericalError, UnsupportedModel
+from hf_compact.functional.gram import output_energy
+from hf_compact.methods.tensor_network import TensorNetworkConfig, TensorTrainLinear
+from hf_compact.methods.tensor_network.apply import Share, compress_linear, prepare
+from tests.conftest import tiny_inputs, tiny_model
+
+UNIFORM = {"method": "tensor_network", "allocation": "uniform", "keep_ratio": 0.6, "rank_multiple": 1}
+CODEBOOK = {"method": "codebook", "bits": 4, "group_size": 16, "refit_rounds": 0, "shrink_steps": 2}
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def correlated(size: int) -> torch.Tensor:
+    x = normal(512, size, seed=1) @ normal(size, size, seed=2)
+    return (x.T @ x).double()
+
+
+def linear_of(weight: torch.Tensor) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear.weight.data = weight.clone()
+    return linear
+
+
+def batches(family: str = "llama") -> list[dict[str, torch.Tensor]]:
+    return [tiny_inputs(family, seed=seed) for seed in (1, 2)]
+
+
+def compressed(family: str, *stages: dict):
+    model = tiny_model(family)
+    report = hf_compact.compress(model, {"stages": list(stages)}, calibration=from_batches(batches(family)))
+    return model, report
+
+
+def lost(module, weight, gram) -> float:
+    return output_energy(weight - module.to_dense(), gram)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"keep_ratio": 0.0}, r"keep_ratio must be in \(0, 1\], got 0.0"),
+        ({"protected_ratio": 2.0}, "protected_ratio must be in"),
+        ({"damp": 2.0}, r"damp must be in \[0, 1\]"),
+        ({"num_cores": 1}, r"num_cores must be in \[2, 6\], got 1"),
+        ({"rank_multiple": 0}, "rank_multiple must be at least 1"),
+        ({"format": "cp"}, "format must be one of low_rank, tensor_train, auto, got cp"),
+        ({"allocation": "profile"}, "profile belongs to allocation profile"),
+        ({"profile": "x.json"}, "profile belongs to allocation profile"),
+    ],
+    ids=str,
+)
+def test_bad_settings_name_themselves(settings, match):
+    with pytest.raises(ConfigError, match=match):
+        TensorNetworkConfig(**settings)
+
+
+@pytest.mark.parametrize("is_pivoted", [False, True], ids=["plain", "pivoted"])
+@pytest.mark.parametrize("keep_ratio", [0.3, 0.6, 0.9])
+def test_a_linear_stays_within_its_share(keep_ratio, is_pivoted):
+    weight = normal(48, 32)
+    config = TensorNetworkConfig(keep_ratio=keep_ratio, is_pivoted=is_pivoted, rank_multiple=1)
+    module = compress_linear(linear_of(weight), correlated(32), config)
+    step = 48 + 32 - (2 * module.ranks[0] if is_pivoted else 0)
+    assert keep_ratio * weight.numel() - step <= module.num_values <= keep_ratio * weight.numel()
+
+
+def test_inputs_are_unchanged_and_a_full_share_stays_dense():
+    linear, gram = linear_of(normal(48, 32)), correlated(32)
+    weight, moments = linear.weight.clone(), gram.clone()
+    compress_linear(linear, gram, TensorNetworkConfig(keep_ratio=0.5, format="auto"))
+    assert torch.equal(linear.weight, weight)
+    assert torch.equal(gram, moments)
+    assert compress_linear(linear, gram, TensorNetworkConfig(keep_ratio=0.5), guide=Share(48 * 32, None)) is linear
+
+
+def test_knowing_the_inputs_and_the_outputs_pays():
+    weight, gram, outputs = normal(48, 32), correlated(32), correlated(48).float()
+    config = {"keep_ratio": 0.5, "is_pivoted": False}
+    plain = compress_linear(linear_of(weight), gram, TensorNetworkConfig(solver="svd", **config))
+    whitened = compress_linear(linear_of(weight), gram, TensorNetworkConfig(damp=0.0, **config))
+    assert lost(whitened, weight, gram) < 0.7 * lost(plain, weight, gram)
+    both = compress_linear(linear_of(weight), gram, TensorNetworkConfig(damp=0.0, **config), guide=Share(768, outputs))
+    left = torch.linalg.cholesky(outputs.double()).float().T
+    assert lost_in(both, weight, gram, left) < 0.9 * lost_in(whitened, weight, gram, left)
+
+
+def lost_in(module, weight, gram, left) -> float:
+    return output_energy(left @ (weight - module.to_dense()), gram)
+
+
+@pytest.mark.parametrize("num_cores", [2, 3])
+def test_auto_is_never_worse_than_low_rank(num_cores):
+    gram = correlated(32)
+    kronecker = torch.kron(normal(8, 4), normal(6, 8, seed=3)) + 0.01 * normal(48, 32, seed=4)
+    for weight in (normal(48, 32), kronecker):
+        config = {"keep_ratio": 0.3, "num_cores": num_cores, "rank_multiple": 1}
+        best = compress_linear(linear_of(weight), gram, TensorNetworkConfig(format="auto", **config))
+        low = compress_linear(linear_of(weight), gram, TensorNetworkConfig(**config))
+        assert lost(best, weight, gram) <= lost(low, weight, gram) * (1 + 1e-5)
+    if num_cores == 2:
+        assert not best.is_low_rank, "a sum of Kronecker products is found"
+
+
+def test_a_prime_side_falls_back_to_low_rank():
+    config = TensorNetworkConfig(format="tensor_train", keep_ratio=0.5)
+    assert compress_linear(linear_of(normal(47, 32)), None, config).is_low_rank
+    assert compress_linear(linear_of(normal(47, 32)), None, config, solve=False).is_low_rank
+
+
+def test_a_gram_matrix_with_a_hole_is_refused():
+    with pytest.raises(NumericalError, match="not finite"):
+        compress_linear(linear_of(normal(8, 4)), torch.full((4, 4), float("nan")), TensorNetworkConfig(keep_ratio=0.5))
+
+
+# The budget of the model.
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "fisher"])
+def test_the_model_lands_on_its_budget(allocation):
+    settings = {"hidden_size": 64, "intermediate_size": 160}
+    model = tiny_model("llama", **settings)
+    stage = UNIFORM | {"allocation": allocation}
+    hf_compact.compress(model, {"stages": [stage]}, calibration=from_batches(batches()))
+    dense = tiny_model("llama", **settings)
+    names = [name for name, module in dense.named_modules() if isinstance(module, nn.Linear) and "layers" in name]
+    kept = sum(m.num_values if isinstance(m, TensorTrainLinear) else m.weight.numel() for m in map(model.get_submodule, names))
+    total = sum(dense.get_submodule(name).weight.numel() for name in names)
+    assert kept / total == pytest.approx(0.6, abs=0.02)
+    assert kept / total <= 0.6
+
+
+def test_protected_linears_keep_their_share_and_globs_must_match():
+    glob = "model.layers.0.*"
+    model, _ = compressed("llama", UNIFORM | {"allocation": "fisher", "keep_ratio": 0.5, "protected": [glob]})
+    for name, module in model.named_modules():
+        if isinstance(module, TensorTrainLinear) and name.startswith("model.layers.0."):
+            assert module.num_values >= 0.8 * module.in_features * module.out_features
+    with pytest.raises(NothingMatched, match=r"include glob 'h\.\*' matches none"):
+        compressed("llama", UNIFORM | {"protected": ["h.*"]})
+
+
+def test_sensitive_linears_get_more():
+    """A Linear whose outputs hardly count gives its parameters away."""
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.down_proj.weight.data *= 1e-3
+    hf_compact.compress(
+        model, {"stages": [UNIFORM | {"allocation": "fisher", "include": ["*.mlp.*"]}]}, calibration=from_batches(batches())
+    )
+    ranks = {name: m.ranks[0] for name, m in model.named_modules() if isinstance(m, TensorTrainLinear)}
+    assert ranks["model.layers.1.mlp.down_proj"] == min(ranks.values())
+
+
+def test_a_profile_deals_the_budget_out(tmp_path):
+    model = tiny_model("llama")
+    names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and "layers" in name]
+    curve = {"0.25": {"divergence": 0.1}, "0.5": {"divergence": 0.01}}
+    steep = {"0.25": {"divergence": 10.0}, "0.5": {"divergence": 5.0}}
+    layers = {name: {"curve": steep if ".1." in name else curve} for name in names}
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps({"layers": layers}))
+    config = TensorNetworkConfig(keep_ratio=0.6, allocation="profile", profile=str(path), rank_multiple=1)
+    guide = prepare(model, None, names, [], config)
+    shares = {name: guide.share(name, [], 1.0).num_values / model.get_submodule(name).weight.numel() for name in names}
+    assert min(share for name, share in shares.items() if ".1." in name) == 1
+    assert max(share for name, share in shares.items() if ".1." not in name) < 1
+    path.write_text(json.dumps({"layers": {}}))
+    with pytest.raises(ConfigError, match="does not fit the model: KeyError"):
+        prepare(model, None, names, [], config)
+
+
+# Round trips.
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bert", "t5"])
+def test_a_decomposed_model_is_saved_and_reloaded(family, tmp_path):
+    model, report = compressed(family, UNIFORM)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    with torch.no_grad():
+        before, after = model(**tiny_inputs(family))[0], again(**tiny_inputs(family))[0]
+        dense = again.dequantize()(**tiny_inputs(family))[0]
+    assert torch.equal(before, after)
+    torch.testing.assert_close(dense, after, rtol=1e-3, atol=1e-4)
+    assert {layer.method for layer in report.body} <= {"tensor_network", "dense"}
+    assert report.body_bits_per_weight < 32 * 0.7
+
+
+COMPOSED = {
+    "codebook": ([UNIFORM, CODEBOOK], "tensor_network+codebook"),
+    "entropy": ([UNIFORM, {"method": "entropy", "bits": 4.0, "sensitivity": "none"}], "tensor_network+entropy"),
+    "three cores": ([UNIFORM | {"format": "tensor_train", "num_cores": 3}, CODEBOOK], "tensor_network+codebook"),
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize(("stages", "method"), COMPOSED.values(), ids=COMPOSED)
+def test_cores_are_quantized_by_the_next_stage(family, stages, method, tmp_path):
+    model, report = compressed(family, *stages)
+    assert method in {layer.method for layer in report.body}
+    assert report.body_bits_per_weight < 9
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    base = AutoModel.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(model(**tiny_inputs(family)).logits, again(**tiny_inputs(family)).logits)
+        hidden = base(**tiny_inputs(family)).last_hidden_state
+        torch.testing.assert_close(hidden, again.base_model(**tiny_inputs(family)).last_hidden_state)
+        logits = again(**tiny_inputs(family)).logits
+        torch.testing.assert_close(again.dequantize()(**tiny_inputs(family)).logits, logits, rtol=1e-3, atol=1e-4)
+    found = inspect_folder(tmp_path)
+    bits = {layer["name"]: layer["bits_per_weight"] for layer in found["layers"]}
+    for layer in report.body:
+        if layer.name in bits:
+            assert bits[layer.name] == pytest.approx(layer.bits_per_weight)
+    assert any("+" in layer["layer"] for layer in found["layers"])
+
+
+def test_the_error_of_both_stages_is_reported_against_the_dense_weight():
+    dense = tiny_model("llama")
+    model, report = compressed("llama", UNIFORM | {"include": ["*.mlp.up_proj"]}, CODEBOOK | {"include": ["*.mlp.up_proj"]})
+    for layer in report.body:
+        weight, module = dense.get_submodule(layer.name).weight, model.get_submodule(layer.name)
+        assert type(module.core0).__name__ == "CodebookLinear"
+        assert 0 < output_energy(weight - module.to_dense()) / output_energy(weight) < 1
+        assert 0 < layer.relative_error < 1
+        assert layer.compressed_bytes == sum(t.nbytes for t in module.state_dict().values())
+
+
+def test_a_folder_is_written_planned_and_verified(dense_folder, text_file, tmp_path):
+    recipe = {
+        "stages": [UNIFORM | {"is_pivoted": False}, CODEBOOK],
+        "calibration": {"num_sequences": 2, "sequence_length": 32},
+    }
+    expected = plan(dense_folder, recipe)
+    report = hf_compact.compress(dense_folder, recipe, output=tmp_path / "out", calibration=[text_file])
+    assert report.is_verified
+    assert {layer["method"] for layer in expected["layers"]} == {"tensor_network+codebook", "codebook"}
+    assert expected["body_bits_per_weight"] == pytest.approx(report.body_bits_per_weight, rel=0.02)
+
+
+def test_a_killed_run_ends_with_the_same_bytes(dense_folder, text_file, tmp_path, monkeypatch):
+    from hf_compact.checkpoint import Journal, TensorSource
+
+    recipe = {
+        "stages": [UNIFORM | {"solver": "regression"}, CODEBOOK],
+        "calibration": {"num_sequences": 2, "sequence_length": 32},
+    }
+    hf_compact.compress(dense_folder, recipe, output=tmp_path / "whole", calibration=[text_file])
+    append = Journal.append
+
+    def stop_after_two(self, unit, tensors, record):
+        append(self, unit, tensors, record)
+        if len(self.entries) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "append", stop_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        hf_compact.compress(dense_folder, recipe, output=tmp_path / "killed", calibration=[text_file])
+    monkeypatch.undo()
+    hf_compact.compress(dense_folder, recipe, output=tmp_path / "killed", calibration=[text_file])
+    first, second = (TensorSource.in_folder(tmp_path / name) for name in ("whole", "killed"))
+    a, b = first.read(first.file_of), second.read(second.file_of)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_regression_needs_the_dense_inputs_and_uses_them():
+    plain, _ = compressed("llama", UNIFORM | {"keep_ratio": 0.3})
+    fitted, _ = compressed("llama", UNIFORM | {"keep_ratio": 0.3, "solver": "regression", "blend": 1.0})
+    dense = tiny_model("llama")
+    with torch.no_grad():
+        target = torch.cat([dense(**batch).logits for batch in batches()])
+        losses = [
+            (torch.cat([m(**batch).logits for batch in batches()]) - target).square().mean().item() for m in (plain, fitted)
+        ]
+    assert losses[1] < losses[0]
+
+
+def test_a_stage_after_a_quantizer_is_refused():
+    with pytest.raises(ConfigError, match="which an earlier stage compresses"):
+        compressed("llama", CODEBOOK, UNIFORM)
+
+
+def test_decomposing_while_loading_is_refused(dense_folder):
+    config = hf_compact.CompactConfig(stages=[UNIFORM])
+    with pytest.raises(ConfigError, match="tensor_network with these settings needs calibration"):
+        AutoModelForCausalLM.from_pretrained(dense_folder, quantization_config=config)
+
+
+# Leaving the format.
+
+
+def test_rank_is_cut_at_load_and_saved(tmp_path):
+    model, _ = compressed("llama", UNIFORM | {"is_pivoted": False})
+    model.save_pretrained(tmp_path / "a")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    before = {name: m.ranks[0] for name, m in loaded.named_modules() if isinstance(m, TensorTrainLinear)}
+    loaded.set_rank(0.5)
+    after = {name: m.ranks[0] for name, m in loaded.named_modules() if isinstance(m, TensorTrainLinear)}
+    assert all(after[name] == max(1, round(0.5 * rank)) for name, rank in before.items())
+    loaded.save_pretrained(tmp_path / "b")
+    with torch.no_grad():
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "b")(**tiny_inputs("llama")).logits
+        assert torch.equal(again, loaded(**tiny_inputs("llama")).logits)
+    with pytest.raises(ConfigError, match=r"share must be in \(0, 1\], got 1.5"):
+        loaded.set_rank(1.5)
+    pivoted, _ = compressed("llama", UNIFORM)
+    with pytest.raises(UnsupportedModel, match="has no order of ranks"):
+        pivoted.set_rank(0.5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_exports_load_without_the_plugin(family, tmp_path):
+    model, _ = compressed(family, UNIFORM)
+    model.save_pretrained(tmp_path / "small")
+    hf_compact.export(tmp_path / "small", tmp_path / "dense")
+    hf_compact.export(tmp_path / "small", tmp_path / "plain", "low_rank")
+    program = (
+        "import sys, torch, transformers\n"
+        "x = torch.arange(3, 27)[None]\n"
+        "for folder, trust in (('dense', False), ('plain', True)):\n"
+        "    m = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust).eval()\n"
+        "    print(m(input_ids=x).logits.double().sum().item())\n"
+        "assert 'hf_compact' not in sys.modules\n"
+        "try:\n"
+        "    type(m).__mro__[1].from_pretrained('plain')\n"
+        "except RuntimeError as error:\n"
+        "    print('refused')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    *sums, refused = done.stdout.split()
+    with torch.no_grad():
+        expected = model(input_ids=torch.arange(3, 27)[None]).logits.double().sum().item()
+    assert [float(value) for value in sums] == pytest.approx([expected] * 2, rel=1e-3)
+    assert refused == "refused"
+
+
+def test_exports_that_cannot_be_say_so(tmp_path):
+    model, _ = compressed("llama", UNIFORM, CODEBOOK)
+    model.save_pretrained(tmp_path / "small")
+    with pytest.raises(UnsupportedModel, match="is not two plain Linears"):
+        hf_compact.export(tmp_path / "small", tmp_path / "plain", "low_rank")
+    with pytest.raises(ConfigError, match="kind must be one of"):
+        hf_compact.export(tmp_path / "small", tmp_path / "plain", "gguf")
+    with pytest.raises(FormatError):
+        hf_compact.export(tmp_path, tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()

@@ -1,0 +1,156 @@
+"""The profile of a model: what it measures, that it goes on, that the allocation reads it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import hf_compact
+from hf_compact.api import open_dense
+from hf_compact.checkpoint import write_text
+from hf_compact.errors import CalibrationError, ConfigError, OutputError
+
+RECIPE = {
+    "stages": [{"method": "tensor_network", "rank_multiple": 1, "include": ["*.mlp.*"]}],
+    "calibration": {"num_sequences": 2, "sequence_length": 64},
+}
+
+
+@pytest.fixture(scope="module")
+def profiled(tmp_path_factory, dense_folder, text_file):
+    path = tmp_path_factory.mktemp("profile") / "profile.json"
+    found = hf_compact.profile(dense_folder, RECIPE, output=path, ratios=(0.2, 0.6), calibration=[text_file])
+    return path, found
+
+
+def test_every_linear_has_a_curve_that_falls(profiled):
+    path, found = profiled
+    assert json.loads(path.read_text()) == found
+    assert path.with_suffix(".png").stat().st_size > 1000
+    assert len(found["layers"]) == 9
+    for layer in found["layers"].values():
+        small, large = layer["curve"]["0.2"], layer["curve"]["0.6"]
+        assert small["divergence"] > large["divergence"] > 0
+        assert small["ranks"] < large["ranks"]
+    assert {layer["role"] for layer in found["layers"].values()} == {"gate", "up", "down"}
+
+
+def test_one_number_by_hand(profiled, dense_folder, text_file):
+    """Replacing a Linear in the whole model gives the divergence that was measured from its block on."""
+    from hf_compact.api import as_recipe, prepare_calibration
+    from hf_compact.calibration import windows
+    from hf_compact.distillation import divergence
+    from hf_compact.functional.gram import add_gram_
+    from hf_compact.methods.tensor_network import TensorNetworkConfig
+    from hf_compact.methods.tensor_network.apply import compress_linear
+
+    name = "model.layers.1.mlp.up_proj"
+    dense = open_dense(dense_folder, is_whole=True)
+    prepared = prepare_calibration([text_file], dense.load_tokenizer(), as_recipe(RECIPE))
+    linear = dense.model.get_submodule(name)
+    gram = torch.zeros(32, 32)
+    hook = linear.register_forward_pre_hook(lambda _, args: add_gram_(gram, args[0]))
+    with torch.no_grad():
+        for batch in prepared.batches:
+            dense.model(**batch)
+        hook.remove()
+        probes = list(windows(prepared.held_out, 64, None))
+        before = [dense.model(input_ids=ids).logits for ids in probes]
+        dense.model.set_submodule(name, compress_linear(linear, gram, TensorNetworkConfig(keep_ratio=0.2, rank_multiple=1)))
+        lost = [divergence(dense.model(input_ids=ids).logits, target) for ids, target in zip(probes, before, strict=True)]
+    assert torch.stack(lost).mean().item() == pytest.approx(profiled[1]["layers"][name]["curve"]["0.2"]["divergence"], rel=1e-3)
+
+
+def test_a_stopped_profile_goes_on(profiled, dense_folder, text_file, tmp_path, monkeypatch):
+    path = tmp_path / "profile.json"
+    written = []
+
+    def stop_after_three(target: Path, text: str) -> None:
+        write_text(target, text)
+        written.append(target)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_compact.profiling.write_text", stop_after_three)
+    with pytest.raises(KeyboardInterrupt):
+        hf_compact.profile(dense_folder, RECIPE, output=path, ratios=(0.2, 0.6), calibration=[text_file])
+    monkeypatch.undo()
+    assert len(json.loads(path.read_text())["layers"]) == 3
+    units = []
+    found = hf_compact.profile(
+        dense_folder, RECIPE, output=path, ratios=(0.2, 0.6), calibration=[text_file], progress=lambda unit, done, total: units.append(done)
+    )  # fmt: skip
+    assert found == profiled[1]
+    assert units == [3, 4, 5, 6, 7, 8, 9]
+    assert hf_compact.profile(dense_folder, RECIPE, output=path, ratios=(0.2, 0.6), calibration=[text_file]) == found
+
+
+def test_the_allocation_reads_it(profiled, dense_folder, text_file, tmp_path):
+    stage = RECIPE["stages"][0] | {"keep_ratio": 0.5, "allocation": "profile", "profile": str(profiled[0])}
+    report = hf_compact.compress(dense_folder, RECIPE | {"stages": [stage]}, output=tmp_path / "out", calibration=[text_file])
+    assert report.is_verified
+    kept = [layer.compressed_bytes / (4 * layer.num_weights) for layer in report.body]
+    assert sum(kept) / len(kept) == pytest.approx(0.5, abs=0.1)
+    assert len(set(kept)) > 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "match"),
+    [
+        ({"ratios": (1.0,)}, ConfigError, r"ratios must be in \(0, 1\), got \[1.0\]"),
+        ({"ratios": (0.3,)}, OutputError, "is not the profile of the same model, settings and text"),
+        ({"output": "absent/profile.json"}, OutputError, "must name a .json file in a folder that exists"),
+        ({"recipe": {"stages": [{"method": "codebook"}]}}, ConfigError, "must be a method with a keep_ratio"),
+        ({"calibration": "batches"}, CalibrationError, "give calibration as text files"),
+    ],
+    ids=["ratio", "another profile", "no folder", "no ratio", "no text"],
+)
+def test_bad_input_names_itself(changes, error, match, profiled, dense_folder, text_file):
+    from hf_compact.calibration import from_batches
+
+    settings = {"recipe": RECIPE, "output": profiled[0], "ratios": (0.2, 0.6), "calibration": [text_file]} | changes
+    if settings["calibration"] == "batches":
+        settings["calibration"] = from_batches([{"input_ids": torch.arange(8)[None]}])
+    before = profiled[0].read_bytes()
+    with pytest.raises(error, match=match):
+        hf_compact.profile(dense_folder, **settings)
+    assert profiled[0].read_bytes() == before
+
+
+@pytest.mark.cli
+def test_the_commands_profile_and_export(dense_folder, text_file, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(json.dumps(RECIPE))
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "hf_compact", *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+
+    done = run(
+        "profile",
+        str(dense_folder),
+        "--recipe",
+        "recipe.yaml",
+        "--output",
+        "p.json",
+        "--ratio",
+        "0.3",
+        "--calibration",
+        str(text_file),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "down" in done.stdout
+    assert (tmp_path / "p.png").exists()
+    done = run("compress", str(dense_folder), "--recipe", "recipe.yaml", "--output", "small", "--calibration", str(text_file))
+    assert done.returncode == 0, done.stderr
+    assert "rank" in run("inspect", "small").stdout
+    done = run("export", "small", "--output", "plain", "--to", "low_rank")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "plain" / "modeling_low_rank.py").exists()
+    refused = run("export", "plain", "--output", "again")
+    assert refused.returncode == 2
+    assert "is not compressed by hf_compact" in refused.stderr

@@ -1,0 +1,256 @@
+"""Callbacks that change modules: in a stock Trainer, in a plain loop, stopped and resumed, on two ranks."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers.trainer_callback import TrainerControl, TrainerState
+
+import hf_compact
+from hf_compact import TensorNetworkCallback
+from hf_compact.calibration import from_batches
+from hf_compact.errors import ConfigError, FormatError
+from hf_compact.methods.tensor_network import TensorNetworkTraining, TensorTrainLinear
+from hf_compact.training import CompactCallback, check_resumed, check_same_on_all_ranks, refuse_sharding
+from tests.conftest import tiny_inputs, tiny_model
+
+SCHEDULES = {
+    "heal": {"schedule": "heal"},
+    "trp": {"schedule": "trp", "interval": 2, "energy": 0.9},
+    "maestro": {"schedule": "maestro", "lasso_weight": 1e-3, "threshold": 1e-3},
+}
+schedules = pytest.mark.parametrize("settings", SCHEDULES.values(), ids=SCHEDULES)
+
+
+class Tokens(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = tiny_inputs("llama", 1, 16, index)["input_ids"][0]
+        return {"input_ids": ids, "labels": ids}
+
+
+def start(settings: dict):
+    model = tiny_model("llama")
+    if settings["schedule"] == "heal":
+        stage = {"method": "tensor_network", "keep_ratio": 0.6, "allocation": "uniform", "rank_multiple": 1}
+        hf_compact.compress(model, {"stages": [stage]}, calibration=from_batches([tiny_inputs("llama", seed=1)]))
+    return model
+
+
+def arguments(folder: Path, **settings) -> TrainingArguments:
+    return TrainingArguments(
+        str(folder), per_device_train_batch_size=4, max_steps=6, learning_rate=1e-2, report_to=[], save_steps=3, use_cpu=True,
+        disable_tqdm=True, logging_steps=1, **settings,
+    )  # fmt: skip
+
+
+def train(model, callback, folder: Path, resume: str | None = None, **settings) -> Trainer:
+    trainer = Trainer(model, arguments(folder, **settings), train_dataset=Tokens(), callbacks=[callback])
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+@schedules
+def test_a_stopped_run_ends_with_the_same_weights(settings, tmp_path):
+    model = start(settings)
+    train(model, TensorNetworkCallback(**settings), tmp_path / "a")
+    again = start(settings)
+    train(again, TensorNetworkCallback(**settings), tmp_path / "a", resume=str(tmp_path / "a" / "checkpoint-3"))
+    first, second = model.state_dict(), again.state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@schedules
+def test_what_was_trained_is_saved_compressed(settings, tmp_path):
+    model = start(settings)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    train(model, TensorNetworkCallback(**settings), tmp_path / "run")
+    trains = {name: m for name, m in model.named_modules() if isinstance(m, TensorTrainLinear)}
+    assert trains
+    assert all(module.active_rank is None for module in trains.values())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    model.save_pretrained(tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(again(**tiny_inputs("llama")).logits, model.eval()(**tiny_inputs("llama")).logits)
+    if settings["schedule"] == "heal":
+        after = model.state_dict()
+        moved = {name for name in before if not torch.equal(before[name], after[name])}
+        assert moved == {name for name in before if ".core" in name}, "only factors are trained"
+
+
+@schedules
+def test_a_plain_loop_gives_what_the_trainer_gives(settings, tmp_path):
+    """Without clipping and decay the Trainer's steps are those of the optimizer it is given."""
+    data = [Tokens()[i] for i in range(24)]
+    model, callback = start(settings), TensorNetworkCallback(**settings)
+    callback.prepare(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model.train()
+    for step in range(6):
+        callback.begin_step(model, step)
+        ids = torch.stack([data[4 * step + i]["input_ids"] for i in range(4)])
+        model(input_ids=ids, labels=ids).loss.backward()
+        callback.before_update(model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        callback.step(model, step + 1, 1e-2)
+    callback.finalize(model)
+    callback.finalize(model)  # the second time nothing happens
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *args):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    other = start(settings)
+    prepared = TensorNetworkCallback(**settings)
+    prepared.prepare(other)
+    sgd = torch.optim.SGD([p for p in other.parameters() if p.requires_grad], lr=1e-2)
+    InOrder(
+        other, arguments(tmp_path, max_grad_norm=0.0, lr_scheduler_type="constant"), train_dataset=Tokens(), callbacks=[prepared],
+        optimizers=(sgd, torch.optim.lr_scheduler.ConstantLR(sgd, factor=1.0)),
+    ).train()  # fmt: skip
+    assert model.state_dict().keys() == other.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, other.state_dict()[name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_callback_that_comes_too_late_says_so(tmp_path):
+    trainer = Trainer(tiny_model("llama"), arguments(tmp_path), train_dataset=Tokens())
+    trainer.add_callback(TensorNetworkCallback(schedule="maestro"))
+    with pytest.raises(ConfigError, match="was added after the Trainer was made"):
+        trainer.train()
+
+
+def test_an_optimizer_of_other_parameters_is_found(tmp_path):
+    model = tiny_model("llama")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    trainer = Trainer(
+        model, arguments(tmp_path), train_dataset=Tokens(), callbacks=[TensorNetworkCallback(schedule="maestro")],
+        optimizers=(optimizer, None),
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"the optimizer lacks 42 trained parameters, the first is .*core0.weight"):
+        trainer.train()
+
+
+def test_a_checkpoint_of_another_structure_is_refused(tmp_path):
+    model = TensorNetworkCallback(schedule="maestro").prepare(tiny_model("llama"))
+    model.save_pretrained(tmp_path)
+    check_resumed(model, tmp_path)
+    check_resumed(model, tmp_path / "absent")
+    model.set_rank(0.5)
+    with pytest.raises(FormatError, match="resume with the settings it was made with"):
+        check_resumed(model, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "environment", "zero3"])
+def test_sharded_parameters_are_refused_by_name(kind, tmp_path, monkeypatch):
+    args = arguments(tmp_path)
+    if kind == "fsdp":
+        args.fsdp = True
+    elif kind == "environment":
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    else:
+        args.hf_deepspeed_config = type("Zero", (), {"is_zero3": lambda self: True})()
+    with pytest.raises(ConfigError, match=r"TensorNetworkCallback .* does not work under (FSDP|DeepSpeed ZeRO-3)"):
+        TensorNetworkCallback().on_init_end(args, TrainerState(), TrainerControl(), model=tiny_model("llama"))
+    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
+    refuse_sharding(arguments(tmp_path), "it")
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"schedule": "once"}, "schedule must be one of heal, trp, maestro, got once"),
+        ({"interval": 0}, "interval must be at least 1"),
+        ({"energy": 1.1}, r"energy must be in \(0, 1\]"),
+        ({"shares": (0.0,)}, r"shares must be in \(0, 1\]"),
+        ({"threshold": -1.0}, "threshold must be at least 0"),
+    ],
+    ids=str,
+)
+def test_bad_settings_name_themselves(settings, match):
+    with pytest.raises(ConfigError, match=match):
+        TensorNetworkTraining(**settings)
+
+
+def test_schedules_that_do_not_fit_the_model_say_so():
+    with pytest.raises(ConfigError, match="heal needs a decomposed model"):
+        TensorNetworkCallback(schedule="heal").prepare(tiny_model("llama"))
+    for schedule in ("trp", "maestro"):
+        with pytest.raises(ConfigError, match="starts from a dense model"):
+            TensorNetworkCallback(schedule=schedule).prepare(start({"schedule": "heal"}))
+
+
+def test_maestro_finds_the_rank_of_what_it_learns():
+    """A map of rank 4, learned by factors of full rank under the lasso, is cut to rank 4."""
+    torch.manual_seed(0)
+    target = torch.randn(24, 4) @ torch.randn(4, 24) / 5
+    layer = TensorTrainLinear([24, 1], [1, 24], [24])
+    callback = TensorNetworkCallback(schedule="maestro", lasso_weight=2e-2, threshold=1e-2)
+    model = torch.nn.ModuleDict({"layer": layer})
+    callback.names = ["layer"]
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for step in range(800):
+        callback.begin_step(model, step)
+        x = torch.randn(64, 24)
+        (layer(x) - x @ target.T).square().mean().backward()
+        callback.before_update(model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        callback.step(model, step + 1, 1e-2)
+    callback.restore_(model)
+    assert layer.ranks == [4]
+    assert (layer.to_dense() - target).norm() < 0.2 * target.norm()
+
+
+def test_the_base_does_nothing_by_itself(tmp_path):
+    trainer = train(tiny_model("llama"), CompactCallback(), tmp_path)
+    assert getattr(trainer.model.config, "quantization_config", None) is None
+
+
+# Two ranks.
+
+
+def _worker(rank: int, folder: str, settings: dict) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model = start(settings)
+    train(model, TensorNetworkCallback(**settings), Path(folder) / "run", ddp_backend="gloo")
+    from safetensors.torch import save_file
+
+    save_file(
+        {k: v.clone().contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"},
+        f"{folder}/{rank}.safetensors",
+    )
+    if rank == 0:
+        with pytest.raises(ConfigError, match="different structure"):
+            check_same_on_all_ranks(["this"])
+    else:
+        with pytest.raises(ConfigError, match="different structure"):
+            check_same_on_all_ranks(["that"])
+    dist.destroy_process_group()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["trp", "maestro"])
+def test_two_ranks_end_with_the_same_model(name, tmp_path):
+    from safetensors.torch import load_file
+
+    context = mp.start_processes(_worker, (str(tmp_path), SCHEDULES[name]), nprocs=2, join=False, start_method="spawn")
+    deadline = time.monotonic() + 240
+    while not context.join(timeout=5):
+        assert time.monotonic() < deadline, "the ranks wait for each other"
+    first, second = load_file(tmp_path / "0.safetensors"), load_file(tmp_path / "1.safetensors")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert any(".core" in key for key in first)
