@@ -208,7 +208,9 @@ def main() -> int:
             kept.write_text(json.dumps(found, indent=2) + "\n")
         print(f"done: {name}", flush=True)
     base = found.pop("dense")["perplexity"]
-    coded = [name for name in found if name in BARS and name.startswith("codebook")]
+    coded = [
+        name for name in found if name in BARS and name.startswith("codebook") and (options.work / found[name]["folder"]).exists()
+    ]
     speeds = {name: decode_speed(options.work / found[name]["folder"]) | {"commit": commit} for name in coded}
     write(found, base, speeds, {"seed": options.seed, "machine": machine(), "command": command})
     print((RESULTS / "02-codebook.md").read_text())

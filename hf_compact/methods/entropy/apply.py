@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...arch import Architecture, as_linear, dense_shape
-from ...errors import NumericalError
+from ...errors import NumericalError, UnsupportedModel
 from ...functional.coding import encode
+from ...functional.lossless import DTYPES, encode_exact
 from ...report import LayerReport
 from ...sensitivity import measure
 from ...stored import check_lookup
@@ -25,6 +26,7 @@ _PLAN_TOKENS = 8192
 _PROBES = (2.0, 1.0, 0.0, -1.0, -2.0)  # bits around the budget at which a Linear is tried
 _NO_BITS = (0.0, -2.0)  # and towards the end of its curve, where all integers are zero
 _MOST_BITS = 7.0  # of integers that a byte holds
+_EXACT_BITS = 10.6  # of a bfloat16 weight, coded without loss
 _LEAST_SHARE = 1e-12  # of the energy of the most sensitive Linear
 
 
@@ -123,13 +125,15 @@ def compress_embedding(
     """Quantize a token embedding or an output head to the nearest integers, every row with the same relative error.
 
     Raises:
-        UnsupportedModel: the embedding's class computes something of its own.
+        UnsupportedModel: the embedding's class computes something of its own; or it is to keep 16 bits and has others.
     """
     if config.embedding_bits is None:
         return None
     is_embedding = isinstance(module, nn.Embedding)
     check_lookup(module, "entropy.embedding_bits")
     cls = EntropyEmbedding if is_embedding else EntropyLinear
+    if config.embedding_bits == 16:
+        return _exact(cls, module, solve)
     if not solve:
         return cls.empty_like(module, num_bytes=_expected_bytes(module.weight, config.embedding_bits))
     weight = module.weight.detach().cpu()
@@ -238,6 +242,18 @@ def _interpolate(curve: Sequence[tuple[float, float]], at: float) -> float:
         if at <= right:
             return high + (low - high) * (at - left) / (right - left)
     return curve[-1][1]
+
+
+def _exact(
+    cls: type[EntropyLinear | EntropyEmbedding], module: nn.Module, solve: bool
+) -> EntropyLinear | EntropyEmbedding:  # fmt: skip
+    dtype = str(module.weight.dtype).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise UnsupportedModel(f"entropy.embedding_bits 16 needs 16-bit weights, got {dtype}: set the recipe's dtype to bfloat16")
+    if not solve:
+        return cls.empty_like(module, num_bytes=_expected_bytes(module.weight, _EXACT_BITS), exact=dtype)
+    stream = encode_exact(module.weight)
+    return cls.empty_like(module, num_bytes=len(stream), exact=dtype).load_exact_(module.weight.detach(), stream)
 
 
 def _empty_integers(cls: type[EntropyLinear | EntropyEmbedding], module: nn.Module) -> EntropyLinear | EntropyEmbedding:

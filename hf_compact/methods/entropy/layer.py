@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ...errors import FormatError
 from ...functional.coding import decode
+from ...functional.lossless import DTYPES, decode_exact
 from ...stored import CodedModule, ScaledModule, StoredEmbedding, StoredLinear
 from .functional import Integers
 
@@ -22,13 +23,20 @@ class EntropyModule(CodedModule):
 
     Buffers: `weight [num_bytes]` int8, the coded integers; `scale [1]` float32; `row_scale [out]` and
     `column_scale [in]` float16; `codes [out, in]` int8, the decoded integers, not saved, empty until they are needed.
+    Where `exact` names a dtype, the stream holds the values themselves: there are no scales, and `codes` has that dtype.
     """
 
-    def __init__(self, out_features: int, in_features: int, num_bytes: int, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self, out_features: int, in_features: int, num_bytes: int, exact: str | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:  # fmt: skip
         """Allocate zeroed buffers for a matrix `[out_features, in_features]`."""
         super().__init__()
-        self.out_features, self.in_features, self.num_bytes = out_features, in_features, num_bytes
+        self.out_features, self.in_features, self.num_bytes, self.exact = out_features, in_features, num_bytes, exact
         self.register_buffer("weight", torch.zeros(num_bytes, dtype=torch.int8, device=device))
+        if exact is not None:
+            self.register_buffer("codes", torch.zeros(0, dtype=DTYPES[exact], device=device), persistent=False)
+            return
         self.register_buffer("scale", torch.zeros(1, dtype=torch.float32, device=device))
         self.register_buffer("row_scale", torch.zeros(out_features, dtype=torch.float16, device=device))
         self.register_buffer("column_scale", torch.zeros(in_features, dtype=torch.float16, device=device))
@@ -36,7 +44,7 @@ class EntropyModule(CodedModule):
 
     def spec(self) -> dict[str, Any]:
         """The settings that rebuild the empty module, as stored in the modules table."""
-        return {"num_bytes": self.num_bytes}
+        return {"num_bytes": self.num_bytes, "exact": self.exact}
 
     @torch.no_grad()
     def load_integers_(self, integers: Integers, stream: Tensor) -> Self:
@@ -48,6 +56,13 @@ class EntropyModule(CodedModule):
         self._buffers["codes"] = integers.codes.to(self.weight.device)
         return self
 
+    @torch.no_grad()
+    def load_exact_(self, weight: Tensor, stream: Tensor) -> Self:
+        """Take over values and their coded form."""
+        self.weight.copy_(stream.view(torch.int8))
+        self._buffers["codes"] = weight.to(self.weight.device)
+        return self
+
     def decode_(self) -> None:
         """Decode the stream into `codes`, unless that is done or the stream is not in memory.
 
@@ -56,7 +71,8 @@ class EntropyModule(CodedModule):
         """
         if not self.codes.numel() and not self.weight.is_meta:
             try:
-                codes = decode(self.weight.view(torch.uint8))
+                stream = self.weight.view(torch.uint8)
+                codes = decode(stream) if self.exact is None else decode_exact(stream, self.exact)
             except ValueError as error:
                 raise FormatError(str(error)) from error
             if codes.shape != (self.out_features, self.in_features):
@@ -72,6 +88,8 @@ class EntropyModule(CodedModule):
         """The matrix `[out, in]`, or only the given `rows`; computed in `dtype`."""
         self.decode_()
         codes = self.codes if self.codes.numel() else self.weight.new_empty(self.out_features, self.in_features)  # on meta
+        if self.exact is not None:
+            return (codes if rows is None else codes[rows]).to(dtype)
         row_scale = self.scale * self.row_scale
         codes, row_scale = (codes, row_scale) if rows is None else (codes[rows], row_scale[rows])
         return (codes.to(dtype) * self.column_scale.to(dtype)).mul_(row_scale.to(dtype)[:, None])
@@ -84,18 +102,19 @@ class EntropyLinear(EntropyModule, ScaledModule, StoredLinear):
     torch.Size([20])
     """
 
-    trained_scales = ("row_scale", "column_scale")
-
     @classmethod
-    def empty_like(cls, linear: nn.Linear, *, num_bytes: int) -> Self:
+    def empty_like(cls, linear: nn.Linear, *, num_bytes: int, exact: str | None = None) -> Self:
         """An empty module of the Linear's shape on its device (also meta); takes over the bias."""
         out_features, in_features = linear.weight.shape
-        new = cls(out_features, in_features, num_bytes, linear.weight.device)
+        new = cls(out_features, in_features, num_bytes, exact, linear.weight.device)
         new.register_parameter("bias", linear.bias)
+        new.trained_scales = ("row_scale", "column_scale") if exact is None else ()
         return new
 
     def scaled_forward(self, x: Tensor) -> Tensor:
         """As in the base."""
+        if self.exact is not None:
+            return super().forward(x)
         y = F.linear(x * self.column_scale.to(x.dtype), self.codes.to(x.dtype)) * (self.scale * self.row_scale).to(x.dtype)
         return y if self.bias is None else y + self.bias
 
@@ -104,9 +123,9 @@ class EntropyEmbedding(EntropyModule, StoredEmbedding):
     """Row lookup in an entropy-coded table."""
 
     @classmethod
-    def empty_like(cls, embedding: nn.Embedding, *, num_bytes: int) -> Self:
+    def empty_like(cls, embedding: nn.Embedding, *, num_bytes: int, exact: str | None = None) -> Self:
         """An empty module of the Embedding's shape on its device (also meta)."""
         rows, columns = embedding.weight.shape
-        new = cls(rows, columns, num_bytes, embedding.weight.device)
+        new = cls(rows, columns, num_bytes, exact, embedding.weight.device)
         new.factor, new.dtype = getattr(embedding, "scalar_embed_scale", 1.0), embedding.weight.dtype
         return new

@@ -13,7 +13,9 @@ import hf_compact
 from hf_compact.api import inspect_folder
 from hf_compact.arch import describe
 from hf_compact.calibration import from_batches
-from hf_compact.errors import ConfigError, FormatError
+from hf_compact.config import DistillationConfig
+from hf_compact.distillation import distill_
+from hf_compact.errors import ConfigError, FormatError, UnsupportedModel
 from hf_compact.functional.gram import output_energy
 from hf_compact.methods.entropy.apply import Guide, compress_embedding, compress_linear, quantize
 from hf_compact.methods.entropy.config import EntropyConfig
@@ -336,7 +338,7 @@ def test_a_cast_leaves_the_stored_tensors_alone(folder):
 
 @pytest.mark.parametrize(
     ("field", "value", "rule"),
-    [("bits", 0.2, "in \\[0.5, 7\\]"), ("bits", 8.0, "in \\[0.5, 7\\]"), ("embedding_bits", 9.0, "in \\[0.5, 7\\]"),
+    [("bits", 0.2, "in \\[0.5, 7\\]"), ("bits", 8.0, "in \\[0.5, 7\\]"), ("embedding_bits", 9.0, "in \\[0.5, 7\\] or 16"),
      ("sensitivity", "hessian", "one of fisher, none"), ("damp", -1.0, "in \\[0, 1\\]"), ("damp", float("nan"), "in \\[0, 1\\]"), ("row_power", 3.0, "in \\[0, 2\\]"),
      ],
 )  # fmt: skip
@@ -351,3 +353,53 @@ def test_dequantize_works_after_saving(folder, tmp_path):
     expected = model(**tiny_inputs("llama")).logits
     model.save_pretrained(tmp_path / "again")
     torch.testing.assert_close(model.dequantize()(**tiny_inputs("llama")).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_untied", "t5"])
+def test_an_embedding_is_kept_to_the_bit(family, tmp_path):
+    model = tiny_model(family, torch.bfloat16)
+    before = model.get_input_embeddings().weight.clone()
+    stage = {**NONE, "embedding_bits": 16}
+    hf_compact.compress(model, {"stages": [stage]}, calibration=from_batches([tiny_inputs(family)]))
+    table = model.get_input_embeddings()
+    assert 8 * table.weight.numel() / before.numel() < 14
+    assert torch.equal(table.to_dense(torch.bfloat16), before)
+    model.save_pretrained(tmp_path / "small")
+    again = type(model).from_pretrained(tmp_path / "small")
+    assert torch.equal(again.get_input_embeddings().to_dense(torch.bfloat16), before)
+    with torch.no_grad():
+        assert torch.equal(again(**tiny_inputs(family))[0], model(**tiny_inputs(family))[0])
+    assert again.dequantize().get_input_embeddings().weight.equal(before)
+
+
+def test_a_lossless_head_stands_in_a_distillation():
+    model, teacher = tiny_model("llama_untied", torch.bfloat16), tiny_model("llama_untied", torch.bfloat16)
+    hf_compact.compress(
+        model, {"stages": [{**NONE, "bits": 2.0, "embedding_bits": 16}]}, calibration=from_batches([tiny_inputs("llama")])
+    )
+    head = model.lm_head.weight.clone()
+    losses = distill_(model, teacher, [tiny_inputs("llama")], DistillationConfig(epochs=3))
+    assert len(losses) == 3
+    assert torch.equal(model.lm_head.weight, head)
+
+
+def test_a_table_of_other_width_cannot_be_kept():
+    with pytest.raises(UnsupportedModel, match="embedding_bits 16 needs 16-bit weights, got float32"):
+        compress_embedding(nn.Embedding(5, 8), EntropyConfig(embedding_bits=16))
+
+
+def test_an_empty_lossless_table_has_no_scales():
+    table = nn.Embedding(50, 8, dtype=torch.bfloat16)
+    solved, empty = (compress_embedding(table, EntropyConfig(embedding_bits=16), solve=solve) for solve in (True, False))
+    assert solved.exact == empty.exact == "bfloat16"
+    assert {name for name, _ in solved.named_buffers()} == {"weight", "codes"}
+
+
+def test_entries_beyond_a_byte_make_their_row_coarser():
+    weight = normal(64, 32)
+    weight[3, 5] = 400.0
+    table = nn.Embedding.from_pretrained(weight)
+    dense = compress_embedding(table, EntropyConfig(embedding_bits=7.0)).to_dense()
+    assert abs(dense[3, 5] / 400 - 1) < 0.01
+    others = torch.arange(64) != 3
+    assert (dense - weight)[others].norm() < 0.05 * weight[others].norm()
