@@ -87,11 +87,11 @@ def main() -> int:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     command = [sys.executable, str(HERE / "peers.py"), options.model, "--output", str(options.output), "--commit", commit]
     subprocess.run([*command, *(argument for text in options.text for argument in ("--text", text))], check=True)
-    peers = [row for row in json.loads(options.output.read_text()) if not row.get("is_ours")]
-    dense = next(row for row in peers if row["label"] == "dense bf16")["scores"]
+    others = [{"is_ours": False} | row for row in json.loads(options.output.read_text()) if row["label"] not in found]
+    dense = next(row for row in others if row["label"] == "dense bf16")["scores"]
     if any(abs(value / dense[text] - 1) > SAME for text, value in found["dense"]["perplexity"].items()):
         sys.exit(f"the dense model scores {dense} here and {found['dense']['perplexity']} there: not one protocol")
-    rows = [{**row, "is_ours": False} for row in peers] + our_rows(found)
+    rows = others + our_rows(found)
     options.output.write_text(json.dumps(rows, indent=2) + "\n")
     options.output.with_suffix(".md").write_text(markdown(rows, options.text))
     plot(rows, options.output.with_suffix(".png"))

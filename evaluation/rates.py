@@ -131,6 +131,9 @@ def check(name: str, row: dict[str, Any], base: dict[str, float]) -> list[dict[s
     if "reconstruction" not in ROWS[name].changes:
         minutes = sum(row["seconds"].values()) / 60
         claim("minutes to compress", f"<= {MINUTES}", round(minutes, 1), minutes <= MINUTES, row["command_seconds"])
+        alone = minutes - row["seconds"].get("distill", 0) / 60
+        if alone < minutes:
+            claim("minutes to compress, distillation apart", f"<= {MINUTES}", round(alone, 1), alone <= MINUTES)
     if name not in BARS:
         return result
     goal = BARS[name]
