@@ -39,6 +39,8 @@ class Row:
     """Of the recipe."""
     stage: dict[str, Any] = field(default_factory=dict)
     """Of its only stage."""
+    seed: int = 0
+    """Of the draw of calibration texts."""
 
 
 class Bar(NamedTuple):
@@ -56,6 +58,10 @@ ROWS = {
     "codebook-7percent": Row("codebook-7percent"),
     "jlcm-3bit": Row("jlcm-3bit"),
     **{f"codebook-{bits}bpw, not distilled": Row(f"codebook-{bits}bpw", {"distillation": None}) for bits in RATES},
+    **{
+        f"codebook-2.3bpw, not distilled, seed {seed}": Row("codebook-2.3bpw", {"distillation": None}, seed=seed)
+        for seed in (1, 2)
+    },
     "codebook-2.3bpw, equal rates, not distilled": Row("codebook-2.3bpw", {"distillation": None}, {"sensitivity": "none"}),
     "codebook-2.3bpw, reconstructed, not distilled": Row(
         "codebook-2.3bpw", {"distillation": None, "reconstruction": RECONSTRUCTION}
@@ -84,7 +90,7 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
     folder, scores = options.work / label, options.work / f"{label}.scores.json"
     command = [sys.executable, "-m", "hf_compact"]
     compress = [*command, "compress", options.model, "--recipe", str(path), "--output", str(folder)]
-    compress += ["--seed", str(options.seed), *(argument for text in options.calibration for argument in ("--calibration", text))]
+    compress += ["--seed", str(row.seed), *(argument for text in options.calibration for argument in ("--calibration", text))]
     evaluate = [*command, "evaluate", str(folder), "--json", str(scores)]
     evaluate += [argument for text in options.text for argument in ("--text", text)]
     started = time.perf_counter()
@@ -126,7 +132,7 @@ def check(name: str, row: dict[str, Any], base: dict[str, float]) -> list[dict[s
     totals, result = row["totals"], []
 
     def claim(what: str, target: str, measured: float, is_held: bool, seconds: float = 0) -> None:
-        result.append(bar(f"{name}: {what}", target, measured, is_held, row, seconds))
+        result.append(bar(f"{name}: {what}", target, measured, is_held, row, seconds) | {"seed": ROWS[name].seed})
 
     if "reconstruction" not in ROWS[name].changes:
         minutes = sum(row["seconds"].values()) / 60
@@ -157,7 +163,9 @@ def write(found: dict[str, Any], base: dict[str, float], speeds: dict[str, Any],
         measured = round(speed["megabytes_per_second"])
         claim = f"{name}: decoding, MB of bfloat16 weights per second on one core"
         held = measured >= MEGABYTES_PER_SECOND
-        bars.append(bar(claim, f">= {MEGABYTES_PER_SECOND}", measured, held, speed, speed["command_seconds"]))
+        bars.append(
+            bar(claim, f">= {MEGABYTES_PER_SECOND}", measured, held, speed, speed["command_seconds"]) | {"seed": ROWS[name].seed}
+        )
     lines = [
         "| recipe | bits per block weight | MB on disk | share of fp32 | " + " | ".join(f"{text}, × dense" for text in base) + " | minutes |",
         "|---" * (5 + len(base)) + "|",
@@ -177,9 +185,7 @@ def write(found: dict[str, Any], base: dict[str, float], speeds: dict[str, Any],
         lines.append("| " + " | ".join([name, *sizes, *ratios, f"{sum(row['seconds'].values()) / 60:.1f}"]) + " |")
     rows = [{"name": name, **found[name]} for name in ROWS if name in found]
     (RESULTS / "02-codebook.json").write_text(json.dumps({"bars": [b | common for b in bars], "rows": rows}, indent=2) + "\n")
-    text = f"# Codebook recipes\n\n{machine()}, seed {common['seed']}; the commit of each row is in the JSON.\n\n" + "\n".join(
-        lines
-    )
+    text = f"# Codebook recipes\n\n{machine()}; the commit of each row is in the JSON.\n\n" + "\n".join(lines)
     text += "\n\n| claim | target | measured | held |\n|---|---|---|---|\n"
     text += "\n".join(f"| {b['claim']} | {b['target']} | {b['measured']} | {'yes' if b['held'] else '**no**'} |" for b in bars)
     (RESULTS / "02-codebook.md").write_text(text + "\n")
@@ -192,7 +198,6 @@ def main() -> int:
     parser.add_argument("--calibration", action="append", required=True, help="calibration text; repeat for several")
     parser.add_argument("--text", action="append", required=True, help="two texts to score")
     parser.add_argument("--row", action="append", choices=list(ROWS), help="rows to measure; all by default")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=Path("runs/rates"))
     options = parser.parse_args()
     if len(options.text) != 2:
@@ -215,7 +220,7 @@ def main() -> int:
         name for name in found if name in BARS and name.startswith("codebook") and (options.work / found[name]["folder"]).exists()
     ]
     speeds = {name: decode_speed(options.work / found[name]["folder"]) | {"commit": commit} for name in coded}
-    write(found, base, speeds, {"seed": options.seed, "machine": machine(), "command": command})
+    write(found, base, speeds, {"machine": machine(), "command": command})
     print((RESULTS / "02-codebook.md").read_text())
     return 0
 
