@@ -2,7 +2,8 @@
 
 from ...capture import Method
 from .apply import compress_embedding, compress_linear, cut_block, prepare, shorten
-from .config import PruningConfig
+from .callback import HessoCallback
+from .config import HessoConfig, PruningConfig
 from .layer import PrunedLinear
 
 METHOD = Method(
@@ -16,4 +17,4 @@ METHOD = Method(
     shorten=shorten,
 )
 
-__all__ = ["METHOD", "PruningConfig"]
+__all__ = ["METHOD", "HessoCallback", "HessoConfig", "PruningConfig"]

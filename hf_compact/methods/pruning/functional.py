@@ -154,3 +154,33 @@ def lowest(scores: Tensor, num_removed: int, per_pool: int) -> Tensor:
     pools = scores.view(-1, per_pool)
     each = pools.argsort(dim=1, stable=True)[:, : num_removed // len(pools)]
     return (each + torch.arange(len(pools))[:, None] * per_pool).flatten()
+
+
+def saliency(
+    squares: Tensor, products: Tensor, directions: Tensor, sizes: Tensor, weights: tuple[float, ...]
+) -> Tensor:  # fmt: skip
+    """HESSO's score of each group, from sums over its weights `w` and what a step takes off them, `d`.
+
+    Five scores, each over its own norm: `||w||`, `||w|| / n`, `1 + cos(w, d)`, `|w . d|`, `(w . d)^2 / 2`.
+
+    Args:
+        squares: `[groups]` sums of `w^2`.
+        products: `[groups]` sums of `w d`.
+        directions: `[groups]` sums of `d^2`.
+        sizes: `[groups]` weights in a group.
+        weights: of the five.
+    Source: HESSO, arXiv 2409.09085; the direction is measured and not derived, so that it is any optimizer's.
+
+    >>> one, two = torch.tensor([1.0, 4.0]), torch.ones(2)
+    >>> saliency(one, two, two, two, (1.0, 0.0, 0.0, 0.0, 0.0)).argsort().tolist()
+    [0, 1]
+    """
+    norms = squares.sqrt()
+    scores = (
+        norms,
+        norms / sizes,
+        1 + products / ((norms + 1e-8) * (directions.sqrt() + 1e-8)),
+        products.abs(),
+        products.square() / 2,
+    )
+    return sum((w * s / (s.norm() + 1e-8) for w, s in zip(weights, scores, strict=True)), torch.zeros_like(squares))
