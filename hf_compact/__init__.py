@@ -11,6 +11,7 @@ from .methods.codebook import CodebookConfig
 from .methods.compacter import CompacterConfig, CompacterModel
 from .methods.one_bit_adam import OneBitAdam, OneBitAdamCallback, OneBitAdamConfig
 from .methods.tensor_network import TensorNetworkCallback, TensorNetworkConfig
+from .methods.ternary import TernaryCallback, TernaryConfig
 from .report import CommReport, Report
 from .version import __version__
 
@@ -29,6 +30,8 @@ __all__ = [
     "Report",
     "TensorNetworkCallback",
     "TensorNetworkConfig",
+    "TernaryCallback",
+    "TernaryConfig",
     "__version__",
     "compress",
     "evaluate",

@@ -1,7 +1,7 @@
 """Every method by its name in a recipe. Adding one is a folder and one line here."""
 
 from ..capture import Method
-from . import codebook, correction, entropy, nested, tensor_network
+from . import codebook, correction, entropy, nested, tensor_network, ternary
 
 METHODS: dict[str, Method] = {
     "codebook": codebook.METHOD,
@@ -9,5 +9,6 @@ METHODS: dict[str, Method] = {
     "entropy": entropy.METHOD,
     "nested": nested.METHOD,
     "tensor_network": tensor_network.METHOD,
+    "ternary": ternary.METHOD,
 }
 LAYERS = {name: cls for method in METHODS.values() for name, cls in method.layers.items()}
