@@ -12,6 +12,7 @@ from .methods.compacter import CompacterConfig, CompacterModel
 from .methods.one_bit_adam import OneBitAdam, OneBitAdamCallback, OneBitAdamConfig
 from .methods.pruning import HessoCallback, HessoConfig, PruningConfig
 from .methods.tensor_network import TensorNetworkCallback, TensorNetworkConfig
+from .methods.ternary import TernaryCallback, TernaryConfig
 from .report import CommReport, Report
 from .version import __version__
 
@@ -33,6 +34,8 @@ __all__ = [
     "Report",
     "TensorNetworkCallback",
     "TensorNetworkConfig",
+    "TernaryCallback",
+    "TernaryConfig",
     "__version__",
     "compress",
     "evaluate",
