@@ -10,7 +10,9 @@ from .hf.quantizer import CompactConfig, set_bits
 from .methods.codebook import CodebookConfig
 from .methods.compacter import CompacterConfig, CompacterModel
 from .methods.one_bit_adam import OneBitAdam, OneBitAdamCallback, OneBitAdamConfig
+from .methods.pruning import HessoCallback, HessoConfig, PruningConfig
 from .methods.tensor_network import TensorNetworkCallback, TensorNetworkConfig
+from .methods.ternary import TernaryCallback, TernaryConfig
 from .report import CommReport, Report
 from .version import __version__
 
@@ -22,13 +24,18 @@ __all__ = [
     "CompactError",
     "CompacterConfig",
     "CompacterModel",
+    "HessoCallback",
+    "HessoConfig",
     "OneBitAdam",
     "OneBitAdamCallback",
     "OneBitAdamConfig",
+    "PruningConfig",
     "Recipe",
     "Report",
     "TensorNetworkCallback",
     "TensorNetworkConfig",
+    "TernaryCallback",
+    "TernaryConfig",
     "__version__",
     "compress",
     "evaluate",

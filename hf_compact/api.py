@@ -47,7 +47,8 @@ from .checkpoint import (
 )
 from .config import CalibrationConfig, DistillationConfig, MethodConfig, Recipe
 from .distillation import distill_
-from .errors import CalibrationError, ConfigError, FormatError, OutputError, UnsupportedModel, VerificationError
+from .errors import CalibrationError, ConfigError, FormatError, NothingMatched, OutputError, UnsupportedModel, VerificationError
+from .groups import find_groups, settle_
 from .hf.card import model_card, plot_layers
 from .hf.export import save_dense, save_low_rank
 from .hf.quantizer import CompactConfig, attach_, expect_, names_in, outermost
@@ -148,10 +149,12 @@ def compress(
     }
     stages = [(METHODS[stage.method], stage) for stage in recipe.stages]
     select_stages(arch.roles, recipe.stages)  # a glob that matches nothing is found before a folder is made
+    check_cuts(dense.model, arch, recipe)
+    arch = _shorten(dense.model, arch, recipe, prepared, report)
     journal = Journal(output, fingerprint, num_units=1 + len(arch.blocks))
     runner = BlockRunner(dense.model, arch, stages, prepared, report, dense.source, journal, recipe.reconstruction)
     logits = _run(runner, recipe, prepared, progress)
-    table = _ordered(runner.table, dense.model)
+    table = _ordered(_settled(runner), dense.model)
     config = _final_config(dense.model, table, recipe)
     report.file_bytes = journal.finish(
         lambda folder: _write_side_files(folder, dense.model, config, dense.load_tokenizer(), recipe)
@@ -201,13 +204,19 @@ def plan(model: str | Path, recipe: Recipe | Mapping[str, Any] | str | Path, see
             add(name, made[name].role, made[name].config.method, made[name].old, made[name].new)
         elif name is not None:
             skipped.append({"name": name, "reason": "the recipe leaves it in the model's dtype"})
+    cut = copy.deepcopy(dense.model).to("meta")
+    for (method, stage), names in zip(stages, chosen, strict=True):
+        if method.cut_block is not None:
+            find_groups(cut)
+            for block in arch.blocks:
+                method.cut_block(cut, arch, block, names, stage, None)
     for name, role in arch.roles.items():
         old = dense.model.get_submodule(name)
         mine = [stage for stage, names in zip(stages, chosen, strict=True) if name in names]
         if not mine:
             skipped.append({"name": name, "reason": "excluded by the recipe"})
             continue
-        add(name, role, "+".join(config.method for _, config in mine), old, _empty(on_meta(old), mine))
+        add(name, role, "+".join(config.method for _, config in mine), old, _empty(on_meta(cut.get_submodule(name)), mine))
     handled = {layer["name"] for layer in layers} | {entry["name"] for entry in skipped} | set(arch.tied)
     rest = [name for name in parameters if name.rpartition(".")[0] not in handled]
     skipped += [{"name": name, "reason": "not a Linear of a block: stays in the model's dtype"} for name in rest]
@@ -729,6 +738,33 @@ def check_training(recipe: Recipe) -> None:
             raise ConfigError(f"recipe.{name} runs in one process: set it to null under torchrun")
 
 
+def check_cuts(model: PreTrainedModel, arch: Architecture, recipe: Recipe) -> None:
+    """Raise before the first block, if stages cut what cannot be cut or could not be loaded.
+
+    Raises:
+        NothingMatched: a stage cuts nothing.
+        UnsupportedModel: the family is not known, or the config cannot say widths that a later stage's layers need.
+        ConfigError: blocks would lose unequal shares.
+    """
+    chosen = select_stages(arch.roles, recipe.stages)
+    for position, (stage, names) in enumerate(zip(recipe.stages, chosen, strict=True)):
+        method = METHODS[stage.method]
+        if method.cut_block is None:
+            continue
+        find_groups(model)
+        shapes = copy.deepcopy(model).to("meta")
+        cut = [set(method.cut_block(shapes, arch, block, names, stage, None)) for block in arch.blocks]
+        if not any(cut) and not getattr(stage, "num_layers", 0):
+            raise NothingMatched(f"recipe.stages[{position}] removes nothing: every number of groups rounds to 0")
+        later = set().union(*chosen[position + 1 :])
+        stuck = sorted(set(settle_(shapes, arch)) & later)
+        if stuck:
+            raise UnsupportedModel(
+                f"{stuck[0]} would have a width that the config of {arch.family} cannot say, and recipe.stages[{position + 1}:] "
+                "compresses it: include the same Linears of every block, and set head_sparsity to 0"
+            )
+
+
 def check_output_or_resume(output: Path) -> None:
     """Raise OutputError unless the output can be created or belongs to an unfinished run."""
     if output.name in ("", ".."):
@@ -968,11 +1004,15 @@ def _compress_in_memory(
     check_inputs(model, prepared)
     check_training(recipe)
     _check_model_finite(model)
+    check_cuts(model, arch, recipe)
     report = new_report(model.config.name_or_path or type(model).__name__, model, arch, recipe, prepared)
+    arch = _shorten(model, arch, recipe, prepared, report)
     stages = [(METHODS[stage.method], stage) for stage in recipe.stages]
     runner = BlockRunner(model, arch, stages, prepared, report, reconstruction=recipe.reconstruction)
     logits = _run(runner, recipe, prepared, progress)
-    attach_(model, _ordered(runner.table, model), recipe.stages)
+    table = _ordered(_settled(runner), model)
+    if table:
+        attach_(model, table, recipe.stages)
     if output is not None and distributed.rank() == 0:
         model.save_pretrained(output)
         _write_side_files(Path(output), model, model.config, tokenizer, recipe)
@@ -980,6 +1020,26 @@ def _compress_in_memory(
         _verify(Path(output), prepared, logits, report, is_causal_lm(model))
     distributed.barrier()
     return report
+
+
+def _shorten(
+    model: PreTrainedModel, arch: Architecture, recipe: Recipe, calibration: Calibration, report: Report
+) -> Architecture:
+    """Take out the blocks that stages remove, and describe what is left."""
+    for stage in recipe.stages:
+        method = METHODS[stage.method]
+        dropped = method.shorten(model, arch, calibration.batches, stage) if method.shorten else []
+        if dropped:
+            report.notes.append(f"{stage.method} has removed {len(dropped)} of {len(arch.blocks)} blocks: {', '.join(dropped)}")
+            arch = describe(model)
+    return arch
+
+
+def _settled(runner: BlockRunner) -> dict[str, Any]:
+    """The modules table; the config takes over what it can say of cut Linears."""
+    table = runner.table | settle_(runner.model, runner.arch) if runner.cuts else runner.table
+    runner.report.is_plain = not table
+    return table
 
 
 def _run(runner: BlockRunner, recipe: Recipe, calibration: Calibration, progress: Progress) -> torch.Tensor:
@@ -1023,7 +1083,8 @@ def _verify(output: Path, calibration: Calibration, logits: torch.Tensor, report
 
 def _final_config(model: PreTrainedModel, table: Mapping[str, Any], recipe: Recipe) -> PreTrainedConfig:
     config = model.config
-    config.quantization_config = CompactConfig(modules=table, stages=recipe.stages)
+    if table:  # cut to equal widths, a model is an ordinary one
+        config.quantization_config = CompactConfig(modules=table, stages=recipe.stages)
     config.dtype = model.dtype
     config.architectures = [type(model).__name__]
     return config

@@ -30,6 +30,7 @@ from .config import MethodConfig, ReconstructionConfig
 from .errors import NumericalError, UnsupportedModel
 from .fitting import fit_, patched_forwards, relative_error
 from .functional.gram import add_gram_, centered, output_energy
+from .groups import linear_spec
 from .report import LayerReport, Report, peak_memory_bytes, return_freed_memory
 from .select import replace_modules, select_stages
 from .stored import open_linears
@@ -75,6 +76,13 @@ class Method:
     finish: Callable[..., None] | None = None
     """`(module, linear, gram, config)`, run in place once later stages have compressed the Linears that a module is built
     of; `linear` is the dense one, `gram` that of its inputs."""
+
+    cut_block: Callable[..., dict[str, float]] | None = None
+    """`(model, arch, block, names, config, moments, outputs) -> lost energy by name`: takes hidden units out of a dense block in
+    place, instead of compressing its Linears; `moments(name)` are those of a Linear's inputs, `outputs(name)` the guide's
+    share; without moments it cuts to size only."""
+    shorten: Callable[..., list[str]] | None = None
+    """`(model, arch, batches, config) -> names`: takes whole blocks out of a dense model, before anything else."""
 
     def table_entry(self, module: nn.Module) -> dict[str, Any]:
         """The modules-table entry of a module that this method made."""
@@ -155,6 +163,7 @@ class BlockRunner:
             for batch in [*batches, probe_inputs(calibration)]
         ]
         self.table: dict[str, dict[str, Any]] = {}
+        self.cuts: dict[str, dict[str, Any]] = {}  # Linears that have lost units, as they are before later stages
         self.hidden: list[Tensor] = []
         self.dense_hidden: list[Tensor] = []  # as `hidden`, of the dense model; only where a stage compares with it
         self.outputs: list[list[Any]] = []
@@ -256,6 +265,8 @@ class BlockRunner:
         self.resident.add(position)
         if self.journal is not None and position < self.num_resumed:
             entry = self.journal.entries[position]
+            rebuild_(self.model, entry.get("cuts", {}), self.layers)
+            self.cuts |= entry.get("cuts", {})
             rebuild_(self.model, entry["modules"], self.layers)
             self.table |= entry["modules"]
             self.report.layers += [LayerReport(**layer) for layer in entry["layers"]]
@@ -284,6 +295,7 @@ class BlockRunner:
         names = self._outside_blocks() if position == 0 else self._inside(unit)
         record = {
             "modules": {name: self.table[name] for name in modules if name in self.table},
+            "cuts": {name: self.cuts[name] for name in modules if name in self.cuts},
             "layers": [asdict(layer) for layer in modules.values() if layer is not None],
             "notes": self.report.notes[notes:],
             "reconstruction": self.report.reconstruction.get(unit),
@@ -326,13 +338,44 @@ class BlockRunner:
             names = [part for name in self.arch.targets(block) if name in targets for part in self._linears(name)]
             for name in names:
                 check_finite(name + ".weight", self.model.get_submodule(name).weight)
-            if names:
+            if names and method.cut_block is not None:
+                found |= self._cut_block(method, config, guide, block, names, calls)
+            elif names:
                 arranged = method.arrange(self.model, self.arch, block, names, config) if method.arrange else set()
                 self._run_stage(_Stage(method, config, guide, arranged), block, names, calls, dense, found)
         if self.reconstruction is not None and found:
             self.settled = {}
             self._reconstruct(block, module, calls, targets_of)
         return found
+
+    def _cut_block(
+        self, method: Method, config: MethodConfig, guide: Guide | None, block: str, names: list[str], calls: list[_Call]
+    ) -> dict[str, LayerReport | None]:  # fmt: skip
+        """Take units out of a block; every rank does the same."""
+        started = time.perf_counter()
+        self.settled = {}
+        sizes = {name: self.model.get_submodule(name).weight.numel() for name in self.arch.targets(block)}
+        lost = method.cut_block(
+            self.model, self.arch, block, names, config,
+            lambda name: self._moments(block, name, calls)[:2],
+            lambda name: None if guide is None else guide.share(name, [], 0.0),
+        )  # fmt: skip
+        self.settled = {}
+        seconds = (time.perf_counter() - started) / max(1, len(lost))
+        self.cuts |= {name: linear_spec(self.model, name) for name in lost}
+        return {
+            name: LayerReport(
+                name=name,
+                role=self.arch.roles[name],
+                method=config.method,
+                num_weights=sizes[name],
+                compressed_bytes=stored_bytes(self.model.get_submodule(name)),
+                relative_error=error,
+                seconds=seconds,
+                operations_ratio=self.model.get_submodule(name).weight.numel() / sizes[name],
+            )
+            for name, error in lost.items()
+        }
 
     def _run_stage(
         self, stage: _Stage, block: str, names: list[str], calls: list[_Call], dense: nn.Module | None,

@@ -228,6 +228,8 @@ def rebuild_(model: nn.Module, specs: Mapping[str, Mapping[str, Any]], layers: M
         except (AttributeError, TypeError, KeyError, ValueError, RuntimeError, ArithmeticError) as error:
             raise FormatError(f"modules[{name!r}] = {dict(spec)} does not fit the model: {error}") from error
         model.set_submodule(name, new)
+        for key, value in getattr(new, "owner_attributes", {}).items():
+            setattr(model.get_submodule(name.rpartition(".")[0]), key, value)
 
 
 def share_buffers_(target: nn.Module, source: nn.Module) -> None:

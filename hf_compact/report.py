@@ -51,6 +51,8 @@ class Report:
     """Name or path of the dense model as the user gave it."""
     family: str
     """`config.model_type`."""
+    is_plain: bool = False
+    """Whether the folder is an ordinary model that loads without this library: units were removed, nothing else."""
     auto_class: str = "AutoModel"
     """The Auto class of transformers that loads the folder as what it was."""
     recipe: dict[str, Any]

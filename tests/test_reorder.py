@@ -53,7 +53,7 @@ def test_random_orders_are_exact(family):
                 order = torch.stack([torch.randperm(width, generator=generator) for _ in range(num_kv)])
                 permute_values_(linears, order, num_heads)
                 if family != "t5":
-                    permute_heads_(linears, torch.randperm(num_kv, generator=generator), num_heads)
+                    permute_heads_(linears, torch.randperm(num_kv, generator=generator))
     torch.testing.assert_close(output(model, family), before, rtol=0, atol=1e-4)
 
 

@@ -24,6 +24,7 @@ ORDER = [
     "select",
     "arch",
     "reorder",
+    "groups",
     "calibration",
     "scoring",
     "distributed",

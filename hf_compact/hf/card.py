@@ -15,6 +15,13 @@ model = {auto}.from_pretrained("path/to/this/folder")
 ```
 
 Without the import, transformers does not know the format and loading fails with a size mismatch."""
+_USE_PLAIN = """An ordinary model of transformers, no other library is needed:
+
+```python
+from transformers import {auto}
+
+model = {auto}.from_pretrained("path/to/this/folder")
+```"""
 
 
 def model_card(report: Report) -> str:
@@ -39,7 +46,7 @@ def model_card(report: Report) -> str:
         "## Measured",
         replace(report, model=name).to_markdown(),
         "## Use",
-        _USE.format(auto=report.auto_class),
+        (_USE_PLAIN if report.is_plain else _USE).format(auto=report.auto_class),
         "## Layers with the largest error",
         "| layer | bits per weight | relative output error |\n|---|---|---|\n"
         + "\n".join(f"| {layer.name} | {layer.bits_per_weight:.2f} | {layer.relative_error:.2e} |" for layer in worst),

@@ -163,6 +163,10 @@ class CompactQuantizer(HfQuantizer):
         table = names_in(model, self.quantization_config.modules)
         for name in outermost(table):
             module = model.get_submodule(name)
+            if not hasattr(module, "dense_module"):
+                raise UnsupportedModel(
+                    f"{name} has lost rows or columns for good: a model of other widths per layer has no dense form"
+                )
             dense = module.dense_module(dtype)
             original = skeleton.get_submodule(name)
             if isinstance(original, Conv1D):

@@ -97,7 +97,7 @@ def arrange_(model: PreTrainedModel, arch: Architecture, block: str, names: Coll
             score = similarity(rows["v"]).view(num_kv, width)
             permute_values_(linears, score.argsort(dim=1, stable=True), num_heads)
             if arch.family != "t5":  # whose position bias belongs to a head
-                permute_heads_(linears, score.mean(1).argsort(stable=True), num_heads)
+                permute_heads_(linears, score.mean(1).argsort(stable=True))
             arranged.append(linears["v"])
     return {name for name in names if any(model.get_submodule(name) is module for module in arranged)}
 

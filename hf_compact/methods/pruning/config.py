@@ -1,0 +1,144 @@
+"""Settings of structured pruning in one shot."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from ...config import MethodConfig
+from ...errors import ConfigError
+
+SCORES = ("magnitude", "wanda_sp", "flap", "taylor", "obs", "random")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruningConfig(MethodConfig):
+    """Removes MLP channels, key-value heads and layers, and refits what stays, in closed form.
+
+    Every block loses the same number, so that the result is an ordinary smaller model.
+
+    >>> PruningConfig(channel_sparsity=1.0)
+    Traceback (most recent call last):
+    hf_compact.errors.ConfigError: pruning.channel_sparsity must be in [0, 0.95], got 1.0
+    """
+
+    method: ClassVar[str] = "pruning"
+
+    channel_sparsity: float = 0.2
+    """Removed MLP channels / all, in every block whose `down` is included."""
+    head_sparsity: float = 0.0
+    """Removed key-value heads, with their query heads / all, rounded down; one stays. In blocks whose `o` is included."""
+    num_layers: int = 0
+    """Whole blocks to remove first: those that change the direction of the hidden state least."""
+    score: Literal["magnitude", "wanda_sp", "flap", "taylor", "obs", "random"] = "obs"
+    """What goes: least norm (magnitude), least output energy (wanda_sp), least spread of the output (flap), least growth of
+    the loss to second order (taylor), least residual after a refit (obs), anything (random)."""
+    compensation: Literal["none", "bias", "refit"] = "refit"
+    """What is done for the loss: nothing, the mean of what is removed goes into a bias, or the columns that stay are fitted
+    to the output of all."""
+    channel_multiple: int = 8
+    """Numbers of channels that stay are multiples of it; rounded up."""
+    damp: float = 0.01
+    """Ridge of the gram matrix as a fraction of its mean diagonal."""
+    seed: int = 0
+    """score random only."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in ("channel_sparsity", "head_sparsity"):
+            if not 0 <= getattr(self, name) <= 0.95:
+                raise ConfigError(f"pruning.{name} must be in [0, 0.95], got {getattr(self, name)}")
+        if self.num_layers < 0:
+            raise ConfigError(f"pruning.num_layers must be at least 0, got {self.num_layers}")
+        if not self.channel_sparsity and not self.head_sparsity and not self.num_layers:
+            raise ConfigError("pruning must remove something: channel_sparsity, head_sparsity and num_layers are all 0")
+        if self.score not in SCORES:
+            raise ConfigError(f"pruning.score must be one of {', '.join(SCORES)}, got {self.score}")
+        if self.compensation not in ("none", "bias", "refit"):
+            raise ConfigError(f"pruning.compensation must be one of none, bias, refit, got {self.compensation}")
+        if self.channel_multiple < 1:
+            raise ConfigError(f"pruning.channel_multiple must be at least 1, got {self.channel_multiple}")
+        if not 0 <= self.damp <= 1:
+            raise ConfigError(f"pruning.damp must be in [0, 1], got {self.damp}")
+
+    @property
+    def needs_whole_model(self) -> bool:
+        """Gradients and hidden states of the dense model."""
+        return self.score == "taylor" or self.num_layers > 0
+
+    @property
+    def leaves_linears(self) -> bool:
+        """What stays is dense."""
+        return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class HessoConfig:
+    """How `HessoCallback` prunes while a model is trained; steps are those of the optimizer.
+
+    >>> HessoConfig(pruning_steps=5, periods=10)
+    Traceback (most recent call last):
+    hf_compact.errors.ConfigError: hesso.pruning_steps must be at least periods (10), got 5
+    """
+
+    target: float = 0.2
+    """Removed share of all that the blocks hold, in `unit`."""
+    unit: Literal["parameters", "bytes", "macs", "groups"] = "parameters"
+    """What the target counts: parameters of the blocks, their bytes, multiply-adds per token of their Linears, or the groups of
+    each kind. Key-value heads lose the target's share of their number, rounded down; channels make up the rest."""
+    kinds: tuple[str, ...] = ("channels", "kv_heads")
+    """Groups that may go: channels, kv_heads, query_heads."""
+    warm_up_steps: int = 0
+    """Plain training before the first groups are chosen."""
+    pruning_steps: int = 100
+    """In which all chosen groups are brought to zero; training goes on afterwards."""
+    periods: int = 10
+    """Parts of them; at the start of each the next share of the groups is chosen."""
+    magnitude: float = 0.2
+    """Weight of the norm of a group."""
+    avg_magnitude: float = 0.2
+    """Weight of its norm over its size."""
+    cosine: float = 0.2
+    """Weight of 1 + the cosine between a group and what the step takes off it."""
+    taylor_first: float = 0.2
+    """Weight of the absolute product of both."""
+    taylor_second: float = 0.2
+    """Weight of half of its square."""
+    is_uniform: bool = True
+    """Every block loses the same number, so that the result is an ordinary model; otherwise groups of a kind compete."""
+    channel_multiple: int = 8
+    """Numbers of channels that stay are multiples of it; rounded up."""
+    min_kept: float = 0.2
+    """Share of the groups of a block that stays whatever their scores; one at least."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if not 0 < self.target <= 0.95:
+            raise ConfigError(f"hesso.target must be in (0, 0.95], got {self.target}")
+        if self.unit not in ("parameters", "bytes", "macs", "groups"):
+            raise ConfigError(f"hesso.unit must be one of parameters, bytes, macs, groups, got {self.unit}")
+        if not self.kinds or not set(self.kinds) <= {"channels", "kv_heads", "query_heads"}:
+            raise ConfigError(f"hesso.kinds must be of channels, kv_heads, query_heads, got {list(self.kinds)}")
+        if {"kv_heads", "query_heads"} <= set(self.kinds):
+            raise ConfigError("hesso.kinds must hold kv_heads or query_heads, not both: they share query heads")
+        if self.warm_up_steps < 0 or self.periods < 1 or self.channel_multiple < 1:
+            raise ConfigError("hesso.warm_up_steps must be at least 0, periods and channel_multiple at least 1")
+        if self.pruning_steps < self.periods:
+            raise ConfigError(f"hesso.pruning_steps must be at least periods ({self.periods}), got {self.pruning_steps}")
+        if min(self.weights) < 0 or not any(self.weights):
+            raise ConfigError(f"hesso: weights of scores must be at least 0 and not all 0, got {list(self.weights)}")
+        if not 0 <= self.min_kept < 1:
+            raise ConfigError(f"hesso.min_kept must be in [0, 1), got {self.min_kept}")
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Of the five scores, in the order of their fields."""
+        return (self.magnitude, self.avg_magnitude, self.cosine, self.taylor_first, self.taylor_second)
+
+    @property
+    def period_steps(self) -> int:
+        """Steps of one period."""
+        return self.pruning_steps // self.periods
+
+    @property
+    def last_step(self) -> int:
+        """The step after which all chosen groups are zero."""
+        return self.warm_up_steps + self.periods * self.period_steps

@@ -1,0 +1,186 @@
+"""Scores of hidden units and closed-form compensation, on tensors alone.
+
+A hidden state `h [in]` is read by `W [out, in]`. Units are columns of `W`, or sets of columns that go together.
+"""
+
+import torch
+from torch import Tensor
+
+
+def ridged(gram: Tensor, damp: float) -> Tensor:
+    """The gram matrix with a ridge, float64.
+
+    Args:
+        gram: `[in, in]` symmetric PSD, sum of h h^T. Not written to.
+        damp: ridge as a fraction of the mean diagonal.
+
+    >>> ridged(torch.diag(torch.tensor([3.0, 1.0])), damp=0.5).diagonal().tolist()
+    [4.0, 2.0]
+    """
+    result = gram.to(torch.float64, copy=True)
+    ridge = damp * result.diagonal().mean()
+    result.diagonal().add_(ridge if ridge > 0 else 1.0)
+    return result
+
+
+def unit_energy(weight: Tensor, gram: Tensor, index: Tensor) -> Tensor:
+    """Energy of what each unit alone adds to the output, `tr(W_J G_JJ W_J^T)`: `[units]` float64.
+
+    With one column per unit it is the squared Wanda-sp score; with the covariance in the place of `G`, FLAP's.
+
+    Args:
+        weight: `[out, in]`.
+        gram: `[in, in]`.
+        index: `[units, width]` columns.
+    Source: Wanda (arXiv 2306.11695), FLAP (arXiv 2312.11983).
+
+    >>> unit_energy(torch.tensor([[1.0, 2.0]]), torch.eye(2), torch.tensor([[0], [1]])).tolist()
+    [1.0, 4.0]
+    """
+    w = weight.double()
+    blocks = gram.double()[index[:, :, None], index[:, None, :]]  # [units, width, width]
+    columns = w[:, index].transpose(0, 1)  # [units, out, width]
+    return torch.einsum("uow,uwv,uov->u", columns, blocks, columns)
+
+
+def loss_increase(weight: Tensor, gram: Tensor, index: Tensor, outputs: Tensor) -> Tensor:
+    """Second-order Taylor score of each unit, with K-FAC's approximation of the Fisher matrix: `[units]` float64.
+
+    Removing unit J changes the output by `-W_J h_J`; the loss grows by half of `E (g . W_J h_J)^2`, here
+    `1/2 sum_ij in J G_ij (W^T F W)_ij`.
+
+    Args:
+        weight: `[out, in]`.
+        gram: `[in, in]`.
+        index: `[units, width]` columns.
+        outputs: `[out, out]` second moment F of the gradients at the output.
+    Source: Fisher pruning (arXiv 1801.05787) with K-FAC (1503.05671), which the original does without.
+
+    >>> loss_increase(torch.tensor([[1.0, 2.0]]), torch.eye(2), torch.tensor([[0], [1]]), torch.tensor([[2.0]])).tolist()
+    [1.0, 4.0]
+    """
+    w = weight.double()
+    inner = w.T @ outputs.double() @ w
+    pairs = index[:, :, None], index[:, None, :]
+    return 0.5 * (gram.double()[pairs] * inner[pairs]).sum((1, 2))
+
+
+def select_by_residual(weight: Tensor, gram: Tensor, index: Tensor, num_removed: int, per_pool: int, damp: float) -> Tensor:
+    """Remove units one by one, each time the one that costs least when all that stay are refitted (OBS).
+
+    With `C = (G + damp)^-1` the cost of J is `tr(W_J C_JJ^-1 W_J^T)`; then `W -= W_J C_JJ^-1 C_J` and C loses J. The sum of
+    the costs is the Schur complement of what is removed.
+
+    Args:
+        weight: `[out, in]`. Not written to.
+        gram: `[in, in]`.
+        index: `[units, width]` columns.
+        num_removed: units to remove.
+        per_pool: the units fall into pools of this size, in order, of which equally many are removed.
+        damp: ridge, as a fraction of the mean diagonal.
+
+    Returns:
+        Numbers of the removed units in the order of removal.
+    Source: SparseGPT's and OBC's elimination (arXiv 2208.11580) for whole columns, as in ZipLM (arXiv 2302.04089).
+
+    >>> select_by_residual(torch.tensor([[1.0, 1.0, 0.1]]), torch.eye(3), torch.arange(3)[:, None], 1, 3, 0.0).tolist()
+    [2]
+    """
+    units, width = index.shape
+    num_pools = units // per_pool
+    w = weight.double().clone()
+    c = torch.linalg.inv(ridged(gram, damp))
+    is_gone = torch.zeros(units, dtype=torch.bool)
+    removed: list[int] = []
+    for turn in range(num_removed):
+        if width == 1:
+            cost = w.square().sum(0)[index[:, 0]] / c.diagonal()[index[:, 0]].clamp_min(1e-30)
+        else:
+            blocks = c[index[:, :, None], index[:, None, :]]
+            columns = w[:, index].permute(1, 2, 0)  # [units, width, out]
+            blocks = blocks + torch.diag_embed(is_gone.double()[:, None].expand(-1, width))
+            cost = (columns * torch.linalg.solve(blocks, columns)).sum((1, 2))
+        cost = cost.masked_fill(is_gone, torch.inf)
+        if num_pools > 1:  # pools take turns: none is ahead of another by more than one
+            counts = is_gone.view(num_pools, per_pool).sum(1)
+            cost = cost.masked_fill((counts > turn // num_pools).repeat_interleave(per_pool), torch.inf)
+        best = int(cost.argmin())
+        columns_of = index[best]
+        gain = torch.linalg.solve(c[columns_of][:, columns_of], c[columns_of])  # [width, in]
+        w -= w[:, columns_of] @ gain
+        c -= c[:, columns_of] @ gain
+        is_gone[best] = True
+        removed.append(best)
+        w[:, columns_of] = 0
+        c[:, columns_of] = 0
+        c[columns_of] = 0
+    return torch.tensor(removed, dtype=torch.long)
+
+
+def refit_columns(weight: Tensor, gram: Tensor, kept: Tensor, damp: float, cross: Tensor | None = None) -> Tensor:
+    """Columns that stay, refitted by least squares to the output of all: `W C_:K (G_KK + damp)^-1`.
+
+    Without `cross` the error is the Schur complement, `W_P (G_PP - G_PK G_KK^-1 G_KP) W_P^T`.
+
+    Args:
+        weight: `[out, in]`. Not written to.
+        gram: `[in, in]` second moment of the inputs that are given.
+        kept: columns, ascending.
+        damp: ridge towards the columns as they are, as a fraction of the mean diagonal.
+        cross: `[in, in]` moments of the dense model's inputs with those; None is `gram`.
+
+    Returns:
+        `[out, kept]` in `weight.dtype`.
+    Source: UDFC (arXiv 2308.06619) for transformers, with moments from data.
+
+    >>> gram = torch.tensor([[1.0, 1.0], [1.0, 1.0]])
+    >>> refit_columns(torch.tensor([[1.0, 2.0]]), gram, torch.tensor([0]), damp=0.0).tolist()
+    [[3.0]]
+    """
+    w = weight.double()
+    target = w @ (gram if cross is None else cross).double()[:, kept]
+    inner = gram.double()[kept][:, kept]
+    ridge = ridged(inner, damp) - inner if damp or not inner.diagonal().any() else torch.zeros_like(inner)
+    solved = torch.linalg.lstsq((inner + ridge).T, (target + w[:, kept] @ ridge).T).solution.T
+    return solved.to(weight.dtype)
+
+
+def lowest(scores: Tensor, num_removed: int, per_pool: int) -> Tensor:
+    """Numbers of the units with the lowest scores, equally many of each pool; ties by number.
+
+    >>> lowest(torch.tensor([0.0, 0.1, 5.0, 6.0]), 2, per_pool=2).tolist()
+    [0, 2]
+    """
+    pools = scores.view(-1, per_pool)
+    each = pools.argsort(dim=1, stable=True)[:, : num_removed // len(pools)]
+    return (each + torch.arange(len(pools))[:, None] * per_pool).flatten()
+
+
+def saliency(
+    squares: Tensor, products: Tensor, directions: Tensor, sizes: Tensor, weights: tuple[float, ...]
+) -> Tensor:  # fmt: skip
+    """HESSO's score of each group, from sums over its weights `w` and what a step takes off them, `d`.
+
+    Five scores, each over its own norm: `||w||`, `||w|| / n`, `1 + cos(w, d)`, `|w . d|`, `(w . d)^2 / 2`.
+
+    Args:
+        squares: `[groups]` sums of `w^2`.
+        products: `[groups]` sums of `w d`.
+        directions: `[groups]` sums of `d^2`.
+        sizes: `[groups]` weights in a group.
+        weights: of the five.
+    Source: HESSO, arXiv 2409.09085; the direction is measured and not derived, so that it is any optimizer's.
+
+    >>> one, two = torch.tensor([1.0, 4.0]), torch.ones(2)
+    >>> saliency(one, two, two, two, (1.0, 0.0, 0.0, 0.0, 0.0)).argsort().tolist()
+    [0, 1]
+    """
+    norms = squares.sqrt()
+    scores = (
+        norms,
+        norms / sizes,
+        1 + products / ((norms + 1e-8) * (directions.sqrt() + 1e-8)),
+        products.abs(),
+        products.square() / 2,
+    )
+    return sum((w * s / (s.norm() + 1e-8) for w, s in zip(weights, scores, strict=True)), torch.zeros_like(squares))

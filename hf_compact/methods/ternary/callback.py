@@ -1,0 +1,153 @@
+"""Quantization-aware training: latent weights, a strength that rises from 0 to 1, packed at the end.
+
+The strength and the weight decay follow from the number of the step, everything else is in parameters, so that a resumed
+run takes the same steps.
+
+Sources: BitNet b1.58 for weight decay that ends half way; the study of converted models by Hugging Face (2024) for the ramp,
+which small models hardly need; BitDistill (arXiv 2510.13998) for the norms before `o` and `down`. Their gains start from
+the RMS of calibration inputs, and the norm's strength rises with the quantization's, so that training starts from the
+model as it was.
+"""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
+
+from ...arch import Architecture, describe
+from ...capture import compress_outside_, without_cache
+from ...errors import ConfigError
+from ...select import replace_modules, select_names
+from ...training import CompactCallback
+from .apply import METHOD
+from .config import TernaryConfig, TernaryTraining
+from .layer import LatentLinear
+
+logger = logging.getLogger(__name__)
+
+
+class TernaryCallback(CompactCallback):
+    """Trains block Linears at 1.58, 2, 3 or 4 bits in a stock Trainer, and leaves a packed model.
+
+    Args:
+        config: the levels, and which Linears; by default 1.58 bits in all blocks.
+        training: the schedule; keyword arguments make one.
+        calibration: model inputs, for the norms' first gains only; without them the gains start at 1.
+        settings: fields of `TernaryTraining`.
+
+    >>> TernaryCallback(ramp="cosine").training.ramp
+    'cosine'
+    """
+
+    def __init__(
+        self, config: TernaryConfig | None = None, training: TernaryTraining | None = None,
+        calibration: Sequence[Mapping[str, Tensor]] = (), **settings: Any,
+    ) -> None:  # fmt: skip
+        """Keep the settings."""
+        super().__init__()
+        self.config, self.training = config or TernaryConfig(), training or TernaryTraining(**settings)
+        self.calibration = calibration
+        self.num_steps = self.training.num_steps
+        self.arch: Architecture | None = None
+        self.names: list[str] = []
+
+    def swap_(self, model: PreTrainedModel) -> None:
+        """Make the selected Linears latent.
+
+        Raises:
+            NothingMatched: a glob matches no Linear.
+        """
+        self.arch = describe(model)
+        self.names = select_names(self.arch.roles, self.config.include, self.config.exclude)
+        normed = {name for name in self.names if self.training.is_sub_norm and self.arch.roles[name] in ("o", "down")}
+        gains = input_rms(model, sorted(normed), self.calibration) if self.calibration and normed else {}
+        replace_modules(model, self.names, lambda name, module: LatentLinear(module, self.config, name in normed))
+        for name, gain in gains.items():
+            nn.init.constant_(model.get_submodule(name).sub_norm, gain)
+
+    def strength(self, step: int) -> float:
+        """The strength of the quantization in a step, counted from 0.
+
+        Raises:
+            ConfigError: the number of steps is not known.
+        """
+        if self.num_steps is None:
+            raise ConfigError("training.num_steps must be given in a loop of your own")
+        length = self.training.ramp_share * self.num_steps
+        done = min(1.0, step / length) if length else 1.0
+        if self.training.ramp == "cosine":
+            return (1 - math.cos(math.pi * done)) / 2
+        return math.floor(4 * done) / 4 if self.training.ramp == "step" else done
+
+    def begin_step(self, model: PreTrainedModel, step: int) -> None:
+        """Set the strength."""
+        self.set_strength_(model, self.strength(step))
+
+    def set_strength_(self, model: PreTrainedModel, strength: float) -> None:
+        """Set the strength by hand, as a warm start before the training needs it."""
+        for name in self.names:
+            model.get_submodule(name).strength.fill_(strength)
+
+    def set_decay_(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Switch weight decay off once its share of the steps is done; for a loop of your own, before each step."""
+        for group in optimizer.param_groups:
+            decay = group.setdefault("initial_weight_decay", group.get("weight_decay", 0.0))
+            if "weight_decay" in group:
+                group["weight_decay"] = decay if step < self.training.decay_share * (self.num_steps or math.inf) else 0.0
+
+    def restore_(self, model: PreTrainedModel) -> None:
+        """Pack the Linears, then embedding and head."""
+        packed = replace_modules(model, self.names, lambda _, latent: latent.pack())
+        table = {name: METHOD.table_entry(module) for name, module in packed.items()}
+        with torch.no_grad():
+            _, outside = compress_outside_(model, self.arch, [(METHOD, self.config)], METHOD.layers)
+        self.table = table | outside
+
+    def modules(self, model: PreTrainedModel) -> dict[str, dict[str, Any]]:
+        """Empty while training: the checkpoints are dense ones."""
+        return self.table if self.is_finalized else {}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Check the optimizer and take over the number of steps."""
+        self.num_steps = state.max_steps
+        super().on_train_begin(args, state, control, **kwargs)
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Strength and weight decay of the step."""
+        super().on_step_begin(args, state, control, **kwargs)
+        self.set_decay_(kwargs["optimizer"], state.global_step)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Finalise once; a model that was stopped before full strength is told about."""
+        if self.names and self.strength(state.global_step) < 1:
+            logger.warning("training ended at step %d, before the quantization had its full strength", state.global_step)
+        super().on_train_end(args, state, control, **kwargs)
+
+
+@torch.no_grad()
+def input_rms(model: PreTrainedModel, names: Sequence[str], batches: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+    """Root mean square of the inputs of Linears, over all batches."""
+    sums = dict.fromkeys(names, (0.0, 0))
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            energy, count = sums[name]
+            sums[name] = energy + args[0].double().square().sum().item(), count + args[0].numel()
+
+        return hook
+
+    was_training = model.training
+    handles = [model.get_submodule(name).register_forward_pre_hook(note(name)) for name in names]
+    try:
+        with without_cache(model):
+            for batch in batches:
+                model.eval()(**{name: value.to(model.device) for name, value in batch.items()})
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    return {name: math.sqrt(energy / max(count, 1)) for name, (energy, count) in sums.items()}

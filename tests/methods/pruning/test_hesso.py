@@ -1,0 +1,162 @@
+"""HESSO in a stock Trainer: the schedule is exact, a stopped run ends alike, the result is ordinary."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from hf_compact import HessoCallback, HessoConfig
+from hf_compact.errors import ConfigError
+from hf_compact.groups import find_groups
+from hf_compact.methods.pruning.callback import KEPT, PRUNED, SHRINKING
+from tests.conftest import tiny_inputs, tiny_model
+
+SETTINGS = {"target": 0.3, "warm_up_steps": 1, "pruning_steps": 6, "periods": 2, "channel_multiple": 4}
+
+
+class Tokens(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 32
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = tiny_inputs("llama", 1, 16, index)["input_ids"][0]
+        return {"input_ids": ids, "labels": ids}
+
+
+def train(model, callback, folder: Path, resume: str | None = None, **settings) -> Trainer:
+    args = TrainingArguments(
+        str(folder), per_device_train_batch_size=2, learning_rate=1e-3, report_to=[], save_steps=3, use_cpu=True, disable_tqdm=True,
+        logging_steps=1, **({"max_steps": 9} | settings),
+    )  # fmt: skip
+    trainer = Trainer(model, args, train_dataset=Tokens(), callbacks=[callback])
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def block_parameters(model) -> int:
+    return sum(p.numel() for p in model.model.layers.parameters())
+
+
+class Watched(HessoCallback):
+    """Notes after every step how many groups are zero, and in which state they are."""
+
+    def step(self, model, step, learning_rate):
+        super().step(model, step, learning_rate)
+        self.seen = [*getattr(self, "seen", []), [len(s.zero_groups()) for s in self.sets]]
+        self.marks = [torch.bincount(self.states(s), minlength=3).tolist() for s in self.sets]
+
+
+@pytest.mark.parametrize("extra", [{}, {"gradient_accumulation_steps": 2}, {"bf16": True}, {"optim": "sgd"}], ids=str)
+def test_the_schedule_is_exact(extra, tmp_path):
+    model, callback = tiny_model("llama"), Watched(**SETTINGS)
+    dense = block_parameters(model)
+    train(model, callback, tmp_path, **extra)
+    channels, heads = callback.counts["channels"], callback.counts["kv_heads"]
+    assert heads == 0
+    assert [zeros[0] for zeros in callback.seen] == [0] * 3 + [channels // 2] * 3 + [channels] * 3
+    assert all(
+        marks[KEPT] == s.num_groups - callback.counts[s.kind] for marks, s in zip(callback.marks, callback.sets, strict=True)
+    )
+    assert model.config.intermediate_size == 72 - channels
+    removed = 1 - block_parameters(model) / dense
+    assert removed <= 0.3 < removed + 4 * 3 * 32 * 3 / dense
+    model.save_pretrained(tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert not any("pruning" in name for name in again.state_dict())
+
+
+@pytest.mark.parametrize("unit", ["parameters", "bytes", "macs", "groups"])
+def test_the_target_counts_what_it_says(unit):
+    model = tiny_model("llama")
+    callback = HessoCallback(**SETTINGS | {"unit": unit, "target": 0.5, "channel_multiple": 1})
+    callback.prepare(model)
+    shares = []
+    for group_set in callback.sets:
+        group_set.scale_(torch.arange(callback.counts[group_set.kind]), 0)
+        shares.append(callback.counts[group_set.kind] / group_set.num_groups)
+    dense, weights = block_parameters(model), sum(p.numel() for p in model.model.layers.parameters() if p.dim() > 1)
+    callback.finalize(model)
+    if unit == "groups":
+        assert shares == [0.5] * 6
+    else:
+        left = (
+            block_parameters(model) if unit != "macs" else sum(p.numel() for p in model.model.layers.parameters() if p.dim() > 1)
+        )
+        whole = weights if unit == "macs" else dense
+        assert abs(1 - left / whole - 0.5) <= 3 * 32 / (2 * whole) * 3
+
+
+@pytest.mark.parametrize("is_uniform", [True, False], ids=["uniform", "free"])
+def test_a_run_stopped_in_a_period_ends_with_the_same_weights(is_uniform, tmp_path):
+    settings = SETTINGS | {"is_uniform": is_uniform, "kinds": ("channels", "query_heads")}
+    model, again = tiny_model("llama"), tiny_model("llama")
+    train(model, HessoCallback(**settings), tmp_path)
+    train(again, HessoCallback(**settings), tmp_path, resume=str(tmp_path / "checkpoint-3"))
+    first, second = model.state_dict(), again.state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_blocks_that_compete_lose_as_much_in_all(tmp_path):
+    model, callback = tiny_model("llama"), Watched(**SETTINGS | {"is_uniform": False})
+    model.model.layers[1].mlp.down_proj.weight.data *= 1e-3
+    model.model.layers[1].mlp.up_proj.weight.data *= 1e-3
+    train(model, callback, tmp_path)
+    widths = [layer.mlp.up_proj.out_features for layer in model.model.layers]
+    assert widths[1] < min(widths[0], widths[2])
+    assert widths[1] >= 0.2 * 72
+    assert sum(callback.seen[-1][::2]) == 3 * callback.counts["channels"]
+    model.save_pretrained(tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(again(**tiny_inputs("llama")).logits, model.eval()(**tiny_inputs("llama")).logits)
+
+
+def test_dead_channels_go_first_and_chosen_ones_fall_linearly():
+    model, callback = (
+        tiny_model("llama"),
+        HessoCallback(target=0.3, pruning_steps=4, periods=1, channel_multiple=1, kinds=("channels",)),
+    )
+    mlp = model.model.layers[0].mlp
+    for dead in (5, 40):
+        mlp.gate_proj.weight.data[dead] = mlp.up_proj.weight.data[dead] = mlp.down_proj.weight.data[:, dead] = 1e-6
+    callback.prepare(model)
+    start = mlp.up_proj.weight.detach().clone()
+    for step in range(4):  # no optimizer: only the callback moves the weights
+        callback.before_update(model, step)
+        callback.step(model, step + 1, 0.0)
+        states = callback.states(callback.sets[0])
+        assert int((states == SHRINKING).sum()) == callback.counts["channels"]
+        assert {5, 40} <= set((states == SHRINKING).nonzero()[:, 0].tolist())
+        torch.testing.assert_close(mlp.up_proj.weight[states == SHRINKING], start[states == SHRINKING] * (3 - step) / 4)
+        assert torch.equal(mlp.up_proj.weight[states == KEPT], start[states == KEPT])
+    assert len(find_groups(model, ("channels",))[0].zero_groups()) == callback.counts["channels"]
+    assert PRUNED not in states
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target": 1.0}, r"target must be in \(0, 0.95\], got 1.0"),
+        ({"unit": "watts"}, "unit must be one of parameters, bytes, macs, groups, got watts"),
+        ({"kinds": ("layers",)}, "kinds must be of channels, kv_heads, query_heads"),
+        ({"kinds": ("kv_heads", "query_heads")}, "not both: they share query heads"),
+        ({"warm_up_steps": -1}, "warm_up_steps must be at least 0"),
+        ({"magnitude": -1.0}, "weights of scores must be at least 0"),
+        ({"min_kept": 1.0}, r"min_kept must be in \[0, 1\), got 1.0"),
+    ],
+)
+def test_settings_out_of_range(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        HessoConfig(**settings)
+
+
+def test_targets_that_cannot_be_met(tmp_path):
+    with pytest.raises(ConfigError, match=r"needs \d+ of 72 channels of every block, and hesso\.min_kept 0\.2 forbids it"):
+        HessoCallback(target=0.8, kinds=("channels",)).prepare(tiny_model("llama"))
+    with pytest.raises(ConfigError, match="is less than one group of a block"):
+        HessoCallback(target=0.3, kinds=("kv_heads",)).prepare(tiny_model("llama"))
+    with pytest.raises(ConfigError, match="must be at most the 4 steps of the run, got 7"):
+        train(tiny_model("llama"), HessoCallback(**SETTINGS), tmp_path, max_steps=4)

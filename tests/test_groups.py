@@ -1,0 +1,128 @@
+"""Groups that are zero can be cut out of every family, and nothing changes but the size."""
+
+import pytest
+import torch
+
+from hf_compact.arch import describe
+from hf_compact.errors import ConfigError, NothingMatched, UnsupportedModel
+from hf_compact.groups import cut_zeros_, drop_layers_, find_groups
+from tests.conftest import FAMILIES, tiny_inputs, tiny_model
+
+GENERATES = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt2", "gpt_neox", "opt", "t5"]
+
+
+def output(model, family: str) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**tiny_inputs(family))[0]
+
+
+def with_biases(model) -> None:
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(len(name)))
+
+
+def zero_some_(model, kinds, seed: int = 0, is_even: bool = False) -> int:
+    """Zero random groups, of every pool equally many; returns the parameters that they have."""
+    generator = torch.Generator().manual_seed(seed)
+    removed = 0
+    for number, group_set in enumerate(find_groups(model, kinds)):
+        size = group_set.num_groups // group_set.num_pools
+        count = size // 3 + (0 if is_even else number // len(kinds) % 2)
+        count = min(max(1, count), size - 1)
+        chosen = torch.cat(
+            [pool * size + torch.randperm(size, generator=generator)[:count] for pool in range(group_set.num_pools)]
+        )
+        group_set.scale_(chosen, 0)
+        assert torch.equal(group_set.zero_groups(), chosen.sort().values)
+        removed += int(group_set.sizes()[chosen].sum())
+    return removed
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("is_uniform", [True, False], ids=["uniform", "free"])
+def test_zeros_are_cut_out_exactly(family, is_uniform):
+    model = tiny_model(family)
+    with_biases(model)
+    kinds = ("channels",) if family == "t5" else ("channels", "kv_heads")
+    removed = zero_some_(model, kinds, is_even=is_uniform)
+    before, size = output(model, family), model.num_parameters()
+    table = cut_zeros_(model, kinds, is_uniform)
+    torch.testing.assert_close(output(model, family), before, rtol=0, atol=1e-5)
+    assert model.num_parameters() == size - removed
+    stock_heads = family in ("gpt2", "gpt_neox", "opt", "bert", "bert_mlm")
+    assert bool(table) == (not is_uniform or stock_heads)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+def test_query_heads_leave_their_key_value_heads(family):
+    model = tiny_model(family)
+    zero_some_(model, ("query_heads",), is_even=True)
+    before = output(model, family)
+    assert cut_zeros_(model) == {}
+    torch.testing.assert_close(output(model, family), before, rtol=0, atol=1e-5)
+    config = model.config
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (2, 2, 8)
+
+
+@pytest.mark.parametrize("family", GENERATES)
+@pytest.mark.parametrize(
+    "cache", [{"use_cache": False}, {}, {"cache_implementation": "static"}], ids=["none", "dynamic", "static"]
+)
+def test_generation_is_that_of_the_zeroed_model(family, cache):
+    model = tiny_model(family)
+    zero_some_(model, ("channels",) if family == "t5" else ("channels", "kv_heads"))
+    ids = tiny_inputs(family, 1, 8)["input_ids"]
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(ids, **settings, use_cache=False)
+    cut_zeros_(model, is_uniform=False)
+    assert torch.equal(model.generate(ids, **settings, **cache), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "gpt2", "gpt_neox", "opt", "t5", "vit"])
+def test_layers_are_left_out_exactly(family):
+    model = tiny_model(family)
+    with_biases(model)
+    chosen = find_groups(model, ("layers",))[1 if family == "t5" else 0]
+    chosen.scale_(torch.tensor([0]), 0)
+    before = output(model, family)
+    number = len(describe(model).blocks)
+    assert cut_zeros_(model, ("layers",)) == {}
+    torch.testing.assert_close(output(model, family), before, rtol=0, atol=1e-5)
+    assert len(describe(model).blocks) == number - 1
+    stock = type(model)(model.config).eval()
+    stock.load_state_dict(model.state_dict())
+    torch.testing.assert_close(output(stock, family), before, rtol=0, atol=1e-5)
+
+
+def test_what_cannot_be_cut_is_named():
+    model = tiny_model("llama")
+    with pytest.raises(ConfigError, match="kinds must be of channels, kv_heads, query_heads, layers, got \\['experts'\\]"):
+        find_groups(model, ("experts",))
+    with pytest.raises(NothingMatched, match="a T5ForConditionalGeneration has no groups of the kinds kv_heads"):
+        find_groups(tiny_model("t5"), ("kv_heads",))
+    with pytest.raises(NothingMatched, match="no groups of the kinds channels"):
+        find_groups(tiny_model("bert", hidden_act="sigmoid"), ("channels",))
+    (first, *_) = find_groups(model, ("channels",))
+    with pytest.raises(ConfigError, match="must keep at least one of its channels in each of 1 pools"):
+        first.cut_(model, torch.tensor([], dtype=torch.long))
+    (first, *_) = find_groups(model, ("query_heads",))
+    with pytest.raises(ConfigError, match=r"equally many, got \[2, 1\]"):
+        first.cut_(model, torch.tensor([0, 1, 2]))
+    with pytest.raises(ConfigError, match=r"at least one of the 3 blocks of model\.layers must stay"):
+        drop_layers_(model, describe(model).blocks)
+    with pytest.raises(UnsupportedModel, match=r"encoder\.layer\.0 cannot be left out"):
+        drop_layers_(tiny_model("bert"), ["encoder.layer.0"])
+    model.config.model_type = "somebody_elses"
+    with pytest.raises(UnsupportedModel, match="its hidden units are not known"):
+        find_groups(model)
+
+
+def test_a_layer_of_zeros_keeps_a_group():
+    model = tiny_model("llama")
+    for group_set in find_groups(model):
+        group_set.scale_(torch.arange(group_set.num_groups), 0)
+    before = output(model, "llama")
+    assert cut_zeros_(model, ("channels", "kv_heads"), multiple=8) == {}
+    assert (model.config.intermediate_size, model.config.num_key_value_heads) == (8, 1)
+    torch.testing.assert_close(output(model, "llama"), before, rtol=0, atol=1e-5)
