@@ -234,3 +234,8 @@ def test_what_cannot_work_is_named():
 def test_settings_out_of_range(settings, message):
     with pytest.raises(ConfigError, match=message):
         PruningConfig(**settings)
+
+
+def test_pruning_is_no_candidate_of_a_plan(dense_folder):
+    with pytest.raises(ConfigError, match="which pruning does not: prune first, then plan"):
+        api.plan_budget(dense_folder, target_bpw=3.0, candidates={"stages": [{"method": "pruning"}]})
