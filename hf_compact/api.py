@@ -204,7 +204,7 @@ def plan(model: str | Path, recipe: Recipe | Mapping[str, Any] | str | Path, see
             add(name, made[name].role, made[name].config.method, made[name].old, made[name].new)
         elif name is not None:
             skipped.append({"name": name, "reason": "the recipe leaves it in the model's dtype"})
-    cut = copy.deepcopy(dense.model).to("meta")
+    cut = _shapes_of(dense.model)
     for (method, stage), names in zip(stages, chosen, strict=True):
         if method.cut_block is not None:
             find_groups(cut)
@@ -752,7 +752,7 @@ def check_cuts(model: PreTrainedModel, arch: Architecture, recipe: Recipe) -> No
         if method.cut_block is None:
             continue
         find_groups(model)
-        shapes = copy.deepcopy(model).to("meta")
+        shapes = _shapes_of(model)
         cut = [set(method.cut_block(shapes, arch, block, names, stage, None)) for block in arch.blocks]
         if not any(cut) and not getattr(stage, "num_layers", 0):
             raise NothingMatched(f"recipe.stages[{position}] removes nothing: every number of groups rounds to 0")
@@ -763,6 +763,12 @@ def check_cuts(model: PreTrainedModel, arch: Architecture, recipe: Recipe) -> No
                 f"{stuck[0]} would have a width that the config of {arch.family} cannot say, and recipe.stages[{position + 1}:] "
                 "compresses it: include the same Linears of every block, and set head_sparsity to 0"
             )
+
+
+def _shapes_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The model on meta, with a config of its own."""
+    with torch.device("meta"):
+        return type(model)(copy.deepcopy(model.config))
 
 
 def check_output_or_resume(output: Path) -> None:
@@ -884,6 +890,11 @@ def _check_plan(recipe: Recipe, num_tokens: int, files: Sequence[Path]) -> None:
         raise ConfigError(f"num_tokens must be at least 1, got {num_tokens}")
     if distributed.world_size() > 1:
         raise ConfigError("planning runs in one process, not under torchrun")
+    for stage in recipe.stages:
+        if METHODS[stage.method].cut_block is not None:
+            raise ConfigError(
+                f"candidates must compress Linears one by one, which {stage.method} does not: prune first, then plan"
+            )
     for path in files:
         check_new_file(path)
 

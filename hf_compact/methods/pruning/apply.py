@@ -142,8 +142,8 @@ def cut_block(
 def num_removed(group_set: GroupSet, config: PruningConfig) -> int:
     """How many groups of a set go.
 
-    >>> num_removed(GroupSet("block", "channels", (), 100), PruningConfig(channel_sparsity=0.2, channel_multiple=16))
-    4
+    >>> num_removed(GroupSet("block", "channels", (), 100), PruningConfig(channel_sparsity=0.2, channel_multiple=12))
+    16
     """
     number = group_set.num_groups
     if group_set.kind == "channels":

@@ -234,3 +234,27 @@ def test_what_cannot_work_is_named():
 def test_settings_out_of_range(settings, message):
     with pytest.raises(ConfigError, match=message):
         PruningConfig(**settings)
+
+
+def test_pruning_is_no_candidate_of_a_plan(dense_folder):
+    with pytest.raises(ConfigError, match="which pruning does not: prune first, then plan"):
+        api.plan_budget(dense_folder, target_bpw=3.0, candidates={"stages": [{"method": "pruning"}]})
+
+
+def test_a_killed_run_goes_on_with_the_cut_blocks(dense_folder, tmp_path):
+    """Stopped before its third block, the run ends with the same files."""
+    recipe = {
+        "stages": [{"method": "pruning", "head_sparsity": 0.5}, {"method": "codebook", "bits": 4, "exclude": ["*.q_proj"]}],
+        "calibration": {"num_sequences": 4, "sequence_length": 64},
+    }
+
+    def stop(unit: str, done: int, total: int) -> None:
+        if unit == "model.layers.2":
+            raise KeyboardInterrupt
+
+    hf_compact.compress(dense_folder, recipe, output=tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        hf_compact.compress(dense_folder, recipe, output=tmp_path / "again", progress=stop)
+    hf_compact.compress(dense_folder, recipe, output=tmp_path / "again")
+    first, second = ({p.name: p.read_bytes() for p in (tmp_path / n).glob("*.safetensors")} for n in ("whole", "again"))
+    assert first == second

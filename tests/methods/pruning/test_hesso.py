@@ -1,9 +1,14 @@
-"""HESSO in a stock Trainer: the schedule is exact, a stopped run ends alike, the result is ordinary."""
+"""HESSO in a stock Trainer: the schedule is exact, a stopped run ends alike, ranks agree, the result is ordinary."""
 
+import os
+import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hf_compact import HessoCallback, HessoConfig
@@ -160,3 +165,26 @@ def test_targets_that_cannot_be_met(tmp_path):
         HessoCallback(target=0.3, kinds=("kv_heads",)).prepare(tiny_model("llama"))
     with pytest.raises(ConfigError, match="must be at most the 4 steps of the run, got 7"):
         train(tiny_model("llama"), HessoCallback(**SETTINGS), tmp_path, max_steps=4)
+
+
+def _worker(rank: int, folder: str) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model = tiny_model("llama")
+    train(model, HessoCallback(**SETTINGS), Path(folder) / "run", ddp_backend="gloo")
+    state = {k: v.clone().contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    save_file(state, f"{folder}/{rank}.safetensors")
+    dist.destroy_process_group()
+
+
+@pytest.mark.distributed
+def test_two_ranks_prune_the_same_groups(tmp_path):
+    context = mp.start_processes(_worker, (str(tmp_path),), nprocs=2, join=False, start_method="spawn")
+    deadline = time.monotonic() + 280
+    while not context.join(timeout=5):
+        assert time.monotonic() < deadline, "the ranks wait for each other"
+    first, second = load_file(tmp_path / "0.safetensors"), load_file(tmp_path / "1.safetensors")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert first["model.layers.0.mlp.up_proj.weight"].shape[0] < 72
