@@ -9,6 +9,7 @@ from .errors import CompactError
 from .hf.quantizer import CompactConfig, set_bits
 from .methods.codebook import CodebookConfig
 from .methods.compacter import CompacterConfig, CompacterModel
+from .methods.distillation import DistillationCallback
 from .methods.one_bit_adam import OneBitAdam, OneBitAdamCallback, OneBitAdamConfig
 from .methods.pruning import HessoCallback, HessoConfig, PruningConfig
 from .methods.tensor_network import TensorNetworkCallback, TensorNetworkConfig
@@ -24,6 +25,7 @@ __all__ = [
     "CompactError",
     "CompacterConfig",
     "CompacterModel",
+    "DistillationCallback",
     "HessoCallback",
     "HessoConfig",
     "OneBitAdam",

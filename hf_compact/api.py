@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import transformers
@@ -50,7 +50,8 @@ from .distillation import distill_
 from .errors import CalibrationError, ConfigError, FormatError, NothingMatched, OutputError, UnsupportedModel, VerificationError
 from .groups import find_groups, settle_
 from .hf.card import model_card, plot_layers
-from .hf.export import save_dense, save_low_rank
+from .hf.export import save_bitnet, save_dense, save_low_rank
+from .hf.gguf import save_gguf
 from .hf.quantizer import CompactConfig, attach_, expect_, names_in, outermost
 from .measurement import Alternative, ErrorTable, Item, divergence_between, measure, propose
 from .methods import LAYERS, METHODS
@@ -66,6 +67,8 @@ from .version import __version__
 
 logger = logging.getLogger(__name__)
 
+#: What a compressed folder can be written as.
+ExportKind = Literal["dense", "low_rank", "bitnet", "tq1_0", "tq2_0"]
 #: What imports and buffers of the libraries themselves take, beside tensors of the model.
 RUNTIME_BYTES = 400_000_000
 #: Tokens that the planner measures errors on, and how many times more gram matrices are made from.
@@ -503,29 +506,35 @@ def profile(
     return found
 
 
-def export(folder: str | Path, output: str | Path, kind: Literal["dense", "low_rank"] = "dense") -> None:
+def export(folder: str | Path, output: str | Path, kind: ExportKind = "dense") -> None:
     """Write a compressed folder as one that loads without this library.
 
     Args:
         folder: compressed.
         output: folder to create.
-        kind: `dense`, or `low_rank`: two plain Linears for each low-rank layer, under `trust_remote_code=True`.
+        kind: `dense`; `low_rank`: two plain Linears for each low-rank layer, under `trust_remote_code=True`; `bitnet`:
+            transformers' own ternary format; `tq1_0`, `tq2_0`: the ternary formats of llama.cpp, as `model.gguf` in the folder.
 
     Raises:
         CompactError: the folder is not compressed by this library, or has layers that `kind` cannot say.
     """
     folder, output = Path(folder), Path(output)
-    if kind not in ("dense", "low_rank"):
-        raise ConfigError(f"kind must be one of dense, low_rank, got {kind!r}")
+    if kind not in get_args(ExportKind):
+        raise ConfigError(f"kind must be one of {', '.join(get_args(ExportKind))}, got {kind!r}")
     inspect_folder(folder)
     check_output(output)
     model = verify.load_model(folder)
     with disk_errors(output):
+        tokenizer = _tokenizer(folder)
         if kind == "dense":
             save_dense(model, output)
-        else:
+        elif kind == "bitnet":
+            save_bitnet(model, output)
+        elif kind == "low_rank":
             save_low_rank(model, output, "AutoModelForCausalLM" if is_causal_lm(model) else "AutoModel")
-        tokenizer = _tokenizer(folder)
+        else:
+            save_gguf(model, output, kind, tokenizer)
+            return
         if tokenizer is not None:
             tokenizer.save_pretrained(output)
 

@@ -524,7 +524,7 @@ class BlockRunner:
 
         def stand_in(name: str, *args: Any, **kwargs: Any) -> Any:
             nonlocal extras
-            hidden, call = _split(args, kwargs)
+            hidden, call = split_call(args, kwargs)
             calls[name].append(call)
             if name == stack[0]:
                 self.hidden.append(hidden)
@@ -775,7 +775,7 @@ def _relative_error(weight: Tensor, module: nn.Module, gram: Tensor | None) -> f
     return lost / max(total, 1e-30)
 
 
-def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, _Call]:
+def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, _Call]:
     """The hidden state, which is the first argument of every block, and the rest."""
     if args:
         return args[0], _Call(args[1:], dict(kwargs))

@@ -305,7 +305,7 @@ class Journal:
         """
         shard = self.shard_path(len(self.entries))
         with disk_errors(self.folder):
-            _write_shard(shard, tensors)
+            write_shard(shard, tensors)
             entry = {"unit": unit, "file": shard.name, "sha256": hash_files([shard]), **record}
             with (self.folder / _JOURNAL_NAME).open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(entry) + "\n")
@@ -324,7 +324,7 @@ class Journal:
         entry = self.entries[position]
         with disk_errors(self.folder):
             shard = self.folder / entry["file"]
-            _write_shard(shard, tensors)
+            write_shard(shard, tensors)
             self.entries[position] = {**entry, **record, "sha256": hash_files([shard]), "is_replaced": True}
             lines = _complete_lines(self.folder / _JOURNAL_NAME)[:1] + self.entries
             write_text(self.folder / _JOURNAL_NAME, "".join(json.dumps(line) + "\n" for line in lines))
@@ -461,7 +461,7 @@ def _complete_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """By atomic rename, so that the file is the old one, or the new one, or none."""
     temporary = path.with_suffix(".tmp")
     try:

@@ -321,7 +321,10 @@ def profile(
 def export(
     folder: Annotated[Path, typer.Argument(help="A compressed folder.", metavar="DIR")],
     output: Annotated[Path, typer.Option(help="Folder to create.", metavar="DIR")],
-    to: Annotated[Literal["dense", "low_rank"], typer.Option(help="Dense, or two Linears per low-rank layer.")] = "dense",
+    to: Annotated[
+        api.ExportKind,
+        typer.Option(help="Dense; two Linears per low-rank layer; ternary layers for transformers or for llama.cpp."),
+    ] = "dense",
 ) -> None:
     """Write a compressed folder as one that loads without this library."""
     with _errors():

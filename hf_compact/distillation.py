@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from .capture import without_cache
 from .config import DistillationConfig
 from .fitting import fit_, relative_error
+from .functional.divergence import kl_divergence
 
 
 def distill_(
@@ -57,6 +58,4 @@ def divergence(output: Tensor, target: Tensor) -> Tensor:
     >>> divergence(torch.zeros(1, 2), torch.zeros(1, 2)).item()
     0.0
     """
-    log_p = target.float().flatten(0, -2).log_softmax(-1)
-    log_q = output.float().flatten(0, -2).log_softmax(-1)
-    return nn.functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+    return kl_divergence(target.float().log_softmax(-1), output.float().log_softmax(-1)).mean()

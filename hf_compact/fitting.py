@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .errors import NumericalError
+from .functional.divergence import lost_energy
 from .stored import CodedModule, ScaledModule
 
 
@@ -68,8 +69,7 @@ def relative_error(output: Tensor, target: Tensor) -> Tensor:
     >>> relative_error(torch.tensor([[0.0, 1.0], [30.0, 0.0]]), torch.tensor([[0.0, 2.0], [30.0, 0.0]])).item()
     0.125
     """
-    target = target.float()
-    return ((output.float() - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)).mean()
+    return lost_energy(output, target).mean()
 
 
 @contextmanager

@@ -1,12 +1,11 @@
 """Winning quality back: a small adapter trained on top of a compressed model by the stock Trainer.
 
 The compressed modules stay as they are; gradients pass through them. With a teacher the loss is the divergence of the
-next-token distributions, which a forward hook puts in the place of the model's own loss, so that no Trainer is subclassed.
+next-token distributions.
 """
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,9 +23,9 @@ from transformers import (
 )
 
 from .config import DistillationConfig
-from .distillation import divergence
 from .errors import NumericalError
 from .methods.compacter import CompacterConfig
+from .methods.distillation import DistillationCallback
 
 
 class _Follow(TrainerCallback):
@@ -80,25 +79,8 @@ def train_adapter(
             save_strategy="no", report_to="none", disable_tqdm=True, logging_nan_inf_filter=False,
             dataloader_pin_memory=False,
         )  # fmt: skip
-        trainer = Trainer(adapted, arguments, train_dataset=rows, data_collator=default_data_collator, callbacks=[follow])
+        callbacks: list[TrainerCallback] = [follow] if teacher is None else [follow, DistillationCallback(teacher)]
+        trainer = Trainer(adapted, arguments, train_dataset=rows, data_collator=default_data_collator, callbacks=callbacks)
         trainer.remove_callback(PrinterCallback)  # progress is the caller's
-        with nullcontext() if teacher is None else _distilled(adapted, teacher.to(adapted.device)):
-            trainer.train()
+        trainer.train()
     return adapted.eval(), follow.losses
-
-
-@contextmanager
-def _distilled(model: PeftModel, teacher: PreTrainedModel) -> Iterator[None]:
-    """The model's loss is its divergence from the teacher."""
-
-    def replace_loss(module: torch.nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> Any:
-        with torch.no_grad():
-            target = teacher.eval()(input_ids=kwargs["input_ids"], use_cache=False).logits
-        output["loss"] = divergence(output.logits, target)
-        return output
-
-    handle = model.register_forward_hook(replace_loss, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()

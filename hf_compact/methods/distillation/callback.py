@@ -1,0 +1,209 @@
+"""Distillation in a stock Trainer: a forward hook puts the loss in the place of the model's own.
+
+The hook sees what the model sees, runs the teacher or reads the cache, and sums over the labelled positions. It divides by
+`num_items_in_batch` where the Trainer gives it, which is the count over all micro-batches (and ranks): a mean per
+micro-batch would be as many times too large.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from ...arch import describe
+from ...capture import without_cache
+from ...errors import ConfigError
+from ...functional.divergence import kl_divergence, lost_energy
+from .cache import TeacherCache
+from .config import DistillationTerms
+from .functional import balanced_kl, gather_log_probs, relation_divergence
+
+_IGNORED = -100
+
+
+class DistillationCallback(TrainerCallback):
+    """The loss of training becomes the distance from a teacher; evaluation keeps the model's own.
+
+    Args:
+        teacher: a model with the same tokenizer, or
+        cache: what `write_cache` has stored of one.
+        terms: what is added up; keyword arguments make them.
+        settings: fields of `DistillationTerms`.
+
+    Raises:
+        ConfigError: not exactly one of teacher and cache is given, or the cache cannot give the terms.
+
+    >>> DistillationCallback()
+    Traceback (most recent call last):
+    hf_compact.errors.ConfigError: exactly one of teacher and cache must be given
+    """
+
+    def __init__(
+        self, teacher: PreTrainedModel | None = None, cache: TeacherCache | str | Path | None = None,
+        terms: DistillationTerms | None = None, **settings: Any,
+    ) -> None:  # fmt: skip
+        """Open the cache."""
+        if (teacher is None) == (cache is None):
+            raise ConfigError("exactly one of teacher and cache must be given")
+        self.terms = terms or DistillationTerms(**settings)
+        self.teacher = teacher
+        self.cache = TeacherCache(cache) if isinstance(cache, str | Path) else cache
+        if self.cache is not None and self.terms.needs_teacher:
+            raise ConfigError("terms of hidden states and relations need a teacher, a cache holds log-probabilities only")
+        if self.cache is not None and self.cache.temperature != self.terms.temperature:
+            raise ConfigError(
+                f"terms.temperature must be that of the cache, {self.cache.temperature}, got {self.terms.temperature}"
+            )
+        self._handles: list[Any] = []
+        self._seen: dict[str, Tensor] = {}
+        self._pairs: list[tuple[str, str, str]] = []
+
+    def attach_(self, model: nn.Module) -> None:
+        """Put the hooks on a model, also one that an adapter wraps; for a loop of your own.
+
+        Raises:
+            ConfigError: teacher and student cannot be compared.
+        """
+        student = unwrapped(model)
+        if self.teacher is not None:
+            self._check(student)
+        self._handles.append(student.register_forward_hook(self._replace_loss, with_kwargs=True))
+        for mine, theirs, _ in self._pairs:
+            for side, owner, name in (("student", student, mine), ("teacher", self.teacher, theirs)):
+                self._handles.append(owner.get_submodule(name).register_forward_hook(self._note(f"{side} {name}")))
+
+    def detach_(self) -> None:
+        """Take the hooks away."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._seen.clear()
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """As `attach_`; the tokenizer that the Trainer knows must be that of the cache."""
+        tokenizer = kwargs.get("processing_class")
+        if self.cache is not None and tokenizer is not None:
+            TeacherCache(self.cache.folder, tokenizer=tokenizer)
+        if self.teacher is not None:
+            self.teacher.to(args.device)
+        self.detach_()
+        self.attach_(kwargs["model"])
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """As `detach_`."""
+        self.detach_()
+
+    def _check(self, student: PreTrainedModel) -> None:
+        teacher, terms = self.teacher, self.terms
+        sizes = [getattr(model.config.get_text_config(), "vocab_size", None) for model in (student, teacher)]
+        if sizes[0] != sizes[1]:
+            raise ConfigError(f"teacher and student must have one vocabulary, got {sizes[1]} and {sizes[0]} entries")
+        self._pairs = []
+        if not terms.needs_teacher:
+            return
+        arch = describe(teacher)
+        mine, theirs = describe(student).blocks, arch.blocks
+        for layer in (
+            *(terms.hidden_layers if terms.hidden_weight else ()),
+            *([terms.relation_layer] * bool(terms.relation_weight)),
+        ):
+            if not all(-len(blocks) <= layer < len(blocks) for blocks in (mine, theirs)):
+                raise ConfigError(f"layer {layer} must be a block of both models, which have {len(mine)} and {len(theirs)}")
+        if terms.hidden_weight:
+            self._pairs += [(mine[i], theirs[i], "hidden") for i in terms.hidden_layers]
+        if terms.relation_weight:
+            block = theirs[terms.relation_layer]
+            names = [name for name in arch.targets(block) if arch.roles[name] in ("q", "k", "v")]
+            if len(names) != 3:
+                raise ConfigError(f"relations need separate queries, keys and values, {block} has {len(names)} of them")
+            self._pairs += [(mine[terms.relation_layer] + name.removeprefix(block), name, "relation") for name in names]
+
+    def _note(self, key: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            self._seen[key] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    def _replace_loss(self, model: PreTrainedModel, args: Any, kwargs: Mapping[str, Any], output: Any) -> Any:
+        if not model.training:
+            self._seen.clear()
+            return output
+        terms, logits = self.terms, output["logits"]
+        inputs = {name: value for name, value in kwargs.items() if name not in ("labels", "num_items_in_batch")}
+        inputs |= {"input_ids": args[0]} if args else {}
+        kept = labelled(model, logits, kwargs)
+        target = None
+        if self.teacher is not None:
+            with torch.no_grad(), without_cache(self.teacher):
+                target = self.teacher.eval()(**inputs)["logits"][kept]
+        total = logits.new_zeros((), dtype=torch.float32)
+        if terms.logits_weight:
+            total = total + terms.logits_weight * terms.temperature**2 * self._divergence(logits, target, kept, inputs).sum()
+        for kind, weight in (("hidden", terms.hidden_weight), ("relation", terms.relation_weight)):
+            values = [self._distance(pair, inputs.get("attention_mask")) for pair in self._pairs if pair[2] == kind]
+            total = total + weight * sum(value[kept].sum() for value in values) / max(len(values), 1)
+        self._seen.clear()
+        count = kwargs.get("num_items_in_batch")
+        loss = total / (kept.sum().clamp_min(1) if count is None else count)
+        if terms.label_weight:
+            if output.get("loss") is None:
+                raise ConfigError("terms.label_weight needs labels in the batch")
+            loss = loss + terms.label_weight * output["loss"]
+        output["loss"] = loss
+        return output
+
+    def _divergence(self, logits: Tensor, target: Tensor | None, kept: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        """Nats of every kept position."""
+        terms = self.terms
+        if target is not None:
+            log_p, log_q = ((values.float() / terms.temperature).log_softmax(-1) for values in (target, logits[kept]))
+        else:
+            ids, log_p = self._stored(inputs, kept)
+            log_q = gather_log_probs(logits[kept], ids, terms.temperature)
+        if terms.divergence == "balanced":
+            return balanced_kl(log_p, log_q, terms.balance, terms.balance_weight, terms.balance_slope)
+        return kl_divergence(log_p, log_q) if terms.divergence == "forward" else kl_divergence(log_q, log_p)
+
+    def _stored(self, inputs: Mapping[str, Any], kept: Tensor) -> tuple[Tensor, Tensor]:
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        found = [self.cache.read(row[own]) for row, own in zip(ids, mask, strict=True)]
+        chosen = [own[there] for own, there in zip(kept, mask, strict=True)]
+        return tuple(
+            torch.cat([part[position][own.cpu()] for part, own in zip(found, chosen, strict=True)]).to(ids.device)
+            for position in (0, 1)
+        )
+
+    def _distance(self, pair: tuple[str, str, str], mask: Tensor | None) -> Tensor:
+        """`[B, T]`."""
+        student, teacher = self._seen[f"student {pair[0]}"], self._seen[f"teacher {pair[1]}"]
+        if pair[2] == "relation":
+            try:
+                return relation_divergence(student, teacher, self.terms.relation_heads, mask)
+            except ValueError as error:
+                raise ConfigError(f"terms.{error}") from error
+        if student.shape != teacher.shape:
+            raise ConfigError(f"hidden states must have one width, got {student.shape[-1]} and {teacher.shape[-1]}")
+        return lost_energy(student, teacher)
+
+
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside an adapter's wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def labelled(model: nn.Module, logits: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+    """Which positions of the logits count: those with a label (the next token's, in a causal model), or all attended ones."""
+    labels, mask = kwargs.get("labels"), kwargs.get("attention_mask")
+    if labels is not None and labels.shape == logits.shape[:-1] and logits.dim() == 3:
+        kept = labels != _IGNORED
+        if type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+            kept = torch.nn.functional.pad(kept[:, 1:], (0, 1), value=False)
+        return kept
+    if mask is not None and mask.shape == logits.shape[:-1]:
+        return mask.bool()
+    return torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)

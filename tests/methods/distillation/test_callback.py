@@ -1,0 +1,289 @@
+"""Distillation in a stock Trainer: its gradients, its caches, what it refuses."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+
+from hf_compact import DistillationCallback, TernaryCallback
+from hf_compact.distillation import divergence
+from hf_compact.errors import ConfigError, FormatError, OutputError
+from hf_compact.methods.distillation import DistillationTerms, TeacherCache, write_cache
+from hf_compact.methods.distillation.callback import labelled
+from tests.conftest import VOCABULARY, tiny_inputs, tiny_model
+
+ROWS = tiny_inputs("llama", 16, 12, seed=3)["input_ids"]
+
+
+class Rows(torch.utils.data.Dataset):
+    """Rows of unequal numbers of labels."""
+
+    def __len__(self) -> int:
+        return len(ROWS)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        labels = ROWS[index].clone()
+        labels[: index % 7] = -100
+        return {"input_ids": ROWS[index], "labels": labels}
+
+
+def damaged() -> torch.nn.Module:
+    model = tiny_model("llama")
+    generator = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def arguments(folder: Path, size: int = 16, **settings) -> TrainingArguments:
+    defaults = {"max_steps": 1, "learning_rate": 1e-3, "max_grad_norm": 0.0}
+    return TrainingArguments(
+        str(folder), report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True, logging_steps=1,
+        per_device_train_batch_size=size, gradient_accumulation_steps=16 // size, **defaults | settings,
+    )  # fmt: skip
+
+
+def gradients(model, folder: Path, size: int, own: DistillationCallback, **settings) -> dict[str, torch.Tensor]:
+    found = {}
+
+    class Watch(Trainer):
+        def _get_train_sampler(self, *args):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    class Take(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            found.update({name: p.grad.clone() for name, p in kwargs["model"].named_parameters() if p.grad is not None})
+
+    Watch(
+        model, arguments(folder, size, **settings), train_dataset=Rows(), callbacks=[own, Take()],
+        data_collator=default_data_collator,
+    ).train()  # fmt: skip
+    return found
+
+
+KINDS = {
+    "forward": {},
+    "reverse": {"divergence": "reverse", "temperature": 2.0},
+    "balanced": {"divergence": "balanced", "label_weight": 0.3},
+    "sigmoid": {"divergence": "balanced", "balance": "sigmoid"},
+    "hidden": {"hidden_weight": 1.0, "hidden_layers": (0, -1), "logits_weight": 0.0},
+    "relations": {"relation_weight": 1.0, "relation_heads": 4},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_do_not_depend_on_accumulation(kind, tmp_path):
+    once, four = (
+        gradients(damaged(), tmp_path, size, DistillationCallback(tiny_model("llama"), **KINDS[kind])) for size in (16, 4)
+    )
+    assert any(gradient.any() for gradient in once.values())
+    for name in once:
+        torch.testing.assert_close(once[name], four[name], rtol=1e-4, atol=1e-7)
+
+
+def test_the_loss_is_the_divergence_over_labelled_positions(tmp_path):
+    teacher, model = tiny_model("llama"), damaged()
+    batch = default_data_collator([Rows()[i] for i in range(16)])
+    own = DistillationCallback(teacher)
+    own.attach_(model)
+    found = model.train()(**batch).loss
+    kept = batch["labels"][:, 1:] != -100
+    expected = divergence(model(**batch).logits[:, :-1][kept], teacher(**batch).logits[:, :-1][kept])
+    torch.testing.assert_close(found, expected)
+    assert model.eval()(**batch).loss != found, "evaluation keeps the model's own loss"
+    own.detach_()
+    assert model.train()(**batch).loss != found
+    assert not model._forward_hooks
+
+
+def test_the_same_model_has_no_distance(tmp_path):
+    terms = {"hidden_weight": 1.0, "relation_weight": 1.0, "divergence": "balanced"}
+    model = tiny_model("llama")
+    own = DistillationCallback(copy.deepcopy(model), **terms)
+    own.attach_(model)
+    assert model.train()(input_ids=ROWS).loss.abs() < 1e-5
+
+
+def test_a_distilled_ternary_model_comes_nearer(tmp_path):
+    """Quantized distillation: both callbacks in one Trainer."""
+
+    def distance(model) -> float:
+        with torch.no_grad():
+            return divergence(model.eval()(ROWS).logits, tiny_model("llama")(ROWS).logits).item()
+
+    rounded = tiny_model("llama")
+    own = TernaryCallback(num_steps=1, ramp_share=0.0)
+    own.begin_step(own.prepare(rounded), 0)
+    model = tiny_model("llama")
+    both = [TernaryCallback(), DistillationCallback(tiny_model("llama"))]
+    args = arguments(tmp_path, max_steps=40, learning_rate=5e-3)
+    Trainer(model, args, train_dataset=Rows(), callbacks=both, data_collator=default_data_collator).train()
+    assert distance(model) < 0.7 * distance(rounded)
+
+
+def cached(folder: Path, tokenizer, **settings) -> TeacherCache:
+    return write_cache(tiny_model("llama"), list(ROWS), folder, tokenizer, **settings)
+
+
+@pytest.mark.parametrize("size", [16, 4])
+def test_a_whole_cache_gives_the_teachers_gradients(size, tmp_path, tokenizer):
+    cache = cached(tmp_path / "cache", tokenizer, count=VOCABULARY, tokens_per_shard=50)
+    assert len(cache.shards) == 4
+    live = gradients(damaged(), tmp_path, 16, DistillationCallback(tiny_model("llama")))
+    stored = gradients(damaged(), tmp_path, size, DistillationCallback(cache=cache.folder))
+    for name in live:
+        assert (live[name] - stored[name]).norm() < 0.02 * live[name].norm()
+
+
+def test_a_cache_holds_what_it_says(tmp_path, tokenizer):
+    cache = cached(tmp_path, tokenizer, count=8)
+    tensors = load_file(tmp_path / "teacher-00000.safetensors")
+    assert {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items() if name in ("ids", "log_probs", "tail")} == {
+        "ids": (torch.uint16, (192, 8)), "log_probs": (torch.float16, (192, 8)), "tail": (torch.float32, (192,)),
+    }  # fmt: skip
+    ids, log_probs = cache.read(ROWS[5])
+    with torch.no_grad():
+        exact = tiny_model("llama")(ROWS[5:6]).logits[0].log_softmax(-1)
+    torch.testing.assert_close(log_probs[:, :-1], exact.gather(1, ids), rtol=1e-3, atol=5e-3)
+    torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(12), rtol=2e-3, atol=2e-3)
+
+
+def test_padding_does_not_hide_a_sequence(tmp_path, tokenizer):
+    cache = cached(tmp_path, tokenizer)
+    model, losses = damaged().train(), []
+    for left in (0, 3):
+        own = DistillationCallback(cache=cache)
+        own.attach_(model)
+        pad = torch.nn.functional.pad
+        mask = pad(torch.ones_like(ROWS), (left, 0))
+        position = (mask.cumsum(1) - 1).clamp_min(0)
+        ids = pad(ROWS, (left, 0))
+        losses.append(model(input_ids=ids, attention_mask=mask, position_ids=position).loss.item())
+        own.detach_()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_cache_of_something_else_is_refused(tmp_path, tokenizer):
+    cache = cached(tmp_path, tokenizer)
+    for wrong, match in (
+        ({"teacher": damaged()}, "was made with another model"), ({"rows": list(ROWS[1:])}, "was made with another packing"),
+    ):  # fmt: skip
+        with pytest.raises(FormatError, match=match):
+            TeacherCache(tmp_path, **wrong)
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["<new>"])
+    with pytest.raises(FormatError, match="was made with another tokenizer"):
+        TeacherCache(tmp_path, tokenizer=other)
+    args = arguments(tmp_path / "run")
+    trainer = Trainer(damaged(), args, train_dataset=Rows(), callbacks=[DistillationCallback(cache=cache)], processing_class=other,
+                      data_collator=default_data_collator)  # fmt: skip
+    with pytest.raises(FormatError, match="was made with another tokenizer"):
+        trainer.train()
+    with pytest.raises(FormatError, match="has no outputs for a sequence of 12 tokens"):
+        cache.read(ROWS[0] + 1)
+    with pytest.raises(OutputError, match="belongs to a run with another model"):
+        write_cache(damaged(), list(ROWS), tmp_path, tokenizer)
+    TeacherCache(tmp_path, tokenizer=tokenizer, teacher=tiny_model("llama"), rows=list(ROWS))
+
+
+def test_an_interrupted_cache_goes_on(tmp_path, tokenizer):
+    whole = cached(tmp_path / "whole", tokenizer, tokens_per_shard=50)
+
+    def stop(done: int, total: int) -> None:
+        if done >= 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cached(tmp_path / "part", tokenizer, tokens_per_shard=50, progress=stop)
+    with pytest.raises(FormatError, match="is not a complete cache"):
+        TeacherCache(tmp_path / "part")
+    first = tmp_path / "part" / "teacher-00000.safetensors"
+    stamp = first.stat().st_mtime_ns
+    again = cached(tmp_path / "part", tokenizer, tokens_per_shard=50)
+    assert first.stat().st_mtime_ns == stamp
+    assert all(torch.equal(a, b) for row in ROWS for a, b in zip(again.read(row), whole.read(row), strict=True))
+    (tmp_path / "part" / "teacher-00002.safetensors").unlink()
+    with pytest.raises(FormatError, match="lacks shard 2"):
+        TeacherCache(tmp_path / "part")
+    index = tmp_path / "whole" / "cache.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"format_version": 7}))
+    with pytest.raises(FormatError, match="format_version must be 1, got 7"):
+        TeacherCache(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [({"count": 0}, r"count must be in \[1, 384\], got 0"), ({"temperature": 0.0}, "must be above 0"), ({"tokens_per_shard": 0}, "must be above 0")],
+    ids=str,
+)  # fmt: skip
+def test_bad_settings_of_a_cache_name_themselves(settings, match, tmp_path, tokenizer):
+    with pytest.raises(ConfigError, match=match):
+        cached(tmp_path / "cache", tokenizer, **settings)
+    with pytest.raises(ConfigError, match="rows must hold at least one sequence"):
+        write_cache(tiny_model("llama"), [], tmp_path / "cache", tokenizer)
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [({"divergence": "l2"}, "divergence must be one of forward, reverse, balanced"), ({"logits_weight": -1.0}, "logits_weight must be at least 0"),
+     ({"logits_weight": 0.0}, "must have one weight above 0"), ({"temperature": 0.0}, "temperature must be above 0"),
+     ({"hidden_layers": ()}, "hidden_layers must name at least one block")],
+    ids=str,
+)  # fmt: skip
+def test_bad_terms_name_themselves(settings, match):
+    with pytest.raises(ConfigError, match=match):
+        DistillationTerms(**settings)
+
+
+def test_models_that_cannot_be_compared_are_refused(tmp_path, tokenizer):
+    with pytest.raises(ConfigError, match="exactly one of teacher and cache"):
+        DistillationCallback(tiny_model("llama"), cache=tmp_path)
+    cache = cached(tmp_path, tokenizer)
+    with pytest.raises(ConfigError, match="a cache holds log-probabilities only"):
+        DistillationCallback(cache=cache, hidden_weight=1.0)
+    with pytest.raises(ConfigError, match=r"temperature must be that of the cache, 1.0, got 2.0"):
+        DistillationCallback(cache=cache, temperature=2.0)
+    with pytest.raises(ConfigError, match="must have one vocabulary, got 100 and 384"):
+        DistillationCallback(tiny_model("llama", vocab_size=100)).attach_(tiny_model("llama"))
+    with pytest.raises(ConfigError, match="layer 5 must be a block of both models, which have 3 and 3"):
+        DistillationCallback(tiny_model("llama"), hidden_weight=1.0, hidden_layers=(5,)).attach_(tiny_model("llama"))
+    with pytest.raises(ConfigError, match="relations need separate queries, keys and values"):
+        DistillationCallback(tiny_model("gpt2"), relation_weight=1.0).attach_(tiny_model("gpt2"))
+    for terms, match in (
+        ({"hidden_weight": 1.0}, "hidden states must have one width, got 32 and 16"), ({"label_weight": 1.0}, "needs labels"),
+        ({"relation_weight": 1.0, "relation_heads": 3}, "terms.relation_heads must divide the width"),
+    ):  # fmt: skip
+        model = tiny_model("llama").train()
+        DistillationCallback(tiny_model("llama", hidden_size=16), **terms).attach_(model)
+        with pytest.raises(ConfigError, match=match):
+            model(input_ids=ROWS)
+
+
+def test_labels_of_other_models_are_not_shifted():
+    labels = torch.tensor([[-100, 5, -100]])
+    model = tiny_model("bert_mlm")
+    assert labelled(model, torch.zeros(1, 3, 7), {"labels": labels}).tolist() == [[False, True, False]]
+    assert labelled(tiny_model("llama"), torch.zeros(1, 3, 7), {"labels": labels}).tolist() == [[True, False, False]]
+    mask = torch.tensor([[1, 0, 1]])
+    assert labelled(model, torch.zeros(1, 3, 7), {"attention_mask": mask}).tolist() == [[True, False, True]]
+    assert labelled(model, torch.zeros(2, 7), {"labels": torch.zeros(2)}).tolist() == [True, True]
+
+
+def test_adapters_are_distilled_through_their_wrapper(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(damaged(), LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights="gaussian"))
+    own = DistillationCallback(tiny_model("llama"))
+    args = arguments(tmp_path, max_steps=3)
+    trainer = Trainer(model, args, train_dataset=Rows(), callbacks=[own], data_collator=default_data_collator)
+    found = trainer.train().training_loss
+    with torch.no_grad():
+        start = divergence(damaged()(ROWS).logits, tiny_model("llama")(ROWS).logits).item()
+    assert found == pytest.approx(start, rel=0.5)
