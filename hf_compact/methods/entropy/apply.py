@@ -112,11 +112,13 @@ def compress_linear(
         NumericalError: the gram matrix cannot be factorised.
     """
     if not solve:
-        return EntropyLinear.empty_like(linear, num_bytes=_expected_bytes(linear.weight, config.bits))
+        num_bytes = _expected_bytes(linear.weight, config.bits)
+        return EntropyLinear.empty_like(linear, num_bytes=num_bytes, is_trellis=config.grid == "trellis")
     weight = linear.weight.detach().float().cpu()
     integers = quantize(weight, gram, config, guide)
     stream = encode(integers.codes)
-    return EntropyLinear.empty_like(linear, num_bytes=len(stream)).load_integers_(integers, stream)
+    module = EntropyLinear.empty_like(linear, num_bytes=len(stream), is_trellis=config.grid == "trellis")
+    return module.load_integers_(integers, stream)
 
 
 def compress_embedding(
@@ -159,7 +161,7 @@ def compress_embedding(
     row_scale = torch.cat([refit_rows(part.float() / scale, code, column_scale, None, rows) for part, code, rows in parts])
     stream = encode(codes)
     module = cls.empty_like(module, num_bytes=len(stream))
-    return module.load_integers_(Integers(codes, scale, row_scale, column_scale), stream)
+    return module.load_integers_(Integers(codes, codes, scale, row_scale, column_scale), stream)
 
 
 def quantize(weight: Tensor, gram: Tensor | None, config: EntropyConfig, guide: Share | None = None) -> Integers:
@@ -169,15 +171,16 @@ def quantize(weight: Tensor, gram: Tensor | None, config: EntropyConfig, guide: 
         NumericalError: the gram matrix cannot be factorised.
     """
     if not weight.any():
-        return Integers(torch.zeros_like(weight, dtype=torch.int8), 1.0, torch.ones(len(weight)), torch.ones(weight.shape[1]))
+        zeros = torch.zeros_like(weight, dtype=torch.int8)
+        return Integers(zeros, zeros, 1.0, torch.ones(len(weight)), torch.ones(weight.shape[1]))
     rounder = _rounder(weight, gram, config, None if guide is None else guide.row_steps)
     bits = config.bits if guide is None else guide.bits
     if bits is None:
         return rounder.integers(guide.step, gram)
     # A matrix so small that its scales take the budget gets half a bit per weight on top of them.
     target = max(bits, fixed_bits(*weight.shape) + 0.5)
-    step = _find_step(rounder.some().bits, target, rounder.guess(target) if guide is None else guide.step)
-    step *= 2 ** (rounder.bits(step) - target)
+    step = _find_step(rounder.some().forecast, target, rounder.guess(target) if guide is None else guide.step)
+    step = _find_step(rounder.bits, target, step, 2)
     return rounder.integers(step, gram)
 
 
@@ -185,14 +188,14 @@ def _rounder(
     weight: Tensor, gram: Tensor | None, config: EntropyConfig, row_steps: Tensor | None, num_rows: int | None = None
 ) -> Rounder:
     try:
-        return Rounder(weight, gram, config.damp, row_steps, num_rows)
+        return Rounder(weight, gram, config.damp, row_steps, num_rows, is_trellis=config.grid == "trellis")
     except ValueError as error:
         raise NumericalError(str(error)) from error
 
 
-def _find_step(bits_at: Callable[[float], float], target: float, step: float) -> float:
+def _find_step(bits_at: Callable[[float], float], target: float, step: float, tries: int = 8) -> float:
     """The step with that many bits: halving the step costs about one bit, which makes every try a Newton step."""
-    for _ in range(8):
+    for _ in range(tries):
         excess = bits_at(step) - target
         if abs(excess) < _TOLERANCE:
             break
@@ -218,7 +221,7 @@ def _curve(weight: Tensor, gram: Tensor, row_steps: Tensor, config: EntropyConfi
     rounder = _rounder(weight[rows].float().cpu(), gram, config, row_steps[rows], len(weight))
     targets = [*(config.bits + probe for probe in _PROBES), *_NO_BITS]
     steps = [rounder.guess(target) for target in sorted({max(target, _NO_BITS[-1]) for target in targets}, reverse=True)]
-    return [(math.log2(step), rounder.bits(step)) for step in steps]
+    return [(math.log2(step), rounder.forecast(step)) for step in steps]
 
 
 def _find_log_step(curves: Mapping[str, list[tuple[float, float]]], sizes: Mapping[str, int], bits: float) -> float:

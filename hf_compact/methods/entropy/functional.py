@@ -13,8 +13,10 @@ from torch import Tensor
 
 from ...functional.coding import coded_bits
 from ...functional.gram import inverse_factor
+from ...functional.trellis import STATES, advance, initial_cost, trace_back, values_of
 
 _BLOCK = 128  # columns between two delayed updates of the rest of the matrix
+_TRELLIS_BLOCK = 32  # the same where each path has a matrix of its own
 LARGEST = 127
 """Magnitude of an integer: a byte has to hold it."""
 _HALF = torch.finfo(torch.float16)
@@ -26,7 +28,9 @@ class Integers(NamedTuple):
     """A quantized matrix `[out, in]`."""
 
     codes: Tensor
-    """`[out, in]` int8."""
+    """`[out, in]` int8, what is stored."""
+    values: Tensor
+    """`[out, in]` int8, what they stand for: on a trellis not the same."""
     scale: float
     """Of the whole matrix, as float32 keeps it: rows and columns lie around 1, in the middle of what float16 can say."""
     row_scale: Tensor
@@ -37,30 +41,29 @@ class Integers(NamedTuple):
 
 def dequantize(integers: Integers) -> Tensor:
     """The matrix `[out, in]` float32."""
-    return integers.codes.float() * integers.column_scale * (integers.scale * integers.row_scale[:, None])
+    return integers.values.float() * integers.column_scale * (integers.scale * integers.row_scale[:, None])
 
 
-def round_with_feedback(unit: Tensor, steps: Tensor, factor: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+def round_with_feedback(unit: Tensor, steps: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
     """Integers for a matrix whose rows are in units of their step, column by column, each column's error moved on.
 
     The scale of a column is its step, shrunk to what minimises its squared error and rounded to what storage keeps
-    before the error is taken, so that the columns behind it make up for that too.
+    before the error is taken, so that the columns behind it make up for that too. The order of the columns does not
+    matter: with these steps every one of them gets what is left in all others.
 
     Args:
         unit: `[out, in]` float32. Not written to.
         steps: `[in]` the step of each column.
-        factor: `[in, in]` upper factor of the inverse gram matrix, in processing order.
-        order: `[in]` the input column that each step rounds.
+        factor: `[in, in]` upper factor of the inverse gram matrix.
 
     Returns:
-        `(codes [out, in] int8, column_scale [in] float32)` in the original column order.
+        `(codes [out, in] int8, column_scale [in] float32)`.
     Source: GPTQ (arXiv 2210.17323), algorithm 1, with the steps of WaterSIC.
     """
-    free = unit.T[order].contiguous()
+    free = unit.T.contiguous()
     codes = torch.empty_like(free, dtype=torch.int8)
     scales = [0.0] * len(free)
-    wanted = steps[order].tolist()
-    diagonal = factor.diagonal().tolist()
+    wanted, diagonal = steps.tolist(), factor.diagonal().tolist()
     for start in range(0, len(free), _BLOCK):
         stop = min(start + _BLOCK, len(free))
         block = free[start:stop]
@@ -71,23 +74,71 @@ def round_with_feedback(unit: Tensor, steps: Tensor, factor: Tensor, order: Tens
             # Inputs of massive activations ask for steps so small that bytes would overflow: eight bits have to do.
             step_size = max(wanted[position], column.abs().max().item() / LARGEST)
             integers = torch.div(column, step_size).round_()
-            energy = torch.dot(integers, integers).item()
-            best = torch.dot(integers, column).item() / energy if energy else step_size
-            scales[position] = _half(best)
+            scales[position] = _column_scale(integers, column, step_size)
             torch.sub(column, integers, alpha=scales[position], out=errors[step]).div_(diagonal[position])
             codes[position] = integers
             block[step + 1 :].addr_(factor[position, position + 1 : stop], errors[step], alpha=-1)
         free[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-    back = order.argsort()
-    return codes[back].T.contiguous(), torch.tensor(scales)[back]
+    return codes.T.contiguous(), torch.tensor(scales)
 
 
-def refit_rows(weight: Tensor, codes: Tensor, column_scale: Tensor, gram: Tensor | None, fallback: Tensor) -> Tensor:
+def round_on_trellis(unit: Tensor, steps: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """As `round_with_feedback`, with the grids of `functional.trellis`: a row is a path over the columns.
+
+    Each of a row's four paths moves its own errors on, so the squared errors along it, in units of `U_jj`, add up to the
+    error of the layer's output: the path that is kept is the best in what the solver minimises (per-survivor processing).
+
+    Args:
+        unit: `[out, in]` float32. Not written to.
+        steps: `[in]` the distance between two values of the two grids together.
+        factor: `[in, in]` upper factor of the inverse gram matrix.
+
+    Returns:
+        `(codes [out, in] int8, column_scale [in] float32)`; a value is `column_scale * values_of(codes)`.
+    """
+    rows, columns = unit.shape
+    free = unit.T[:, None].repeat(1, STATES, 1)
+    cost = initial_cost(rows)
+    codes = torch.empty(columns, STATES, rows, dtype=torch.int8)
+    before = torch.empty_like(codes)
+    scales = [0.0] * columns
+    wanted, diagonal = steps.tolist(), factor.diagonal().tolist()
+    same = torch.arange(STATES)[:, None].expand(STATES, rows)
+    for start in range(0, columns, _TRELLIS_BLOCK):
+        stop = min(start + _TRELLIS_BLOCK, columns)
+        errors = torch.empty(stop - start, STATES, rows)
+        origin = same  # the state at the start of the block that a path has come from
+        for step in range(stop - start):
+            position = start + step
+            target = free[position].gather(0, origin)
+            target.view(-1).addmv_(errors[:step].flatten(1).T, factor[start:position, position], alpha=-1)
+            # One less than a byte holds: the odd grid may have to go one step further out.
+            step_size = max(wanted[position], target.abs().max().item() / (LARGEST - 1))
+            code, value, state, cost = advance(target / step_size, cost, (step_size / diagonal[position]) ** 2)
+            codes[position], before[position] = code, state
+            target, best = target.gather(0, state), cost.argmin(0, keepdim=True)
+            scales[position] = _column_scale(value.gather(0, best)[0], target.gather(0, best)[0], step_size)
+            errors[:step] = errors[:step].gather(1, state.expand(step, -1, -1))
+            torch.sub(target, value, alpha=scales[position], out=errors[step]).div_(diagonal[position])
+            origin = origin.gather(0, state)
+        free[stop:] = free[stop:].gather(1, origin.expand(columns - stop, -1, -1))
+        free[stop:].flatten(1).addmm_(factor[start:stop, stop:].T, errors.flatten(1), alpha=-1)
+    return trace_back(codes, before, cost).T.contiguous(), torch.tensor(scales)
+
+
+def _column_scale(integers: Tensor, column: Tensor, step: float) -> float:
+    """What the integers of a column are best multiplied by, as float16 keeps it; the step where all are zero."""
+    energy = torch.dot(integers, integers).item()
+    best = torch.dot(integers, column).item() / energy if energy else step
+    return torch.tensor(min(max(best, _HALF.smallest_normal), _HALF.max), dtype=torch.float16).item()
+
+
+def refit_rows(weight: Tensor, values: Tensor, column_scale: Tensor, gram: Tensor | None, fallback: Tensor) -> Tensor:
     """Row scales that minimise the output error for integers that stay as they are.
 
     Args:
         weight: `[out, in]` float32 target.
-        codes: `[out, in]` int8.
+        values: `[out, in]` int8.
         column_scale: `[in]` float32.
         gram: `[in, in]`, or None for the identity.
         fallback: `[out]` for rows whose integers are all zero or whose best scale is not positive.
@@ -95,7 +146,7 @@ def refit_rows(weight: Tensor, codes: Tensor, column_scale: Tensor, gram: Tensor
     Returns:
         `[out]` float32, rounded to float16 values.
     """
-    value = codes.float() * column_scale
+    value = values.float() * column_scale
     through = value if gram is None else value @ gram.float()
     best = (through * weight).sum(1) / (through * value).sum(1)
     best = torch.where(best.isfinite() & (best > 0), best, fallback)
@@ -136,7 +187,8 @@ class Rounder:
     """One matrix at any step of the grid: factorised once, every step tried costs one pass over the columns."""
 
     def __init__(
-        self, weight: Tensor, gram: Tensor | None, damp: float, row_steps: Tensor | None = None, num_rows: int | None = None
+        self, weight: Tensor, gram: Tensor | None, damp: float, row_steps: Tensor | None = None, num_rows: int | None = None,
+        *, is_trellis: bool = True,
     ) -> None:  # fmt: skip
         """Factorise.
 
@@ -146,17 +198,16 @@ class Rounder:
             damp: see `inverse_factor`.
             row_steps: `[out]` steps of these rows relative to each other; None makes them equal.
             num_rows: rows of the whole matrix if these are some.
+            is_trellis: two grids that take turns; else one.
 
         Raises:
             ValueError: the gram matrix cannot be factorised.
         """
-        self.weight, self.num_rows = weight, num_rows or len(weight)
-        size = weight.shape[1]
-        self.order = torch.arange(size) if gram is None else gram.diagonal().argsort(descending=True)
-        self.factor = torch.eye(size) if gram is None else inverse_factor(gram, damp, self.order)
+        self.weight, self.num_rows, self.is_trellis = weight, num_rows or len(weight), is_trellis
+        self.factor = torch.eye(weight.shape[1]) if gram is None else inverse_factor(gram, damp)
         diagonal = self.factor.diagonal()
         middle = diagonal.log().mean().exp()
-        self.steps = (diagonal / middle)[self.order.argsort()]
+        self.steps = diagonal / middle
         self.scale, self.row_steps = center_rows(torch.ones(len(weight)) if row_steps is None else row_steps)
         self.scale *= middle.item()
 
@@ -172,23 +223,27 @@ class Rounder:
         spread = (self.weight / self.row_steps[:, None]).square().mean().sqrt().item()
         return spread / self.scale * 2 ** (2 - bits)
 
-    def codes(self, step: float) -> tuple[Tensor, Tensor]:
-        """`(codes, column_scale)` at a step in units of `U_jj`."""
-        unit = self.weight / (step * self.scale) / self.row_steps[:, None]
-        return round_with_feedback(unit, self.steps, self.factor, self.order)
+    def forecast(self, step: float) -> float:
+        """About the bits per weight at a step, at a tenth of the cost of a trellis: its codes take little more than one grid's."""
+        return bits_per_weight(round_with_feedback(self._unit(step), self.steps, self.factor)[0], self.num_rows)
 
     def bits(self, step: float) -> float:
         """Bits per weight, as they would be stored."""
-        return bits_per_weight(self.codes(step)[0], self.num_rows)
+        return bits_per_weight(self._codes(step)[0], self.num_rows)
 
     def integers(self, step: float, gram: Tensor | None) -> Integers:
         """The matrix, with the best row scales."""
-        codes, column_scale = self.codes(step)
+        codes, column_scale = self._codes(step)
+        values = values_of(codes) if self.is_trellis else codes
         scale = torch.tensor(step * self.scale).item()
-        row_scale = refit_rows(self.weight / scale, codes, column_scale, gram, self.row_steps)
-        return Integers(codes, scale, row_scale, column_scale)
+        row_scale = refit_rows(self.weight / scale, values, column_scale, gram, self.row_steps)
+        return Integers(codes, values, scale, row_scale, column_scale)
 
+    def _unit(self, step: float) -> Tensor:
+        return self.weight / (step * self.scale) / self.row_steps[:, None]
 
-def _half(value: float) -> float:
-    """A positive scale as float16 keeps it."""
-    return torch.tensor(min(max(value, _HALF.smallest_normal), _HALF.max), dtype=torch.float16).item()
+    def _codes(self, step: float) -> tuple[Tensor, Tensor]:
+        if not self.is_trellis:
+            return round_with_feedback(self._unit(step), self.steps, self.factor)
+        # Two grids of that step each, so that a step costs the same bits as without a trellis.
+        return round_on_trellis(self._unit(step), self.steps / 2, self.factor)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from ...errors import FormatError
 from ...functional.coding import decode
 from ...functional.lossless import DTYPES, decode_exact
+from ...functional.trellis import values_of
 from ...stored import CodedModule, ScaledModule, StoredEmbedding, StoredLinear
 from .functional import Integers
 
@@ -22,17 +23,19 @@ class EntropyModule(CodedModule):
     """State that the Linear and the Embedding share.
 
     Buffers: `weight [num_bytes]` int8, the coded integers; `scale [1]` float32; `row_scale [out]` and
-    `column_scale [in]` float16; `codes [out, in]` int8, the decoded integers, not saved, empty until they are needed.
+    `column_scale [in]` float16; `codes [out, in]` int8, the values that the integers stand for, not saved, empty until they
+    are needed.
     Where `exact` names a dtype, the stream holds the values themselves: there are no scales, and `codes` has that dtype.
     """
 
     def __init__(
-        self, out_features: int, in_features: int, num_bytes: int, exact: str | None = None,
+        self, out_features: int, in_features: int, num_bytes: int, exact: str | None = None, is_trellis: bool = False,
         device: torch.device | str | None = None,
     ) -> None:  # fmt: skip
         """Allocate zeroed buffers for a matrix `[out_features, in_features]`."""
         super().__init__()
-        self.out_features, self.in_features, self.num_bytes, self.exact = out_features, in_features, num_bytes, exact
+        self.out_features, self.in_features, self.num_bytes = out_features, in_features, num_bytes
+        self.exact, self.is_trellis = exact, is_trellis
         self.register_buffer("weight", torch.zeros(num_bytes, dtype=torch.int8, device=device))
         if exact is not None:
             self.register_buffer("codes", torch.zeros(0, dtype=DTYPES[exact], device=device), persistent=False)
@@ -44,7 +47,7 @@ class EntropyModule(CodedModule):
 
     def spec(self) -> dict[str, Any]:
         """The settings that rebuild the empty module, as stored in the modules table."""
-        return {"num_bytes": self.num_bytes, "exact": self.exact}
+        return {"num_bytes": self.num_bytes, "exact": self.exact, "is_trellis": self.is_trellis}
 
     @torch.no_grad()
     def load_integers_(self, integers: Integers, stream: Tensor) -> Self:
@@ -53,7 +56,7 @@ class EntropyModule(CodedModule):
         self.scale.fill_(integers.scale)
         self.row_scale.copy_(integers.row_scale)
         self.column_scale.copy_(integers.column_scale)
-        self._buffers["codes"] = integers.codes.to(self.weight.device)
+        self._buffers["codes"] = integers.values.to(self.weight.device)
         return self
 
     @torch.no_grad()
@@ -73,6 +76,7 @@ class EntropyModule(CodedModule):
             try:
                 stream = self.weight.view(torch.uint8)
                 codes = decode(stream) if self.exact is None else decode_exact(stream, self.exact)
+                codes = values_of(codes) if self.is_trellis else codes
             except ValueError as error:
                 raise FormatError(str(error)) from error
             if codes.shape != (self.out_features, self.in_features):
@@ -103,10 +107,10 @@ class EntropyLinear(EntropyModule, ScaledModule, StoredLinear):
     """
 
     @classmethod
-    def empty_like(cls, linear: nn.Linear, *, num_bytes: int, exact: str | None = None) -> Self:
+    def empty_like(cls, linear: nn.Linear, *, num_bytes: int, exact: str | None = None, is_trellis: bool = False) -> Self:
         """An empty module of the Linear's shape on its device (also meta); takes over the bias."""
         out_features, in_features = linear.weight.shape
-        new = cls(out_features, in_features, num_bytes, exact, linear.weight.device)
+        new = cls(out_features, in_features, num_bytes, exact, is_trellis, linear.weight.device)
         new.register_parameter("bias", linear.bias)
         new.trained_scales = ("row_scale", "column_scale") if exact is None else ()
         return new
@@ -123,9 +127,9 @@ class EntropyEmbedding(EntropyModule, StoredEmbedding):
     """Row lookup in an entropy-coded table."""
 
     @classmethod
-    def empty_like(cls, embedding: nn.Embedding, *, num_bytes: int, exact: str | None = None) -> Self:
+    def empty_like(cls, embedding: nn.Embedding, *, num_bytes: int, exact: str | None = None, is_trellis: bool = False) -> Self:
         """An empty module of the Embedding's shape on its device (also meta)."""
         rows, columns = embedding.weight.shape
-        new = cls(rows, columns, num_bytes, exact, embedding.weight.device)
+        new = cls(rows, columns, num_bytes, exact, is_trellis, embedding.weight.device)
         new.factor, new.dtype = getattr(embedding, "scalar_embed_scale", 1.0), embedding.weight.dtype
         return new
