@@ -47,7 +47,7 @@ def advance(units: Tensor, cost: Tensor, weight: float) -> tuple[Tensor, Tensor,
     values = 2 * codes - _GRID[:, None]
     costs = (units[:, None] - values).square_().mul_(weight).add_(cost[:, None]).flatten(0, 1)
     first, second = costs[_BRANCHES[0, :, 0]], costs[_BRANCHES[1, :, 0]]
-    branch = torch.where(second < first, *_BRANCHES.flip(0))
+    branch = torch.where(second < first, _BRANCHES[1], _BRANCHES[0])
     return codes.flatten(0, 1).gather(0, branch), values.flatten(0, 1).gather(0, branch), branch >> 1, first.minimum(second)
 
 
