@@ -64,10 +64,7 @@ ROWS = {
     "codebook-7percent": Row("codebook-7percent"),
     "jlcm-3bit": Row("jlcm-3bit"),
     "codebook-4.0bpw, one grid, embedding at 6 bits": ONE_GRID_4,
-    **{
-        f"{name}, one grid": Row(name, {}, ONE_GRID)
-        for name in (*(f"codebook-{bits}bpw" for bits in RATES[1:]), "codebook-7percent")
-    },
+    **{f"codebook-{bits}bpw, one grid": Row(f"codebook-{bits}bpw", {}, ONE_GRID) for bits in RATES[1:]},
     "codebook-2.3bpw, not distilled": Row("codebook-2.3bpw", PLAIN),
     **{f"codebook-2.3bpw, not distilled, seed {seed}": Row("codebook-2.3bpw", PLAIN, seed=seed) for seed in (1, 2)},
     "codebook-4.0bpw, one grid, embedding at 6 bits, not distilled": replace(ONE_GRID_4, changes=PLAIN),
