@@ -18,6 +18,7 @@ _BLOCK = 128  # columns between two delayed updates of the rest of the matrix
 LARGEST = 127
 """Magnitude of an integer: a byte has to hold it."""
 _HALF = torch.finfo(torch.float16)
+_HEADROOM = 2.0**12  # of a column's scale above 1; the errors of other columns, moved onto it, may need as much again
 SEARCH_ROWS = 128
 """Rows of a matrix on which steps are tried."""
 
@@ -166,6 +167,15 @@ class Rounder:
         rows = slice(None, None, max(1, len(self.weight) // SEARCH_ROWS))
         other.weight, other.row_steps = self.weight[rows], self.row_steps[rows]
         return other
+
+    @property
+    def finest(self) -> float:
+        """The least step, in units of `U_jj`, at which float16 can still say the scale of every column.
+
+        Integers fill their byte long before; it stops a search for bits that a matrix with many zeros does not have.
+        """
+        largest = (self.weight / self.row_steps[:, None]).abs().amax(0) / self.steps
+        return largest.max().item() / self.scale / (LARGEST * _HEADROOM)
 
     def guess(self, bits: float) -> float:
         """A step with about that many bits: a normal value of `2**(bits - 2)` steps carries so much."""
