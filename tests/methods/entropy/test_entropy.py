@@ -413,6 +413,17 @@ def test_a_table_of_other_width_cannot_be_kept():
         compress_embedding(nn.Embedding(5, 8), EntropyConfig(embedding_bits=16))
 
 
+def test_a_table_of_other_width_is_found_before_anything_is_done(dense_folder, tmp_path):
+    recipe = {"stages": [{**NONE, "embedding_bits": 16}], "calibration": {"num_sequences": 2, "sequence_length": 32}}
+    with pytest.raises(UnsupportedModel, match="embedding_bits 16 needs 16-bit weights, got float32"):
+        hf_compact.compress(dense_folder, recipe, output=tmp_path / "small")
+    assert not list(tmp_path.iterdir())
+    model = tiny_model("llama")
+    with pytest.raises(UnsupportedModel, match="embedding_bits 16 needs 16-bit weights, got float32"):
+        hf_compact.compress(model, recipe, calibration=from_batches([tiny_inputs("llama")]))
+    assert type(model.get_input_embeddings()) is nn.Embedding
+
+
 def test_an_empty_lossless_table_has_no_scales():
     table = nn.Embedding(50, 8, dtype=torch.bfloat16)
     solved, empty = (compress_embedding(table, EntropyConfig(embedding_bits=16), solve=solve) for solve in (True, False))
