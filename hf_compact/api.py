@@ -152,6 +152,7 @@ def compress(
     }
     stages = [(METHODS[stage.method], stage) for stage in recipe.stages]
     select_stages(arch.roles, recipe.stages)  # a glob that matches nothing is found before a folder is made
+    check_outside(dense.model, arch, recipe)
     check_cuts(dense.model, arch, recipe)
     arch = _shorten(dense.model, arch, recipe, prepared, report)
     journal = Journal(output, fingerprint, num_units=1 + len(arch.blocks))
@@ -282,7 +283,8 @@ def plan_budget(  # noqa: PLR0913 - by keyword
     target = Target.parse(target_size, target_bpw, max_ppl_increase)
     recipe = as_recipe(BUILT_IN_CANDIDATES.get(str(candidates), candidates), seed)
     files = [Path(path) for path in (output, plot) if path is not None]
-    _check_plan(recipe, num_tokens, files)
+    _check_plan(recipe, num_tokens)
+    _check_plan_files(files, plot, cache)
     if data_free:
         _check_data_free(recipe, target, validate)
     dense = open_dense(model, recipe.dtype, is_whole=True)
@@ -747,6 +749,14 @@ def check_training(recipe: Recipe) -> None:
             raise ConfigError(f"recipe.{name} runs in one process: set it to null under torchrun")
 
 
+def check_outside(model: PreTrainedModel, arch: Architecture, recipe: Recipe) -> None:
+    """Raise UnsupportedModel, before the first block, if the embedding or the head cannot be what a stage makes of it."""
+    for name in (arch.embedding, arch.head):
+        for stage in recipe.stages if name else ():
+            if METHODS[stage.method].compress_embedding(model.get_submodule(name), stage, solve=False) is not None:
+                break
+
+
 def check_cuts(model: PreTrainedModel, arch: Architecture, recipe: Recipe) -> None:
     """Raise before the first block, if stages cut what cannot be cut or could not be loaded.
 
@@ -893,7 +903,7 @@ def _speed(dtype: torch.dtype) -> float:
 # Inside plan_budget.
 
 
-def _check_plan(recipe: Recipe, num_tokens: int, files: Sequence[Path]) -> None:
+def _check_plan(recipe: Recipe, num_tokens: int) -> None:
     """Raise before the model is opened, if nothing can come of it."""
     if num_tokens < 1:
         raise ConfigError(f"num_tokens must be at least 1, got {num_tokens}")
@@ -904,7 +914,17 @@ def _check_plan(recipe: Recipe, num_tokens: int, files: Sequence[Path]) -> None:
             raise ConfigError(
                 f"candidates must compress Linears one by one, which {stage.method} does not: prune first, then plan"
             )
-    for path in files:
+
+
+def _check_plan_files(files: Sequence[Path], plot: str | Path | None, cache: str | Path | None) -> None:
+    """Raise OutputError for files that cannot be written, or would take each other's place."""
+    if plot is not None and Path(plot).suffix != ".png":
+        raise OutputError(f"plot {str(plot)!r} must be a name that ends in .png")
+    kept = [] if cache is None else [Path(cache)]
+    names = [str(path.absolute()) for path in (*files, *kept)]
+    if len(set(names)) < len(names):
+        raise OutputError(f"output, plot and cache must be different files, got {', '.join(names)}")
+    for path in [*files, *(path for path in kept if not path.exists())]:
         check_new_file(path)
 
 
@@ -1024,6 +1044,7 @@ def _compress_in_memory(
     check_inputs(model, prepared)
     check_training(recipe)
     _check_model_finite(model)
+    check_outside(model, arch, recipe)
     check_cuts(model, arch, recipe)
     report = new_report(model.config.name_or_path or type(model).__name__, model, arch, recipe, prepared)
     arch = _shorten(model, arch, recipe, prepared, report)

@@ -34,7 +34,7 @@ def fit_(
         The loss of every step.
 
     Raises:
-        NumericalError: a loss is not finite; the module is left as it was.
+        NumericalError: a loss or what was fitted is not finite; the module is left as it was.
     """
     bases = _trained(module)
     thetas = {name: nn.Parameter(torch.zeros_like(base)) for name, base in bases.items()}
@@ -57,7 +57,11 @@ def fit_(
             yield loss.item()
     with torch.no_grad():
         tensors = dict(module.named_parameters()) | dict(module.named_buffers())
-        for name, value in _values(module, bases, thetas).items():
+        fitted = {name: value.to(tensors[name].dtype) for name, value in _values(module, bases, thetas).items()}
+        for name, value in fitted.items():
+            if not value.isfinite().all():
+                raise NumericalError(f"{name} is not finite after {label}: lower {label}.learning_rate")
+        for name, value in fitted.items():
             tensors[name].copy_(value)
 
 

@@ -53,17 +53,24 @@ def select_stages(names: Iterable[str], stages: Sequence[MethodConfig]) -> list[
 
     Raises:
         NothingMatched: a stage selects nothing.
-        ConfigError: a stage selects a module that an earlier one compresses for good.
+        ConfigError: a stage selects a module that an earlier one compresses for good, or that is another one by the time it
+            has measured it.
     """
     names = list(names)
     chosen = [set(select_names(names, stage.include, stage.exclude)) if stage.include else set() for stage in stages]
-    taken: set[str] = set()
+    taken, opened = set[str](), set[str]()
     for position, (stage, here) in enumerate(zip(stages, chosen, strict=True)):
         twice = sorted(here & taken)
-        taken |= set() if stage.leaves_linears else here
+        changed = sorted(here & opened) if stage.deals_out_bits else []
+        (opened if stage.leaves_linears else taken).update(here)
         if twice:
             raise ConfigError(
                 f"recipe.stages[{position}] selects {twice[0]}, which an earlier stage compresses: exclude it in one"
+            )
+        if changed:
+            raise ConfigError(
+                f"recipe.stages[{position}] deals out its bits by what it measures on the dense model, in which {changed[0]} is not "
+                "yet what an earlier stage makes of it: set its sensitivity to none, or exclude it in one"
             )
     return chosen
 

@@ -506,6 +506,16 @@ def test_files_are_not_taken_from_anyone(folder, tmp_path):
     with pytest.raises(OutputError, match=r"front.png' cannot be created: its folder must exist and be writable"):
         hf_compact.plan_budget(folder, plot=tmp_path / "no" / "front.png", **options)
     assert (tmp_path / "recipe.yaml").read_text() == "mine"
+    for name in ("front", "front.jpg"):
+        with pytest.raises(OutputError, match=rf"plot '.*{name}' must be a name that ends in .png"):
+            hf_compact.plan_budget(folder, plot=tmp_path / name, **options)
+    one, other = tmp_path / "one.png", tmp_path / "other.yaml"
+    for files in ({"output": one, "plot": one}, {"output": other, "cache": other}, {"plot": one, "cache": one}):
+        with pytest.raises(OutputError, match=r"output, plot and cache must be different files, got .*, .*"):
+            hf_compact.plan_budget(folder, **files, **options)
+    with pytest.raises(OutputError, match=r"errors.json' cannot be created: its folder must exist and be writable"):
+        hf_compact.plan_budget(folder, cache=tmp_path / "no" / "errors.json", **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
 def test_one_process(folder, monkeypatch):

@@ -97,6 +97,16 @@ def test_bad_settings_are_named(field, value):
         Recipe.from_dict({"stages": [STAGES["codebook"]], "reconstruction": {field: value}})
 
 
+def test_what_is_fitted_but_not_finite_leaves_the_module_as_it_was():
+    """No loss comes after the last step to tell."""
+    module = torch.nn.LayerNorm(8)
+    before = copy.deepcopy(module.state_dict())
+    steps = fit_(module, lambda call, step: (call(torch.ones(2, 8)).sum() * 0).sqrt(), 1, 0.01, "distillation")
+    with pytest.raises(NumericalError, match=r"weight is not finite after distillation: lower distillation\.learning_rate"):
+        list(steps)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
 def test_a_loss_that_is_not_finite_leaves_the_module_as_it_was():
     model = tiny_model("llama")
     before = copy.deepcopy(model.state_dict())

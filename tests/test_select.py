@@ -3,8 +3,10 @@
 import pytest
 from torch import nn
 
-from hf_compact import CodebookConfig
+from hf_compact import CodebookConfig, PruningConfig, TensorNetworkConfig
 from hf_compact.errors import ConfigError, NothingMatched
+from hf_compact.methods.correction.config import CorrectionConfig
+from hf_compact.methods.entropy.config import EntropyConfig
 from hf_compact.select import glob_matches, replace_modules, select_names, select_stages
 
 NAMES = ["layers.1.q", "layers.1.k", "layers.11.q", "layers.11.mlp.up", "head"]
@@ -95,6 +97,16 @@ def test_two_stages_on_one_module_are_refused():
     stages = [CodebookConfig(), CodebookConfig(bits=3, include=("*.mlp.*",))]
     with pytest.raises(ConfigError, match=r"recipe.stages\[1\] selects layers.11.mlp.up, which an earlier stage compresses"):
         select_stages(NAMES, stages)
+
+
+@pytest.mark.parametrize("first", [PruningConfig, TensorNetworkConfig, CorrectionConfig])
+def test_bits_are_not_dealt_out_over_what_will_be_another_linear(first):
+    with pytest.raises(ConfigError, match=r"recipe.stages\[1\] deals out its bits by what .*, in which head is not yet what"):
+        select_stages(NAMES, [first(include=("*.q", "head")), EntropyConfig(exclude=("*.q",))])
+    stages = [first(include=("*.q",)), EntropyConfig(exclude=("*.q",))]
+    assert select_stages(NAMES, stages)[1] == {"layers.1.k", "layers.11.mlp.up", "head"}
+    equal = EntropyConfig(sensitivity="none")
+    assert select_stages(NAMES, [first(), equal]) == [set(NAMES), set(NAMES)]
 
 
 @pytest.mark.parametrize("names", [["first"], ["inner.again"], ["first", "inner.again"]], ids=str)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 _BLOCK = 128  # columns between two delayed updates of the rest of the matrix
+_SMALLEST_HALF = 2.0**-24  # below the normal numbers, also the distance between two
 
 
 class Rounder(Protocol):
@@ -81,7 +82,8 @@ def scale_codes(scale: Tensor, scale_bits: int) -> tuple[Tensor, Tensor]:
         `(codes [out, G] in 1 … 2**scale_bits - 1, step [out, 1] float16 values)`; their product is a fixed point.
     """
     largest = 2**scale_bits - 1
-    step = half_scale(scale.amax(1, keepdim=True) / largest)
+    # A step rounded more coarsely than this would leave the largest code out, and storing its scales again change them.
+    step = half_scale((scale.amax(1, keepdim=True) / largest).clamp_min(2 * largest * _SMALLEST_HALF))
     return (scale / step).round_().clamp_(1, largest), step
 
 
@@ -243,8 +245,12 @@ def half_precision(values: Tensor) -> Tensor:
 
 
 def half_scale(values: Tensor) -> Tensor:
-    """As `half_precision`, for scales, which stay positive."""
-    return half_precision(values.clamp_min(torch.finfo(torch.float16).smallest_normal))
+    """As `half_precision`, for scales, which stay positive.
+
+    They go down to the smallest number of float16, not to the smallest normal one, below which usual weights put the scales
+    of eight bits.
+    """
+    return half_precision(values.clamp_min(_SMALLEST_HALF))
 
 
 def _columns(

@@ -58,22 +58,29 @@ def damped_gram(gram: Tensor, damp: float) -> Tensor:
         gram: `[in, in]` sum of x x^T. Not written to.
         damp: ridge as a fraction of the mean diagonal, `>= 0`.
 
-    >>> damped_gram(torch.diag(torch.tensor([3.0, 0.0])), damp=0.5).tolist()
-    [[4.0, 0.0], [0.0, 2.0]]
+    >>> damped_gram(torch.diag(torch.tensor([4.0, 0.0])), damp=0.5).tolist()
+    [[5.0, 0.0], [0.0, 1.0]]
     """
     damped = gram.to(torch.float32, copy=True)
-    diagonal = damped.diagonal()
-    diagonal[diagonal == 0] = 1.0  # an input that never fired
-    diagonal += damp * diagonal.mean()
+    diagonal, mean = _diagonal(gram, damp)
+    damped.diagonal().copy_(diagonal + damp * mean)
     return damped
+
+
+def _diagonal(gram: Tensor, damp: float) -> tuple[Tensor, float]:
+    """Float64, and its mean. Without a ridge an input that never fired has the mean: any unit of the inputs gives the same."""
+    diagonal = gram.diagonal().double()
+    mean = diagonal.mean().item() or 1.0
+    return diagonal if damp else torch.where(diagonal == 0, mean, diagonal), mean
 
 
 def inverse_factor(gram: Tensor, damp: float, order: Tensor | None = None) -> Tensor:
     """Upper Cholesky factor `U` of the inverse of a damped gram matrix: `(G + damp * mean(diag G) I)^-1 = U^T U`.
 
     With the rows and columns of `G` reversed, `G = L L^T` gives `U` as the reversed inverse of `L`: one factorisation
-    and one triangular inverse, and no matrix beside those two. A matrix that stays indefinite after damping is repaired: the damping grows tenfold until the
-    factorisation exists. Inputs that never fired (zero diagonal) count as independent with unit moment.
+    and one triangular inverse, and no matrix beside those two. A matrix that stays indefinite after damping is repaired: the
+    damping grows tenfold until the factorisation exists. Inputs that never fired (zero diagonal) have the ridge alone, or
+    the mean moment where there is none.
 
     Args:
         gram: `[in, in]` symmetric PSD, sum of x x^T. Not written to.
@@ -93,10 +100,8 @@ def inverse_factor(gram: Tensor, damp: float, order: Tensor | None = None) -> Te
     if not gram.isfinite().all():
         raise ValueError("the gram matrix of the layer inputs holds values that are not finite")
     order = (torch.arange(len(gram), device=gram.device) if order is None else order).flip(0)
-    diagonal = gram.diagonal()[order].double()
-    diagonal[diagonal == 0] = 1.0
-    mean = diagonal.mean().item()
-    ridge = damp * mean
+    diagonal, mean = _diagonal(gram, damp)
+    diagonal, ridge = diagonal[order], damp * mean
     for _ in range(8):
         lower = gram[order[:, None], order].double()
         lower.diagonal().copy_(diagonal + ridge)

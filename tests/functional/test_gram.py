@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_compact.functional.gram import add_gram_, inverse_factor, output_energy
+from hf_compact.functional.gram import add_gram_, damped_gram, inverse_factor, output_energy
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -17,9 +17,9 @@ def gram_of(inputs: torch.Tensor) -> torch.Tensor:
 
 def damped(gram: torch.Tensor, damp: float) -> torch.Tensor:
     """What `inverse_factor` says it inverts."""
-    gram = gram.double().clone()
-    gram.diagonal()[gram.diagonal() == 0] = 1
-    return gram + damp * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    mean = gram.diagonal().double().mean()
+    dead = torch.zeros(len(gram)) if damp else gram.diagonal() == 0
+    return gram.double() + (damp + dead.double()).diag() * mean
 
 
 @pytest.mark.parametrize("split", [[60], [1, 59], [20, 20, 20], [7, 0, 53]], ids=str)
@@ -67,15 +67,28 @@ def test_factor_squares_to_the_inverse(size, damp):
     assert torch.equal(gram, before)
 
 
-def test_inputs_that_never_fired_are_independent():
+@pytest.mark.parametrize("damp", [0.0, 0.01])
+def test_inputs_that_never_fired_are_independent(damp):
     inputs = normal(30, 6)
     inputs[:, 2] = 0
     gram = gram_of(inputs)
-    upper = inverse_factor(gram, 0.01).double()
-    torch.testing.assert_close(upper.T @ upper, damped(gram, 0.01).inverse(), rtol=1e-5, atol=1e-8)
+    upper = inverse_factor(gram, damp).double()
+    torch.testing.assert_close(upper.T @ upper, damped(gram, damp).inverse(), rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(damped_gram(gram, damp).double(), damped(gram, damp), rtol=1e-6, atol=1e-6)
     others = torch.tensor([0, 1, 3, 4, 5])
     assert not upper[2, others].any()
     assert not upper[others, 2].any()
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e4])
+@pytest.mark.parametrize("damp", [0.0, 0.01])
+def test_the_unit_of_the_inputs_does_not_matter(damp, size):
+    """A mean over tokens in the place of a sum, say, and inputs among them that never fired."""
+    inputs = normal(30, 6)
+    inputs[:, 2] = 0
+    gram = gram_of(inputs)
+    torch.testing.assert_close(inverse_factor(size * gram, damp) * size**0.5, inverse_factor(gram, damp))
+    torch.testing.assert_close(damped_gram(size * gram, damp) / size, damped_gram(gram, damp))
 
 
 def test_nothing_fired():

@@ -85,10 +85,11 @@ class CodebookConfig(MethodConfig):
             "refit_rounds": 0,
             "rows_per_codebook": 1,
             "learning_steps": 1,
-            "damp": 0,
         }.items():
             if getattr(self, name) < lowest:
                 raise ConfigError(f"codebook.{name} must be at least {lowest}, got {getattr(self, name)}")
+        if not 0 <= self.damp <= 1:
+            raise ConfigError(f"codebook.damp must be in [0, 1], got {self.damp}")
         for name in ("group_size", "embedding_group_size"):
             size = getattr(self, name)
             if size is not None and size < 8:

@@ -28,6 +28,7 @@ _NO_BITS = (0.0, -2.0)  # and towards the end of its curve, where all integers a
 _MOST_BITS = 7.0  # of integers that a byte holds
 _EXACT_BITS = 10.6  # of a bfloat16 weight, coded without loss
 _LEAST_SHARE = 1e-12  # of the energy of the most sensitive Linear
+_LEAST_RMS = 1e-6  # of the largest row of an embedding
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,8 @@ def compress_embedding(
     rms = torch.cat([rows.float().square().mean(1).sqrt() for rows in weight.split(1024)])
     if not rms.any():
         return _empty_integers(cls, module)
-    unit, relative = center_rows(rms.clamp_min(1e-30 * rms.max()))
+    # Rows of zeros take any step; they and the next to nothing of others must not pull the middle away from the rest.
+    unit, relative = center_rows(torch.where(rms > 0, rms, rms[rms > 0].mean()).clamp_min(_LEAST_RMS * rms.max()))
 
     def round_rows(step: float, rows: slice) -> Tensor:
         parts = zip(weight[rows].split(1024), relative[rows].split(1024), strict=True)
@@ -153,7 +155,9 @@ def compress_embedding(
 
     some = slice(None, None, max(1, len(weight) // 2048))
     target = max(config.embedding_bits, fixed_bits(*weight.shape) + 0.5)
-    step = _find_step(lambda step: bits_per_weight(round_rows(step, some), len(weight)), target, 2.0 ** (2 - target))
+    peak = max(rows.abs().max().item() for rows in weight.split(1024)) / unit
+    finest = peak / LARGEST / torch.finfo(torch.float16).max  # where float16 can still say the scale of every row
+    step = _find_step(lambda step: bits_per_weight(round_rows(step, some), len(weight)), target, 2.0 ** (2 - target), finest)
     codes = round_rows(step, slice(None))
     scale = torch.tensor(step * unit).item()
     column_scale = torch.ones(weight.shape[1])
@@ -176,12 +180,12 @@ def quantize(weight: Tensor, gram: Tensor | None, config: EntropyConfig, guide: 
     rounder = _rounder(weight, gram, config, None if guide is None else guide.row_steps)
     bits = config.bits if guide is None else guide.bits
     if bits is None:
-        return rounder.integers(guide.step, gram)
+        return rounder.integers(max(guide.step, rounder.finest), gram)
     # A matrix so small that its scales take the budget gets half a bit per weight on top of them.
     target = max(bits, fixed_bits(*weight.shape) + 0.5)
-    step = _find_step(rounder.some().forecast, target, rounder.guess(target) if guide is None else guide.step)
-    step = _find_step(rounder.bits, target, step, 2)
-    return rounder.integers(step, gram)
+    guess = rounder.guess(target) if guide is None else guide.step
+    step = _find_step(rounder.some().forecast, target, guess, rounder.finest)
+    return rounder.integers(_find_step(rounder.bits, target, step, rounder.finest, 2), gram)
 
 
 def _rounder(
@@ -193,14 +197,15 @@ def _rounder(
         raise NumericalError(str(error)) from error
 
 
-def _find_step(bits_at: Callable[[float], float], target: float, step: float, tries: int = 8) -> float:
-    """The step with that many bits: halving the step costs about one bit, which makes every try a Newton step."""
+def _find_step(bits_at: Callable[[float], float], target: float, step: float, finest: float, tries: int = 8) -> float:
+    """The step with that many bits, or the finest: halving it costs about one bit, which makes every try a Newton step."""
     for _ in range(tries):
+        step = max(step, finest)
         excess = bits_at(step) - target
-        if abs(excess) < _TOLERANCE:
+        if abs(excess) < _TOLERANCE or (step == finest and excess < 0):
             break
         step *= 2 ** max(-4.0, min(4.0, excess))
-    return step
+    return max(step, finest)
 
 
 def _expected_bytes(weight: Tensor, bits: float) -> int:

@@ -20,6 +20,7 @@ _TRELLIS_BLOCK = 32  # the same where each path has a matrix of its own
 LARGEST = 127
 """Magnitude of an integer: a byte has to hold it."""
 _HALF = torch.finfo(torch.float16)
+_HEADROOM = 2.0**12  # of a column's scale above 1; the errors of other columns, moved onto it, may need as much again
 SEARCH_ROWS = 128
 """Rows of a matrix on which steps are tried."""
 
@@ -112,8 +113,8 @@ def round_on_trellis(unit: Tensor, steps: Tensor, factor: Tensor) -> tuple[Tenso
             position = start + step
             target = free[position].gather(0, origin)
             target.view(-1).addmv_(errors[:step].flatten(1).T, factor[start:position, position], alpha=-1)
-            # One less than a byte holds: the odd grid may have to go one step further out.
-            step_size = max(wanted[position], target.abs().max().item() / (LARGEST - 1))
+            # Two less than a byte holds: a path may have to go two steps further out for its parity.
+            step_size = max(wanted[position], target.abs().max().item() / (LARGEST - 2))
             code, value, state, cost = advance(target / step_size, cost, (step_size / diagonal[position]) ** 2)
             codes[position], before[position] = code, state
             target, best = target.gather(0, state), cost.argmin(0, keepdim=True)
@@ -217,6 +218,15 @@ class Rounder:
         rows = slice(None, None, max(1, len(self.weight) // SEARCH_ROWS))
         other.weight, other.row_steps = self.weight[rows], self.row_steps[rows]
         return other
+
+    @property
+    def finest(self) -> float:
+        """The least step, in units of `U_jj`, at which float16 can still say the scale of every column.
+
+        Integers fill their byte long before; it stops a search for bits that a matrix with many zeros does not have.
+        """
+        largest = (self.weight / self.row_steps[:, None]).abs().amax(0) / self.steps
+        return largest.max().item() / self.scale / (LARGEST * _HEADROOM)
 
     def guess(self, bits: float) -> float:
         """A step with about that many bits: a normal value of `2**(bits - 2)` steps carries so much."""

@@ -94,6 +94,15 @@ def test_error_falls_with_bits(grid, widths):
     assert all(after < 0.6 * before for before, after in itertools.pairwise(losses)), losses
 
 
+@pytest.mark.parametrize("scale_bits", [5, None], ids=str)
+@pytest.mark.parametrize("size", [0.03, 0.01])
+def test_eight_bits_are_eight_bits_of_small_weights_too(size, scale_bits):
+    """Their scales lie below the normal numbers of float16."""
+    weight, gram = normal(24, 64), correlated_gram(64)
+    config = CodebookConfig(bits=8, scale_bits=scale_bits)
+    assert lost(size * weight, gram, config) < 2 * lost(weight, gram, config)
+
+
 @settings
 def test_every_grid_works_without_data(config):
     """Nearest, with no gram matrix: better than no weight at all by what its bits promise."""

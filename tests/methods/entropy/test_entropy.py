@@ -258,6 +258,31 @@ def test_rows_of_an_embedding_that_are_tiny_stay_tiny():
     assert (dense - table.weight)[:100].norm() < 0.1 * table.weight[:100].norm()
 
 
+@pytest.mark.parametrize("rest", [0.0, 1e-30], ids=["zeros", "next_to_nothing"])
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_rows_that_no_token_uses_cost_the_others_nothing(share, rest):
+    """A vocabulary padded to a round number, or taken over from a larger model."""
+    table = nn.Embedding(1000, 64)
+    with torch.no_grad():
+        table.weight[: int(share * 1000)] *= rest
+    module = compress_embedding(table, EntropyConfig(embedding_bits=5.0))
+    stored = sum(buffer.nbytes for name, buffer in module.named_buffers() if name != "codes")
+    assert 8 * stored / table.weight.numel() < 5.1
+    assert (module.to_dense() - table.weight).norm() < 0.06 * table.weight.norm()
+    assert rest or not module.to_dense()[: int(share * 1000)].any()
+
+
+@pytest.mark.parametrize("has_gram", [True, False], ids=["gram", "no_gram"])
+@pytest.mark.parametrize("share", [0.8, 0.9, 0.97])
+def test_more_bits_than_there_are_leave_the_weights_whole(share, has_gram):
+    """A matrix with few rows that are not zero: their bytes are full long before the average meets the budget."""
+    weight = normal(96, 64)
+    weight[torch.randperm(96, generator=torch.Generator().manual_seed(0))[: int(share * 96)]] = 0
+    gram = correlated(64) if has_gram else torch.eye(64)
+    integers = quantize(weight, gram if has_gram else None, EntropyConfig(bits=5.0))
+    assert error(weight, integers, gram) < 1e-3
+
+
 def test_a_matrix_whose_scales_take_the_budget_is_still_a_matrix():
     weight = normal(8, 256)
     integers = quantize(weight, None, EntropyConfig(bits=2.0, sensitivity="none"))
@@ -397,6 +422,17 @@ def test_a_lossless_head_stands_in_a_distillation():
 def test_a_table_of_other_width_cannot_be_kept():
     with pytest.raises(UnsupportedModel, match="embedding_bits 16 needs 16-bit weights, got float32"):
         compress_embedding(nn.Embedding(5, 8), EntropyConfig(embedding_bits=16))
+
+
+def test_a_table_of_other_width_is_found_before_anything_is_done(dense_folder, tmp_path):
+    recipe = {"stages": [{**NONE, "embedding_bits": 16}], "calibration": {"num_sequences": 2, "sequence_length": 32}}
+    with pytest.raises(UnsupportedModel, match="embedding_bits 16 needs 16-bit weights, got float32"):
+        hf_compact.compress(dense_folder, recipe, output=tmp_path / "small")
+    assert not list(tmp_path.iterdir())
+    model = tiny_model("llama")
+    with pytest.raises(UnsupportedModel, match="embedding_bits 16 needs 16-bit weights, got float32"):
+        hf_compact.compress(model, recipe, calibration=from_batches([tiny_inputs("llama")]))
+    assert type(model.get_input_embeddings()) is nn.Embedding
 
 
 def test_an_empty_lossless_table_has_no_scales():

@@ -225,6 +225,14 @@ def test_zeros_stay_zeros(rounding):
         assert not dense[:, 7].any()
 
 
+@pytest.mark.parametrize("factor", [1e-3, 1e3])
+def test_the_size_of_the_weights_does_not_matter(factor):
+    weight, gram = normal(24, 64), ill_conditioned_gram(64, 1)
+    expected, found = losses(weight, gram, NestedConfig()), losses(weight * factor, gram, NestedConfig())
+    for bits in WIDTHS:
+        assert found[bits] == pytest.approx(factor**2 * expected[bits], rel=0.1)
+
+
 @pytest.mark.parametrize("factor", [0.0, 1e-8, 1e-3, 1e4])
 def test_any_magnitude_is_finite(factor):
     module = compress_linear(nn.Linear(40, 12), None, NestedConfig())
