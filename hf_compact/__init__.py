@@ -12,6 +12,7 @@ from .methods.compacter import CompacterConfig, CompacterModel
 from .methods.distillation import DistillationCallback
 from .methods.one_bit_adam import OneBitAdam, OneBitAdamCallback, OneBitAdamConfig
 from .methods.pruning import HessoCallback, HessoConfig, PruningConfig
+from .methods.sparsity import MaskCallback, MaskTraining, SparsityConfig
 from .methods.tensor_network import TensorNetworkCallback, TensorNetworkConfig
 from .methods.ternary import TernaryCallback, TernaryConfig
 from .report import CommReport, Report
@@ -28,12 +29,15 @@ __all__ = [
     "DistillationCallback",
     "HessoCallback",
     "HessoConfig",
+    "MaskCallback",
+    "MaskTraining",
     "OneBitAdam",
     "OneBitAdamCallback",
     "OneBitAdamConfig",
     "PruningConfig",
     "Recipe",
     "Report",
+    "SparsityConfig",
     "TensorNetworkCallback",
     "TensorNetworkConfig",
     "TernaryCallback",

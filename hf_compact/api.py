@@ -777,7 +777,7 @@ def check_cuts(model: PreTrainedModel, arch: Architecture, recipe: Recipe) -> No
 def _shapes_of(model: PreTrainedModel) -> PreTrainedModel:
     """The model on meta, with a config of its own."""
     with torch.device("meta"):
-        return type(model)(copy.deepcopy(model.config))
+        return type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
 
 
 def check_output_or_resume(output: Path) -> None:
