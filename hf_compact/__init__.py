@@ -12,6 +12,7 @@ from .methods.compacter import CompacterConfig, CompacterModel
 from .methods.distillation import DistillationCallback
 from .methods.one_bit_adam import OneBitAdam, OneBitAdamCallback, OneBitAdamConfig
 from .methods.pruning import HessoCallback, HessoConfig, PruningConfig
+from .methods.sorted_net import SortedNetCallback, SortedNetConfig, extract, sort_units_
 from .methods.sparsity import MaskCallback, MaskTraining, SparsityConfig
 from .methods.tensor_network import TensorNetworkCallback, TensorNetworkConfig
 from .methods.ternary import TernaryCallback, TernaryConfig
@@ -37,6 +38,8 @@ __all__ = [
     "PruningConfig",
     "Recipe",
     "Report",
+    "SortedNetCallback",
+    "SortedNetConfig",
     "SparsityConfig",
     "TensorNetworkCallback",
     "TensorNetworkConfig",
@@ -46,10 +49,12 @@ __all__ = [
     "compress",
     "evaluate",
     "export",
+    "extract",
     "inspect_folder",
     "plan",
     "plan_budget",
     "profile",
     "recover",
     "set_bits",
+    "sort_units_",
 ]

@@ -49,7 +49,7 @@ SLICE_ORDER = [
     "config", "functional", "joint", "layer", "model", "cache", "apply", "exchange", "optimizer", "cric", "callback", "__init__",
 ]  # fmt: skip
 #: Slices that are no stage of a recipe, so no entry of METHODS: a PEFT method, and those that change training and not the model.
-OTHER_SLICES = {"compacter", "distillation", "one_bit_adam"}
+OTHER_SLICES = {"compacter", "distillation", "one_bit_adam", "sorted_net"}
 #: The package's public face and its entry point import downwards from above everything.
 TOP = ("__init__.py", "__main__.py")
 #: The fresh process of a verification registers the plugin by importing the package, once.
