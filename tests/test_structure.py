@@ -25,6 +25,7 @@ ORDER = [
     "arch",
     "reorder",
     "groups",
+    "footprint",
     "calibration",
     "scoring",
     "distributed",

@@ -7,6 +7,7 @@ Source: HESSO, arXiv 2409.09085. Differs: groups compete within their kind, alre
 by number, every block keeps a share, and the direction is what the optimizer's step has really taken off.
 """
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
 from ...arch import describe
-from ...checkpoint import disk_errors, write_shard
+from ...checkpoint import disk_errors, write_shard, write_text
 from ...errors import ConfigError, FormatError
+from ...footprint import Comparison, count
 from ...groups import GroupSet, cut_zeros_, find_groups
 from ...training import CompactCallback, check_same_on_all_ranks
 from .config import HessoConfig
@@ -51,6 +53,7 @@ class HessoCallback(CompactCallback):
         self.before: dict[nn.Parameter, Tensor] = {}
         self.table: dict[str, Any] = {}
         self.correction: Correction | None = None
+        self.comparison: Comparison | None = None
 
     def swap_(self, model: PreTrainedModel) -> None:
         """Find the groups, and how many of each kind a block loses.
@@ -89,6 +92,16 @@ class HessoCallback(CompactCallback):
             with disk_errors(folder):
                 write_shard(folder / FILE_NAME, self.correction.tensors())
 
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """As the base; `pruning_report.json` and `removed.png` in the Trainer's folder say what was removed."""
+        super().on_train_end(args, state, control, **kwargs)
+        if self.comparison is not None and state.is_world_process_zero:
+            folder = Path(args.output_dir)
+            with disk_errors(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                write_text(folder / "pruning_report.json", json.dumps(self.comparison.to_dict(), indent=2) + "\n")
+                self.comparison.plot(folder / "removed.png")
+
     def before_update(self, model: PreTrainedModel, step: int) -> None:
         """Where groups are scored after this step, remember the weights; in a cycle of CRIC, add the gradients up."""
         if self.config.cric and step == self.config.warm_up_steps:
@@ -122,9 +135,10 @@ class HessoCallback(CompactCallback):
         """Cut out what is zero; the model stays of its class."""
         for group_set in self.sets:
             del group_set.slices[-1].module._buffers[_name(group_set)]
-        size = model.num_parameters()
+        before = count(model)
         self.table = cut_zeros_(model, self.config.kinds, self.config.is_uniform, self.config.channel_multiple)
-        logger.info("cut from %d to %d parameters", size, model.num_parameters())
+        self.comparison = Comparison(before=before, after=count(model))
+        logger.info("cut from %d to %d parameters", before.parameters, self.comparison.after.parameters)
         self.before = {}
 
     def modules(self, model: PreTrainedModel) -> dict[str, dict[str, Any]]:

@@ -1,5 +1,6 @@
 """HESSO in a stock Trainer: the schedule is exact, a stopped run ends alike, ranks agree, the result is ordinary."""
 
+import json
 import os
 import time
 from pathlib import Path
@@ -66,6 +67,10 @@ def test_the_schedule_is_exact(extra, tmp_path):
     assert model.config.intermediate_size == 72 - channels
     removed = 1 - block_parameters(model) / dense
     assert removed <= 0.3 < removed + 4 * 3 * 32 * 3 / dense
+    found = json.loads((tmp_path / "pruning_report.json").read_text())
+    assert found["before"]["parameters"] - found["after"]["parameters"] == dense - block_parameters(model)
+    assert [of["channels"] for of in found["removed"].values()] == [pytest.approx(channels / 72)] * 3
+    assert (tmp_path / "removed.png").is_file()
     model.save_pretrained(tmp_path / "out")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert again.state_dict().keys() == model.state_dict().keys()
