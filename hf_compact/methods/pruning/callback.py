@@ -21,7 +21,7 @@ from ...arch import describe
 from ...checkpoint import disk_errors, write_shard, write_text
 from ...errors import ConfigError, FormatError
 from ...footprint import Comparison, count
-from ...groups import GroupSet, cut_zeros_, find_groups
+from ...groups import HIDDEN, GroupSet, cut_zeros_, find_groups
 from ...training import CompactCallback, check_same_on_all_ranks
 from .config import HessoConfig
 from .cric import FILE_NAME, Correction
@@ -292,6 +292,8 @@ def group_counts(model: PreTrainedModel, sets: list[GroupSet], config: HessoConf
     for kind, first in firsts.items():
         if kind != "channels":
             counts[kind] = _rounded(first, min(config.target * first.num_groups, most_removed(first, config)))
+            if kind == HIDDEN:
+                counts[kind] = first.num_groups - _multiple(first.num_groups - counts[kind], config.channel_multiple)
             heads += counts[kind] * _group_cost(first, cost) * sum(s.kind == kind for s in sets)
     if "channels" in firsts:
         first, number = firsts["channels"], sum(s.kind == "channels" for s in sets)
@@ -300,7 +302,7 @@ def group_counts(model: PreTrainedModel, sets: list[GroupSet], config: HessoConf
         wanted = config.target * first.num_groups
         if config.unit != "groups":
             wanted = (config.target * cost(blocks.values()) - heads) / (number * _group_cost(first, cost))
-        kept = -(-(first.num_groups - max(0, round(wanted))) // config.channel_multiple) * config.channel_multiple
+        kept = _multiple(first.num_groups - max(0, round(wanted)), config.channel_multiple)
         counts["channels"] = max(0, first.num_groups - kept)
         if kept <= 0 or counts["channels"] > most_removed(first, config):
             raise ConfigError(
@@ -322,6 +324,11 @@ def most_removed(group_set: GroupSet, config: HessoConfig) -> int:
 
 def _rounded(group_set: GroupSet, number: float) -> int:
     return int(number + 1e-9) // group_set.num_pools * group_set.num_pools
+
+
+def _multiple(number: int, multiple: int) -> int:
+    """Rounded up."""
+    return -(-number // multiple) * multiple
 
 
 def _group_cost(group_set: GroupSet, cost: Any) -> float:

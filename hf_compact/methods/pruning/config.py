@@ -85,7 +85,8 @@ class HessoConfig:
     """What the target counts: parameters of the blocks, their bytes, multiply-adds per token of their Linears, or the groups of
     each kind. Key-value heads lose the target's share of their number, rounded down; channels make up the rest."""
     kinds: tuple[str, ...] = ("channels", "kv_heads")
-    """Groups that may go: channels, kv_heads, query_heads."""
+    """Groups that may go: channels, kv_heads, query_heads; or hidden alone, dimensions of the residual stream, of which then the
+    target's share goes."""
     warm_up_steps: int = 0
     """Plain training before the first groups are chosen."""
     pruning_steps: int = 100
@@ -114,7 +115,7 @@ class HessoConfig:
     is_uniform: bool = True
     """Every block loses the same number, so that the result is an ordinary model; otherwise groups of a kind compete."""
     channel_multiple: int = 8
-    """Numbers of channels that stay are multiples of it; rounded up."""
+    """Numbers of channels, or of hidden dimensions, that stay are multiples of it; rounded up."""
     min_kept: float = 0.2
     """Share of the groups of a block that stays whatever their scores; one at least."""
 
@@ -124,8 +125,8 @@ class HessoConfig:
             raise ConfigError(f"hesso.target must be in (0, 0.95], got {self.target}")
         if self.unit not in ("parameters", "bytes", "macs", "groups"):
             raise ConfigError(f"hesso.unit must be one of parameters, bytes, macs, groups, got {self.unit}")
-        if not self.kinds or not set(self.kinds) <= {"channels", "kv_heads", "query_heads"}:
-            raise ConfigError(f"hesso.kinds must be of channels, kv_heads, query_heads, got {list(self.kinds)}")
+        if self.kinds != ("hidden",) and (not self.kinds or not set(self.kinds) <= {"channels", "kv_heads", "query_heads"}):
+            raise ConfigError(f"hesso.kinds must be of channels, kv_heads, query_heads, or hidden alone, got {list(self.kinds)}")
         if {"kv_heads", "query_heads"} <= set(self.kinds):
             raise ConfigError("hesso.kinds must hold kv_heads or query_heads, not both: they share query heads")
         if self.warm_up_steps < 0 or self.periods < 1 or self.channel_multiple < 1:

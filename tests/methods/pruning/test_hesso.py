@@ -124,6 +124,18 @@ def test_blocks_that_compete_lose_as_much_in_all(tmp_path):
         assert torch.equal(again(**tiny_inputs("llama")).logits, model.eval()(**tiny_inputs("llama")).logits)
 
 
+def test_the_residual_stream_on_request(tmp_path):
+    model, callback = tiny_model("llama"), HessoCallback(**SETTINGS | {"kinds": ("hidden",), "target": 0.25})
+    dense = block_parameters(model)
+    train(model, callback, tmp_path)
+    assert (model.config.hidden_size, model.config.head_dim) == (24, 8)
+    assert block_parameters(model) == 0.75 * dense
+    model.save_pretrained(tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(again(**tiny_inputs("llama")).logits, model.eval()(**tiny_inputs("llama")).logits)
+
+
 def test_dead_channels_go_first_and_chosen_ones_fall_linearly():
     model, callback = (
         tiny_model("llama"),
