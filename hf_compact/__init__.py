@@ -3,7 +3,7 @@
 Importing this package registers the `hf_compact` quantization method with transformers and Compacter with PEFT.
 """
 
-from .api import compress, evaluate, export, inspect_folder, plan, plan_budget, profile, recover
+from .api import compare, compress, evaluate, export, inspect_folder, plan, plan_budget, profile, recover
 from .config import CalibrationConfig, Recipe
 from .errors import CompactError
 from .hf.quantizer import CompactConfig, set_bits
@@ -12,6 +12,8 @@ from .methods.compacter import CompacterConfig, CompacterModel
 from .methods.distillation import DistillationCallback
 from .methods.one_bit_adam import OneBitAdam, OneBitAdamCallback, OneBitAdamConfig
 from .methods.pruning import HessoCallback, HessoConfig, PruningConfig
+from .methods.sorted_net import SortedNetCallback, SortedNetConfig, extract, sort_units_
+from .methods.sparsity import MaskCallback, MaskTraining, SparsityConfig
 from .methods.tensor_network import TensorNetworkCallback, TensorNetworkConfig
 from .methods.ternary import TernaryCallback, TernaryConfig
 from .report import CommReport, Report
@@ -28,24 +30,32 @@ __all__ = [
     "DistillationCallback",
     "HessoCallback",
     "HessoConfig",
+    "MaskCallback",
+    "MaskTraining",
     "OneBitAdam",
     "OneBitAdamCallback",
     "OneBitAdamConfig",
     "PruningConfig",
     "Recipe",
     "Report",
+    "SortedNetCallback",
+    "SortedNetConfig",
+    "SparsityConfig",
     "TensorNetworkCallback",
     "TensorNetworkConfig",
     "TernaryCallback",
     "TernaryConfig",
     "__version__",
+    "compare",
     "compress",
     "evaluate",
     "export",
+    "extract",
     "inspect_folder",
     "plan",
     "plan_budget",
     "profile",
     "recover",
     "set_bits",
+    "sort_units_",
 ]

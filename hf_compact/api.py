@@ -48,6 +48,7 @@ from .checkpoint import (
 from .config import CalibrationConfig, DistillationConfig, MethodConfig, Recipe
 from .distillation import distill_
 from .errors import CalibrationError, ConfigError, FormatError, NothingMatched, OutputError, UnsupportedModel, VerificationError
+from .footprint import Comparison, Footprint, count, latencies
 from .groups import find_groups, settle_
 from .hf.card import model_card, plot_layers
 from .hf.export import save_bitnet, save_dense, save_low_rank
@@ -154,11 +155,13 @@ def compress(
     select_stages(arch.roles, recipe.stages)  # a glob that matches nothing is found before a folder is made
     check_outside(dense.model, arch, recipe)
     check_cuts(dense.model, arch, recipe)
-    arch = _shorten(dense.model, arch, recipe, prepared, report)
+    before = _footprint(dense.model, recipe)
+    arch, dropped = _shorten(dense.model, arch, recipe, prepared, report)
     journal = Journal(output, fingerprint, num_units=1 + len(arch.blocks))
     runner = BlockRunner(dense.model, arch, stages, prepared, report, dense.source, journal, recipe.reconstruction)
     logits = _run(runner, recipe, prepared, progress)
     table = _ordered(_settled(runner), dense.model)
+    _compare(before, dropped, dense.model, report)
     config = _final_config(dense.model, table, recipe)
     report.file_bytes = journal.finish(
         lambda folder: _write_side_files(folder, dense.model, config, dense.load_tokenizer(), recipe)
@@ -358,6 +361,48 @@ def evaluate(
             )
         del model
     return rows
+
+
+def compare(
+    before: str | Path, after: str | Path, *, plot: str | Path | None = None, prompt_length: int = 512, num_tokens: int = 16,
+    num_rounds: int = 7,
+) -> Comparison:  # fmt: skip
+    """Two models side by side: parameters, multiply-adds, bytes, measured seconds of a prompt and of a token, removed units.
+
+    Both are in memory at once, and are run by turns.
+
+    Args:
+        before: Hub id, folder or `.gguf` file of a causal language model.
+        after: likewise; compressed or pruned.
+        plot: PNG file to create: what each block has lost.
+        prompt_length: tokens of the prompt.
+        num_tokens: made behind it, one by one.
+        num_rounds: turns; medians are reported.
+
+    Raises:
+        CompactError: a model cannot be opened, a prompt is longer than a model allows, or the file cannot be created.
+    """
+    if min(prompt_length, num_tokens, num_rounds) < 1:
+        raise ConfigError(
+            f"prompt_length, num_tokens and num_rounds must be at least 1, got {prompt_length}, {num_tokens} and {num_rounds}"
+        )
+    if plot is not None:
+        check_new_file(Path(plot))
+    models = [open_for_scoring(name)[0] for name in (before, after)]
+    for name, model in zip((before, after), models, strict=True):
+        most = max_positions(model)
+        if most is not None and prompt_length + num_tokens > most:
+            raise ConfigError(f"prompt_length + num_tokens must be at most {most}, the positions of {str(name)!r}")
+    seconds = latencies(models, prompt_length, num_tokens, num_rounds)
+    sides = [
+        replace(count(model), prefill_seconds=prefill, decode_seconds=decode)
+        for model, (prefill, decode) in zip(models, seconds, strict=True)
+    ]
+    found = Comparison(before=sides[0], after=sides[1])
+    if plot is not None:
+        with disk_errors(Path(plot).absolute().parent):
+            found.plot(Path(plot))
+    return found
 
 
 def recover(  # noqa: PLR0913 - settings, by keyword
@@ -787,7 +832,7 @@ def check_cuts(model: PreTrainedModel, arch: Architecture, recipe: Recipe) -> No
 def _shapes_of(model: PreTrainedModel) -> PreTrainedModel:
     """The model on meta, with a config of its own."""
     with torch.device("meta"):
-        return type(model)(copy.deepcopy(model.config))
+        return type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
 
 
 def check_output_or_resume(output: Path) -> None:
@@ -1047,11 +1092,13 @@ def _compress_in_memory(
     check_outside(model, arch, recipe)
     check_cuts(model, arch, recipe)
     report = new_report(model.config.name_or_path or type(model).__name__, model, arch, recipe, prepared)
-    arch = _shorten(model, arch, recipe, prepared, report)
+    before = _footprint(model, recipe)
+    arch, dropped = _shorten(model, arch, recipe, prepared, report)
     stages = [(METHODS[stage.method], stage) for stage in recipe.stages]
     runner = BlockRunner(model, arch, stages, prepared, report, reconstruction=recipe.reconstruction)
     logits = _run(runner, recipe, prepared, progress)
     table = _ordered(_settled(runner), model)
+    _compare(before, dropped, model, report)
     if table:
         attach_(model, table, recipe.stages)
     if output is not None and distributed.rank() == 0:
@@ -1065,15 +1112,29 @@ def _compress_in_memory(
 
 def _shorten(
     model: PreTrainedModel, arch: Architecture, recipe: Recipe, calibration: Calibration, report: Report
-) -> Architecture:
-    """Take out the blocks that stages remove, and describe what is left."""
+) -> tuple[Architecture, list[str]]:
+    """Take out the blocks that stages remove; describe what is left, and name what is gone."""
+    gone: list[str] = []
+    names = list(arch.blocks)
     for stage in recipe.stages:
         method = METHODS[stage.method]
         dropped = method.shorten(model, arch, calibration.batches, stage) if method.shorten else []
         if dropped:
             report.notes.append(f"{stage.method} has removed {len(dropped)} of {len(arch.blocks)} blocks: {', '.join(dropped)}")
+            out = [names[arch.blocks.index(name)] for name in dropped]
+            gone, names = gone + out, [name for name in names if name not in out]
             arch = describe(model)
-    return arch
+    return arch, gone
+
+
+def _footprint(model: PreTrainedModel, recipe: Recipe) -> Footprint | None:
+    """What the dense model costs, where a stage removes units."""
+    return count(model) if any(METHODS[stage.method].cut_block for stage in recipe.stages) else None
+
+
+def _compare(before: Footprint | None, dropped: Sequence[str], model: PreTrainedModel, report: Report) -> None:
+    if before is not None:
+        report.footprint = Comparison(before=before, after=count(model), dropped=tuple(dropped)).to_dict()
 
 
 def _settled(runner: BlockRunner) -> dict[str, Any]:
@@ -1117,6 +1178,8 @@ def _verify(output: Path, calibration: Calibration, logits: torch.Tensor, report
     with disk_errors(output):  # the report comes last: where it is, the rest is
         write_text(output / "README.md", model_card(report))
         plot_layers(report, output / "layers.png")
+        if report.footprint is not None:
+            Comparison.from_dict(report.footprint).plot(output / "removed.png")
         write_text(output / REPORT_NAME, json.dumps(report.to_dict(), indent=2) + "\n")
     if failure is not None:
         raise failure

@@ -17,7 +17,7 @@ from rich.table import Table
 from typer.core import TyperCommand
 
 from . import api
-from .checkpoint import write_text
+from .checkpoint import check_new_file, write_text
 from .config import DistillationConfig
 from .errors import CompactError, OutputError
 from .methods.compacter import CompacterConfig
@@ -221,6 +221,26 @@ def evaluate(
         numbers = (f"{row['perplexity']:.3f}", f"{row['ratio']:.4f}", f"{row['file_bytes'] / 1e6:.1f}")
         table.add_row(row["model"], Path(row["text"]).name, *numbers, str(row["num_tokens"]), f"{row['seconds']:.1f}")
     out.print(table)
+
+
+@app.command(epilog="Example:\n\n    hf-compact compare ./my-model ./my-model-pruned --plot removed.png")
+def compare(
+    before: ModelArgument,
+    after: Annotated[str, typer.Argument(help="Compressed or pruned model.", metavar="SMALLER")],
+    plot: Annotated[Path | None, typer.Option(help="Bar chart to create: what each block has lost.", metavar="OUT.png")] = None,
+    prompt_length: Annotated[int, typer.Option(help="Tokens of the prompt, at batch size 1.")] = 512,
+    tokens: Annotated[int, typer.Option(help="Tokens that are made one by one behind it.")] = 16,
+    rounds: Annotated[int, typer.Option(help="Turns of both models; medians are shown.")] = 7,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers here too.", metavar="OUT")] = None,
+) -> None:
+    """Parameters, multiply-adds, bytes and measured speed of MODEL and of a SMALLER one, side by side."""
+    with _errors():
+        if json_file is not None:
+            check_new_file(json_file)
+        found = api.compare(before, after, plot=plot, prompt_length=prompt_length, num_tokens=tokens, num_rounds=rounds)
+        if json_file is not None:
+            _write_json(json_file, found.to_dict())
+    out.print(found.to_table(f"{before} → {after}"))
 
 
 @app.command(

@@ -3,10 +3,12 @@
 A group that is zero in every slice adds nothing to its block, so cutting it out changes no output beyond rounding. One
 helper, `Slice`, serves scoring, shrinking and cutting.
 
-The residual stream is not offered: without the mean that a LayerNorm takes off and the sum that an RMSNorm divides by,
-its dimensions are not independent. Neither are experts in one fused tensor, nor dimensions inside a rotary head.
+Dimensions of the residual stream have to be asked for. An RMSNorm divides by the mean square over all of them, so cutting `d` to
+`d'` multiplies its gain by `sqrt(d / d')` and its epsilon by `d / d'`, which is exact; a LayerNorm also takes off a mean, and
+models with one are refused. Experts in one fused tensor are not offered, nor dimensions inside a rotary head.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,15 +19,19 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-from .arch import Architecture, dense_shape, describe
+from .arch import Architecture, dense_shape, describe, norms
 from .errors import ConfigError, NothingMatched, UnsupportedModel
-from .reorder import Slice, attention_shape, block_linears, channel_slices, head_slices, query_slices, row_slices
+from .reorder import Slice, attention_shape, block_linears, channel_slices, column_slices, head_slices, query_slices, row_slices
 
 KINDS = ("channels", "kv_heads", "query_heads", "layers")
+#: Only where it is asked for: it changes every tensor of a model.
+HIDDEN = "hidden"
 #: Where a family keeps the width of its MLPs, if not in `intermediate_size`.
 _WIDTH_FIELDS = {"gpt2": "n_inner", "opt": "ffn_dim", "t5": "d_ff"}
 #: Families whose classes read `config.head_dim`: with fewer heads they are still ordinary models.
 _HEAD_DIM = {"llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3_text", "gemma3", "vit"}
+#: Families whose norms are plain RMSNorms of the residual stream alone, all with the epsilon of the config.
+_PLAIN_NORMS = {"llama", "mistral", "qwen2", "smollm3"}
 #: Attributes of attention modules that follow from their shapes.
 _HEADS = ("num_heads", "num_attention_heads", "n_heads")
 _WIDTHS = ("split_size", "all_head_size", "inner_dim", "embed_dim")
@@ -38,7 +44,7 @@ class GroupSet:
 
     block: str
     kind: str
-    """One of `KINDS`."""
+    """One of `KINDS`, or `HIDDEN`, whose set is the whole model's and has no block."""
     slices: tuple[Slice, ...] = field(repr=False)
     num_groups: int
     num_pools: int = 1
@@ -103,6 +109,8 @@ class GroupSet:
             part.parameter.grad = None
         for module in {id(part.module): part.module for part in self.slices}.values():
             _refresh_(module)
+        if self.kind == HIDDEN:
+            _set_hidden_(model, [part.module for part in self.slices], len(kept))
         if self.num_rows:
             names = {module: name for name, module in model.named_modules()}
             owner = model.get_submodule(names[self.slices[0].module].rpartition(".")[0])
@@ -118,11 +126,11 @@ def find_groups(model: PreTrainedModel, kinds: Sequence[str] = ("channels", "kv_
 
     Args:
         model: of a known family.
-        kinds: of `KINDS`. `kv_heads` takes the query heads along; `query_heads` leaves the key-value heads.
+        kinds: of `KINDS`, and `HIDDEN`. `kv_heads` takes the query heads along; `query_heads` leaves the key-value heads.
 
     Raises:
         ConfigError: an unknown kind.
-        UnsupportedModel: the family is not in the table of families.
+        UnsupportedModel: the family is not in the table of families, or its norms forbid `HIDDEN`.
         NothingMatched: the model has no such groups.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -130,13 +138,15 @@ def find_groups(model: PreTrainedModel, kinds: Sequence[str] = ("channels", "kv_
     >>> [(found.kind, found.num_groups) for found in find_groups(tiny)]
     [('channels', 12), ('kv_heads', 2)]
     """
-    unknown = [kind for kind in kinds if kind not in KINDS]
+    unknown = [kind for kind in kinds if kind not in (*KINDS, HIDDEN)]
     if unknown or not kinds:
-        raise ConfigError(f"kinds must be of {', '.join(KINDS)}, got {unknown or list(kinds)}")
+        raise ConfigError(f"kinds must be of {', '.join((*KINDS, HIDDEN))}, got {unknown or list(kinds)}")
     arch = describe(model)
     if not arch.is_known:
         raise UnsupportedModel(f"model_type {arch.family!r} is not in the table of families: its hidden units are not known")
     found = [group_set for block in arch.blocks for group_set in block_groups(model, arch, block) if group_set.kind in kinds]
+    if HIDDEN in kinds:
+        found.append(hidden_groups(model, arch))
     if not found:
         raise NothingMatched(f"a {type(model).__name__} has no groups of the kinds {', '.join(kinds)} that can be cut exactly")
     return found
@@ -159,6 +169,28 @@ def block_groups(model: PreTrainedModel, arch: Architecture, block: str) -> Iter
         ends = [branch[role] for branch in branches for role in ("o", "down") if role in branch]
         slices = [part for end in ends for part in row_slices(end, torch.arange(dense_shape(end)[0])[None])]
         yield GroupSet(block, "layers", tuple(slices), 1)
+
+
+def hidden_groups(model: PreTrainedModel, arch: Architecture) -> GroupSet:
+    """The dimensions of the residual stream: what writes them, what reads them, and the gains of the norms between.
+
+    Raises:
+        UnsupportedModel: the family has other norms than RMSNorms of the residual stream.
+    """
+    if arch.family not in _PLAIN_NORMS:
+        raise UnsupportedModel(
+            f"dimensions of the residual stream are cut in {', '.join(sorted(_PLAIN_NORMS))} only, got {arch.family}"
+        )
+    index = torch.arange(_config(model).hidden_size)[:, None]
+    parts: list[Slice] = []
+    for name, role in arch.roles.items():
+        make = row_slices if role in ("o", "down") else column_slices
+        parts += make(model.get_submodule(name), index)
+    parts += [Slice(model.get_submodule(name), "weight", 0, index) for name in norms(model)]
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not model.get_input_embeddings().weight:
+        parts += column_slices(head, index)
+    return GroupSet("", HIDDEN, (*parts, Slice(model.get_input_embeddings(), "weight", 1, index)), len(index))
 
 
 def drop_layers_(model: PreTrainedModel, dropped: Sequence[str]) -> None:
@@ -207,7 +239,7 @@ def cut_zeros_(
         model: changed in place; it stays of its class.
         kinds: which groups to look at.
         is_uniform: whether all blocks keep as many groups as the one that needs most, so that the config can say it.
-        multiple: the numbers of channels that stay are multiples of it.
+        multiple: the numbers of channels (and of hidden dimensions) that stay are multiples of it.
 
     Returns:
         The modules table, as `settle_`.
@@ -217,8 +249,12 @@ def cut_zeros_(
     """
     sets = find_groups(model, kinds)
     dropped = [s.block for s in sets if s.kind == "layers" and len(s.zero_groups())]
-    kept = {s: _kept(s, multiple if s.kind == "channels" else 1) for s in sets if s.kind != "layers" and s.block not in dropped}
-    for kind in KINDS:
+    kept = {
+        s: _kept(s, multiple if s.kind in ("channels", HIDDEN) else 1)
+        for s in sets
+        if s.kind != "layers" and s.block not in dropped
+    }
+    for kind in (*KINDS, HIDDEN):
         mine = {s: keep for s, keep in kept.items() if s.kind == kind}
         most = max((len(keep) for keep in mine.values()), default=0)
         for group_set, keep in mine.items():
@@ -292,11 +328,30 @@ def linear_spec(model: PreTrainedModel, name: str, stock: PreTrainedModel | None
 
 
 def _refresh_(module: nn.Module) -> None:
+    if isinstance(module, nn.Embedding):
+        module.embedding_dim = module.weight.shape[1]
+    if not isinstance(module, nn.Linear | Conv1D):
+        return
     rows, columns = dense_shape(module)
     if isinstance(module, Conv1D):
         module.nf, module.nx = rows, columns
     else:
         module.out_features, module.in_features = rows, columns
+
+
+def _set_hidden_(model: PreTrainedModel, modules: Sequence[nn.Module], width: int) -> None:
+    """The config and the norms of a model whose residual stream is so wide now."""
+    config = _config(model)
+    factor = config.hidden_size / width
+    config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    config.hidden_size, config.rms_norm_eps = width, config.rms_norm_eps * factor
+    for module in modules:
+        if hasattr(module, "variance_epsilon"):
+            module.weight.data = module.weight.data * math.sqrt(factor)
+            module.variance_epsilon = config.rms_norm_eps
+    head = model.get_output_embeddings()
+    if head is not None:
+        _refresh_(head)
 
 
 def _set_heads_(owner: nn.Module, rows: int, num_heads: int, num_kv: int) -> None:

@@ -75,6 +75,8 @@ class Report:
     """Block -> mean share of its output's energy that is lost, in the first and the last epoch of its reconstruction."""
     distillation: dict[str, Any] | None = None
     """Steps, and the mean loss of the first and the last eight, in nats per token."""
+    footprint: dict[str, Any] | None = None
+    """Where units were removed: what the model costs before and after, and what each block has lost."""
     verification: dict[str, Any] | None = None
     """What the fresh process found: `verified`, largest logit difference, perplexity."""
     notes: list[str] = field(default_factory=list)

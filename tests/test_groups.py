@@ -95,9 +95,42 @@ def test_layers_are_left_out_exactly(family):
     torch.testing.assert_close(output(stock, family), before, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["llama", "llama_untied", "mistral", "qwen2"])
+def test_the_residual_stream_is_narrowed_exactly(family, tmp_path):
+    model = tiny_model(family)
+    with_biases(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                torch.nn.init.uniform_(parameter, 0.5, 1.5, generator=torch.Generator().manual_seed(len(name)))
+    dense, epsilon = model.num_parameters(), model.config.rms_norm_eps
+    (group_set,) = find_groups(model, ("hidden",))
+    group_set.scale_(torch.randperm(32, generator=torch.Generator().manual_seed(0))[:12], 0)
+    before, sizes = output(model, family), group_set.sizes()
+    assert cut_zeros_(model, ("hidden",)) == {}
+    torch.testing.assert_close(output(model, family), before, rtol=0, atol=1e-5)
+    assert model.num_parameters() == dense - 12 * sizes[0]
+    assert (model.config.hidden_size, model.config.head_dim, model.config.rms_norm_eps) == (20, 8, epsilon * 32 / 20)
+    assert (model.get_input_embeddings().embedding_dim, model.lm_head.in_features) == (20, 20)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(output(again, family), before, rtol=0, atol=1e-5)
+    ids = tiny_inputs(family, 1, 8)["input_ids"]
+    settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(again.generate(ids, **settings), model.generate(ids, **settings, use_cache=False))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3", "gemma3", "bert"])
+def test_other_norms_keep_the_residual_stream(family):
+    with pytest.raises(UnsupportedModel, match=r"cut in llama, mistral, qwen2, smollm3 only, got"):
+        find_groups(tiny_model(family), ("hidden",))
+
+
 def test_what_cannot_be_cut_is_named():
     model = tiny_model("llama")
-    with pytest.raises(ConfigError, match="kinds must be of channels, kv_heads, query_heads, layers, got \\['experts'\\]"):
+    with pytest.raises(
+        ConfigError, match="kinds must be of channels, kv_heads, query_heads, layers, hidden, got \\['experts'\\]"
+    ):
         find_groups(model, ("experts",))
     with pytest.raises(NothingMatched, match="a T5ForConditionalGeneration has no groups of the kinds kv_heads"):
         find_groups(tiny_model("t5"), ("kv_heads",))

@@ -25,6 +25,7 @@ ORDER = [
     "arch",
     "reorder",
     "groups",
+    "footprint",
     "calibration",
     "scoring",
     "distributed",
@@ -46,10 +47,10 @@ ORDER = [
     "cli",
 ]
 SLICE_ORDER = [
-    "config", "functional", "joint", "layer", "model", "cache", "apply", "exchange", "optimizer", "callback", "__init__",
+    "config", "functional", "joint", "layer", "model", "cache", "apply", "exchange", "optimizer", "cric", "callback", "__init__",
 ]  # fmt: skip
 #: Slices that are no stage of a recipe, so no entry of METHODS: a PEFT method, and those that change training and not the model.
-OTHER_SLICES = {"compacter", "distillation", "one_bit_adam"}
+OTHER_SLICES = {"compacter", "distillation", "one_bit_adam", "sorted_net"}
 #: The package's public face and its entry point import downwards from above everything.
 TOP = ("__init__.py", "__main__.py")
 #: The fresh process of a verification registers the plugin by importing the package, once.

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..footprint import Comparison
 from ..report import Report, format_bytes
 
 _USE = """```python
@@ -51,6 +52,11 @@ def model_card(report: Report) -> str:
         "| layer | bits per weight | relative output error |\n|---|---|---|\n"
         + "\n".join(f"| {layer.name} | {layer.bits_per_weight:.2f} | {layer.relative_error:.2e} |" for layer in worst),
         "![bytes and error per layer](layers.png)",
+        *(
+            ["## What was removed", Comparison.from_dict(report.footprint).to_markdown(), "![removed per block](removed.png)"]
+            if report.footprint
+            else []
+        ),
         "## How it was made",
         f"Recipe in `recipe.json`, every number in `compression_report.json`. "
         f"Calibration: {', '.join(report.calibration['sources'])}, {report.calibration['num_tokens']} tokens, "

@@ -1,7 +1,7 @@
 """Every method by its name in a recipe. Adding one is a folder and one line here."""
 
 from ..capture import Method
-from . import codebook, correction, entropy, nested, pruning, tensor_network, ternary
+from . import codebook, correction, entropy, nested, pruning, sparsity, tensor_network, ternary
 
 METHODS: dict[str, Method] = {
     "codebook": codebook.METHOD,
@@ -9,6 +9,7 @@ METHODS: dict[str, Method] = {
     "entropy": entropy.METHOD,
     "nested": nested.METHOD,
     "pruning": pruning.METHOD,
+    "sparsity": sparsity.METHOD,
     "tensor_network": tensor_network.METHOD,
     "ternary": ternary.METHOD,
 }

@@ -7,18 +7,24 @@ Source: HESSO, arXiv 2409.09085. Differs: groups compete within their kind, alre
 by number, every block keeps a share, and the direction is what the optimizer's step has really taken off.
 """
 
+import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
 from ...arch import describe
-from ...errors import ConfigError
-from ...groups import GroupSet, cut_zeros_, find_groups
+from ...checkpoint import disk_errors, write_shard, write_text
+from ...errors import ConfigError, FormatError
+from ...footprint import Comparison, count
+from ...groups import HIDDEN, GroupSet, cut_zeros_, find_groups
 from ...training import CompactCallback, check_same_on_all_ranks
 from .config import HessoConfig
+from .cric import FILE_NAME, Correction
 from .functional import saliency
 
 logger = logging.getLogger(__name__)
@@ -46,6 +52,8 @@ class HessoCallback(CompactCallback):
         self.counts: dict[str, int] = {}
         self.before: dict[nn.Parameter, Tensor] = {}
         self.table: dict[str, Any] = {}
+        self.correction: Correction | None = None
+        self.comparison: Comparison | None = None
 
     def swap_(self, model: PreTrainedModel) -> None:
         """Find the groups, and how many of each kind a block loses.
@@ -67,16 +75,40 @@ class HessoCallback(CompactCallback):
 
         Raises:
             ConfigError: training ends before all groups are zero.
+            FormatError: the checkpoint that is resumed lacks the cycle of CRIC that it is in.
         """
         super().on_train_begin(args, state, control, **kwargs)
+        self._resume(kwargs["model"], Path(args.output_dir or "") / f"checkpoint-{state.global_step}", state.global_step)
         if 0 < state.max_steps < self.config.last_step:
             raise ConfigError(
-                f"hesso.warm_up_steps + pruning_steps must be at most the {state.max_steps} steps of the run, got {self.config.last_step}"
+                f"hesso.warm_up_steps + pruning_steps{' + cric_cycles * cric_steps' if self.config.cric else ''} must be at most "
+                f"the {state.max_steps} steps of the run, got {self.config.last_step}"
             )
 
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """In a cycle of CRIC the weights before it belong to the checkpoint."""
+        if self.correction is not None and state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            with disk_errors(folder):
+                write_shard(folder / FILE_NAME, self.correction.tensors())
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """As the base; `pruning_report.json` and `removed.png` in the Trainer's folder say what was removed."""
+        super().on_train_end(args, state, control, **kwargs)
+        if self.comparison is not None and state.is_world_process_zero:
+            folder = Path(args.output_dir)
+            with disk_errors(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                write_text(folder / "pruning_report.json", json.dumps(self.comparison.to_dict(), indent=2) + "\n")
+                self.comparison.plot(folder / "removed.png")
+
     def before_update(self, model: PreTrainedModel, step: int) -> None:
-        """Where groups are chosen after this step, remember the weights."""
-        if self._position(step + 1) == 0:
+        """Where groups are scored after this step, remember the weights; in a cycle of CRIC, add the gradients up."""
+        if self.config.cric and step == self.config.warm_up_steps:
+            self.correction = Correction(model, self.sets)
+        if self.correction is not None:
+            self.correction.add_gradients(model, self.sets)
+        if self.correction is not None or (self._position(step + 1) == 0 and not self.config.cric):
             parameters = {part.parameter for group_set in self.sets for part in group_set.slices}
             self.before = {parameter: parameter.detach().clone() for parameter in parameters}
 
@@ -84,11 +116,15 @@ class HessoCallback(CompactCallback):
     def step(self, model: PreTrainedModel, step: int, learning_rate: float) -> None:
         """Choose at the start of a period, then shrink what is chosen and keep zero what was."""
         position, config = self._position(step), self.config
-        if position == 0:
+        if self.correction is not None:
+            self._correct(model, step)
+        if step < config.first_step:
+            return
+        if position == 0 and not config.cric:
             for group_set in self.sets:
                 states = self.states(group_set)
                 states[states == SHRINKING] = PRUNED
-            self._choose((step - config.warm_up_steps - 1) // config.period_steps + 1)
+            self._choose((step - config.first_step) // config.period_steps + 1)
         left = 0 if position is None else config.period_steps - position
         for group_set in self.sets:
             states = self.states(group_set).cpu()
@@ -99,9 +135,10 @@ class HessoCallback(CompactCallback):
         """Cut out what is zero; the model stays of its class."""
         for group_set in self.sets:
             del group_set.slices[-1].module._buffers[_name(group_set)]
-        size = model.num_parameters()
+        before = count(model)
         self.table = cut_zeros_(model, self.config.kinds, self.config.is_uniform, self.config.channel_multiple)
-        logger.info("cut from %d to %d parameters", size, model.num_parameters())
+        self.comparison = Comparison(before=before, after=count(model))
+        logger.info("cut from %d to %d parameters", before.parameters, self.comparison.after.parameters)
         self.before = {}
 
     def modules(self, model: PreTrainedModel) -> dict[str, dict[str, Any]]:
@@ -112,30 +149,81 @@ class HessoCallback(CompactCallback):
         """State of every group of a set."""
         return group_set.slices[-1].module.get_buffer(_name(group_set))
 
+    def _resume(self, model: PreTrainedModel, folder: Path, step: int) -> None:
+        """Take a cycle of CRIC up again.
+
+        Raises:
+            FormatError: the checkpoint lacks it.
+        """
+        is_chosen = any(bool((self.states(group_set) != KEPT).any()) for group_set in self.sets)
+        self.correction = None
+        if not self.config.cric or is_chosen or not self.config.warm_up_steps < step < self.config.first_step:
+            return
+        if not (folder / FILE_NAME).is_file():
+            raise FormatError(f"{folder} lacks {FILE_NAME}, which a cycle of CRIC needs to go on: resume from its own folder")
+        self.correction = Correction(model, self.sets)
+        self.correction.load_(load_file(folder / FILE_NAME))
+
     def _position(self, step: int) -> int | None:
         """Which step of its period a step is, counted from 0; None outside of the pruning steps."""
-        first = self.config.warm_up_steps + 1
+        first = self.config.first_step
         return (step - first) % self.config.period_steps if first <= step <= self.config.last_step else None
 
     def _choose(self, period: int) -> None:
         """Mark the groups with the lowest scores, until as many as are due by the end of this period, from 1, are chosen."""
-        for kind in self.config.kinds:
-            mine = [group_set for group_set in self.sets if group_set.kind == kind]
-            count, periods = self.counts.get(kind, 0), self.config.periods
-            due = count if period == periods else period * (count // periods)
-            scores = self._scores(mine)
-            if self.config.is_uniform:
-                for group_set, score in zip(mine, scores, strict=True):
-                    self._mark(group_set, score, due)
-            else:
-                self._mark_freely(mine, scores, due)
+        scores = self._scores()
+        periods = self.config.num_periods
+        due = {k: count if period == periods else period * (count // periods) for k, count in self.counts.items()}
+        self._mark(self._lowest(scores, due))
+
+    def _mark(self, chosen: list[Tensor]) -> None:
+        """Groups, given by a mask for each set, start to shrink."""
+        for group_set, mask in zip(self.sets, chosen, strict=True):
+            states = self.states(group_set)
+            states[mask.to(states.device)] = SHRINKING
         self.before = {}
         check_same_on_all_ranks(f"{s.block} {s.kind} {self.states(s).tolist()}" for s in self.sets)
 
-    def _scores(self, sets: list[GroupSet]) -> list[Tensor]:
-        if not sets:
-            return []
+    def _correct(self, model: PreTrainedModel, step: int) -> None:
+        """One step of a cycle of CRIC; at the end of the last one groups are chosen for good."""
+        correction, config, kinds = self.correction, self.config, [s.kind for s in self.sets]
+        done = step - config.warm_up_steps
+        correction.add_scores(self._scores())
+        if done == 1:
+            correction.is_trial = torch.cat(self._lowest(correction.totals(kinds, config.loss), self.counts))
+        left = config.cric_steps - (done - 1) % config.cric_steps
+        for group_set, groups in zip(self.sets, correction.trials(), strict=True):
+            group_set.scale_(groups, (left - 1) / left)
+        if left > 1:
+            return
+        correction.end_cycle(model, config.cric_steps)
+        lowest = self._lowest(correction.totals(kinds, config.loss), self.counts)
+        correction.is_trial = torch.cat(lowest) & ~correction.is_tried
+        check_same_on_all_ranks([str(correction.is_trial.tolist())])
+        is_last = step == config.first_step - 1
+        if is_last and correction.is_trial.any():
+            logger.warning("CRIC ends with %d chosen groups that it has not tried", int(correction.is_trial.sum()))
+        if is_last or not correction.is_trial.any():
+            self._mark(lowest)
+            self.correction = None
 
+    def _lowest(self, scores: list[Tensor], due: dict[str, int]) -> list[Tensor]:
+        """Masks of the groups that join those already chosen, set by set: the lowest scores of each kind."""
+        found: dict[GroupSet, Tensor] = {}
+        for kind in dict.fromkeys(group_set.kind for group_set in self.sets):
+            mine = [(group_set, score) for group_set, score in zip(self.sets, scores, strict=True) if group_set.kind == kind]
+            found |= self._lowest_in_each(mine, due[kind]) if self.config.is_uniform else self._lowest_in_all(mine, due[kind])
+        return [found[group_set] for group_set in self.sets]
+
+    def _scores(self) -> list[Tensor]:
+        """Of every set; groups compete within their kind."""
+        found: dict[GroupSet, Tensor] = {}
+        for kind in dict.fromkeys(group_set.kind for group_set in self.sets):
+            mine = [group_set for group_set in self.sets if group_set.kind == kind]
+            found |= dict(zip(mine, self._scores_of_kind(mine), strict=True))
+        return [found[group_set] for group_set in self.sets]
+
+    def _scores_of_kind(self, sets: list[GroupSet]) -> list[Tensor]:
         def sums(value: Any) -> Tensor:
             return torch.cat([group_set.totals(value) for group_set in sets])
 
@@ -151,32 +239,39 @@ class HessoCallback(CompactCallback):
         )
         return list(found.split([group_set.num_groups for group_set in sets]))
 
-    def _mark(self, group_set: GroupSet, score: Tensor, due: int) -> None:
-        """The lowest of a set, equally many of each pool."""
-        states = self.states(group_set)
-        score = score.masked_fill(states.cpu() != KEPT, torch.inf)
-        each = due // group_set.num_pools
-        for pool, marks in zip(score.view(group_set.num_pools, -1), states.view(group_set.num_pools, -1), strict=True):
-            missing = each - int((marks != KEPT).sum())
-            marks[pool.argsort(stable=True)[: max(0, missing)].to(marks.device)] = SHRINKING
+    def _lowest_in_each(self, sets: list[tuple[GroupSet, Tensor]], due: int) -> dict[GroupSet, Tensor]:
+        """The lowest of every set, equally many of each pool."""
+        found = {}
+        for group_set, score in sets:
+            is_taken = (self.states(group_set) != KEPT).cpu().view(group_set.num_pools, -1)
+            chosen = torch.zeros_like(is_taken)
+            score = score.view(group_set.num_pools, -1).masked_fill(is_taken, torch.inf)
+            for pool, taken, row in zip(score, is_taken, chosen, strict=True):
+                missing = due // group_set.num_pools - int(taken.sum())
+                row[pool.argsort(stable=True)[: max(0, missing)]] = True
+            found[group_set] = chosen.flatten()
+        return found
 
-    def _mark_freely(self, sets: list[GroupSet], scores: list[Tensor], due: int) -> None:
-        """The lowest of a kind in all blocks, as long as every block keeps its floor; pools lose a row together."""
+    def _lowest_in_all(self, sets: list[tuple[GroupSet, Tensor]], due: int) -> dict[GroupSet, Tensor]:
+        """The lowest in all blocks, as long as every block keeps its floor; pools lose a row together."""
         due *= len(sets)
         flat: list[tuple[float, int, list[int]]] = []
-        for number, (group_set, score) in enumerate(zip(sets, scores, strict=True)):
+        for number, (group_set, score) in enumerate(sets):
             is_free = (self.states(group_set).cpu() == KEPT).view(group_set.num_pools, -1)
             pools = score.view(group_set.num_pools, -1).masked_fill(~is_free, torch.inf).sort(dim=1, stable=True)
             for column in range(int(is_free.sum(1).min())):
                 groups = [row * is_free.shape[1] + int(index) for row, index in enumerate(pools.indices[:, column])]
                 flat.append((float(pools.values[:, column].sum()), number, groups))
-        marked = sum(int((self.states(group_set) != KEPT).sum()) for group_set in sets)
+        is_taken = [(self.states(group_set) != KEPT).cpu() for group_set, _ in sets]
+        found = {group_set: torch.zeros_like(taken) for (group_set, _), taken in zip(sets, is_taken, strict=True)}
+        marked = sum(int(taken.sum()) for taken in is_taken)
         for _, number, groups in sorted(flat):
-            states = self.states(sets[number])
-            room = most_removed(sets[number], self.config) - int((states != KEPT).sum())
+            group_set = sets[number][0]
+            room = most_removed(group_set, self.config) - int(is_taken[number].sum()) - int(found[group_set].sum())
             if marked + len(groups) <= due and len(groups) <= room:
-                states[groups] = SHRINKING
+                found[group_set][groups] = True
                 marked += len(groups)
+        return found
 
 
 def group_counts(model: PreTrainedModel, sets: list[GroupSet], config: HessoConfig) -> dict[str, int]:
@@ -197,6 +292,8 @@ def group_counts(model: PreTrainedModel, sets: list[GroupSet], config: HessoConf
     for kind, first in firsts.items():
         if kind != "channels":
             counts[kind] = _rounded(first, min(config.target * first.num_groups, most_removed(first, config)))
+            if kind == HIDDEN:
+                counts[kind] = first.num_groups - _multiple(first.num_groups - counts[kind], config.channel_multiple)
             heads += counts[kind] * _group_cost(first, cost) * sum(s.kind == kind for s in sets)
     if "channels" in firsts:
         first, number = firsts["channels"], sum(s.kind == "channels" for s in sets)
@@ -205,7 +302,7 @@ def group_counts(model: PreTrainedModel, sets: list[GroupSet], config: HessoConf
         wanted = config.target * first.num_groups
         if config.unit != "groups":
             wanted = (config.target * cost(blocks.values()) - heads) / (number * _group_cost(first, cost))
-        kept = -(-(first.num_groups - max(0, round(wanted))) // config.channel_multiple) * config.channel_multiple
+        kept = _multiple(first.num_groups - max(0, round(wanted)), config.channel_multiple)
         counts["channels"] = max(0, first.num_groups - kept)
         if kept <= 0 or counts["channels"] > most_removed(first, config):
             raise ConfigError(
@@ -227,6 +324,11 @@ def most_removed(group_set: GroupSet, config: HessoConfig) -> int:
 
 def _rounded(group_set: GroupSet, number: float) -> int:
     return int(number + 1e-9) // group_set.num_pools * group_set.num_pools
+
+
+def _multiple(number: int, multiple: int) -> int:
+    """Rounded up."""
+    return -(-number // multiple) * multiple
 
 
 def _group_cost(group_set: GroupSet, cost: Any) -> float:

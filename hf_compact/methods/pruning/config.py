@@ -85,13 +85,14 @@ class HessoConfig:
     """What the target counts: parameters of the blocks, their bytes, multiply-adds per token of their Linears, or the groups of
     each kind. Key-value heads lose the target's share of their number, rounded down; channels make up the rest."""
     kinds: tuple[str, ...] = ("channels", "kv_heads")
-    """Groups that may go: channels, kv_heads, query_heads."""
+    """Groups that may go: channels, kv_heads, query_heads; or hidden alone, dimensions of the residual stream, of which then the
+    target's share goes."""
     warm_up_steps: int = 0
     """Plain training before the first groups are chosen."""
     pruning_steps: int = 100
     """In which all chosen groups are brought to zero; training goes on afterwards."""
     periods: int = 10
-    """Parts of them; at the start of each the next share of the groups is chosen."""
+    """Parts of them; at the start of each the next share of the groups is chosen. With `cric` there is one."""
     magnitude: float = 0.2
     """Weight of the norm of a group."""
     avg_magnitude: float = 0.2
@@ -102,10 +103,19 @@ class HessoConfig:
     """Weight of the absolute product of both."""
     taylor_second: float = 0.2
     """Weight of half of its square."""
+    cric: bool = False
+    """Whether groups are tried first: after the warm-up, cycles bring those with the lowest scores to zero and back, until all
+    that would be chosen have been tried. What the loss grew by on the way joins the scores."""
+    cric_cycles: int = 5
+    """Most cycles; if fewer do, the steps of the others train as usual."""
+    cric_steps: int = 20
+    """Steps of a cycle."""
+    loss: float = 1.0
+    """Weight of the growth of the loss, with `cric` only."""
     is_uniform: bool = True
     """Every block loses the same number, so that the result is an ordinary model; otherwise groups of a kind compete."""
     channel_multiple: int = 8
-    """Numbers of channels that stay are multiples of it; rounded up."""
+    """Numbers of channels, or of hidden dimensions, that stay are multiples of it; rounded up."""
     min_kept: float = 0.2
     """Share of the groups of a block that stays whatever their scores; one at least."""
 
@@ -115,14 +125,16 @@ class HessoConfig:
             raise ConfigError(f"hesso.target must be in (0, 0.95], got {self.target}")
         if self.unit not in ("parameters", "bytes", "macs", "groups"):
             raise ConfigError(f"hesso.unit must be one of parameters, bytes, macs, groups, got {self.unit}")
-        if not self.kinds or not set(self.kinds) <= {"channels", "kv_heads", "query_heads"}:
-            raise ConfigError(f"hesso.kinds must be of channels, kv_heads, query_heads, got {list(self.kinds)}")
+        if self.kinds != ("hidden",) and (not self.kinds or not set(self.kinds) <= {"channels", "kv_heads", "query_heads"}):
+            raise ConfigError(f"hesso.kinds must be of channels, kv_heads, query_heads, or hidden alone, got {list(self.kinds)}")
         if {"kv_heads", "query_heads"} <= set(self.kinds):
             raise ConfigError("hesso.kinds must hold kv_heads or query_heads, not both: they share query heads")
         if self.warm_up_steps < 0 or self.periods < 1 or self.channel_multiple < 1:
             raise ConfigError("hesso.warm_up_steps must be at least 0, periods and channel_multiple at least 1")
-        if self.pruning_steps < self.periods:
-            raise ConfigError(f"hesso.pruning_steps must be at least periods ({self.periods}), got {self.pruning_steps}")
+        if self.pruning_steps < self.num_periods:
+            raise ConfigError(f"hesso.pruning_steps must be at least periods ({self.num_periods}), got {self.pruning_steps}")
+        if self.cric_cycles < 1 or self.cric_steps < 1 or self.loss < 0:
+            raise ConfigError("hesso.cric_cycles and cric_steps must be at least 1, loss at least 0")
         if min(self.weights) < 0 or not any(self.weights):
             raise ConfigError(f"hesso: weights of scores must be at least 0 and not all 0, got {list(self.weights)}")
         if not 0 <= self.min_kept < 1:
@@ -134,11 +146,21 @@ class HessoConfig:
         return (self.magnitude, self.avg_magnitude, self.cosine, self.taylor_first, self.taylor_second)
 
     @property
+    def num_periods(self) -> int:
+        """Times that groups are chosen."""
+        return 1 if self.cric else self.periods
+
+    @property
     def period_steps(self) -> int:
         """Steps of one period."""
-        return self.pruning_steps // self.periods
+        return self.pruning_steps // self.num_periods
+
+    @property
+    def first_step(self) -> int:
+        """The first step, from 1, that brings chosen groups nearer to zero."""
+        return self.warm_up_steps + (self.cric_cycles * self.cric_steps if self.cric else 0) + 1
 
     @property
     def last_step(self) -> int:
         """The step after which all chosen groups are zero."""
-        return self.warm_up_steps + self.periods * self.period_steps
+        return self.first_step - 1 + self.num_periods * self.period_steps

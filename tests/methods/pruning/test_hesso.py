@@ -1,5 +1,6 @@
 """HESSO in a stock Trainer: the schedule is exact, a stopped run ends alike, ranks agree, the result is ordinary."""
 
+import json
 import os
 import time
 from pathlib import Path
@@ -66,6 +67,10 @@ def test_the_schedule_is_exact(extra, tmp_path):
     assert model.config.intermediate_size == 72 - channels
     removed = 1 - block_parameters(model) / dense
     assert removed <= 0.3 < removed + 4 * 3 * 32 * 3 / dense
+    found = json.loads((tmp_path / "pruning_report.json").read_text())
+    assert found["before"]["parameters"] - found["after"]["parameters"] == dense - block_parameters(model)
+    assert [of["channels"] for of in found["removed"].values()] == [pytest.approx(channels / 72)] * 3
+    assert (tmp_path / "removed.png").is_file()
     model.save_pretrained(tmp_path / "out")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert again.state_dict().keys() == model.state_dict().keys()
@@ -113,6 +118,18 @@ def test_blocks_that_compete_lose_as_much_in_all(tmp_path):
     assert widths[1] < min(widths[0], widths[2])
     assert widths[1] >= 0.2 * 72
     assert sum(callback.seen[-1][::2]) == 3 * callback.counts["channels"]
+    model.save_pretrained(tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(again(**tiny_inputs("llama")).logits, model.eval()(**tiny_inputs("llama")).logits)
+
+
+def test_the_residual_stream_on_request(tmp_path):
+    model, callback = tiny_model("llama"), HessoCallback(**SETTINGS | {"kinds": ("hidden",), "target": 0.25})
+    dense = block_parameters(model)
+    train(model, callback, tmp_path)
+    assert (model.config.hidden_size, model.config.head_dim) == (24, 8)
+    assert block_parameters(model) == 0.75 * dense
     model.save_pretrained(tmp_path / "out")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     with torch.no_grad():

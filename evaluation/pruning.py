@@ -1,0 +1,298 @@
+r"""Structured pruning: in one shot, in training against the dense model trained alike, speed, overhead; goes on where it was stopped.
+
+    python -m evaluation.pruning --model MODEL.gguf --calibration wiki.valid.raw --calibration wiki.utf8 \
+        --calibration technical.utf8 --calibration tiny.utf8 --text wiki.test.raw --text c4.utf8 --work runs/pruning
+
+`--step` takes some of the steps only; what has not run yet is left out of the tables. All rows that are trained get the same
+400 steps of 1024 tokens from the calibration texts in the same order, the dense control among them; those that are pruned before
+lose as many channels and heads as HESSO takes out. Results go to `evaluation/results/05-pruning.json` and `.md`; `--quick` shows
+that everything runs.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+
+from evaluation.spine import RESULTS, bar, machine
+from hf_compact import DistillationCallback, HessoCallback, api
+from hf_compact.calibration import read_texts, tokenize, windows
+from hf_compact.footprint import count
+from hf_compact.groups import find_groups
+from hf_compact.methods.pruning.callback import group_counts
+
+#: recipe -> most perplexity, times dense, on the two texts.
+ONE_SHOT = {"prune-20": (1.25, 1.40), "prune-50": (2.1, 2.8)}
+#: removed share of the block parameters -> most perplexity, times the dense model trained alike.
+TRAINED = {20: 1.08, 40: 1.25}
+#: How rows that are pruned before they are trained choose; at 20 %.
+BEFORE = {
+    "flap": {"score": "flap", "compensation": "bias"},
+    "magnitude": {"score": "magnitude", "compensation": "none"},
+    "random": {"score": "random", "compensation": "none"},
+}
+STEPS, LENGTH, BATCH, LEARNING_RATE = 400, 512, 2, 1e-4
+HESSO = {"warm_up_steps": 20, "pruning_steps": 200, "periods": 10}
+QUICK = {"warm_up_steps": 1, "pruning_steps": 4, "periods": 2}
+PREFILL_RATIO, DECODE_RATIO, OVERHEAD = 1.3, 1.2, 0.1
+TEXTS = 2
+
+
+class Windows(Dataset):
+    """Windows of the training texts, spread evenly over all of them."""
+
+    def __init__(self, options: argparse.Namespace, tokenizer: Any) -> None:
+        rows = list(windows(tokenize(tokenizer, read_texts(options.calibration)), options.length, None))
+        number = options.steps * BATCH
+        self.rows = [rows[i * len(rows) // number][0] for i in range(number)]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.rows[index], "labels": self.rows[index]}
+
+
+def scored(model: str | Path, options: argparse.Namespace) -> dict[str, float]:
+    """Perplexity by text."""
+    count_of, length = (2, options.length) if options.quick else (40, 1024)
+    return {Path(row["text"]).name: row["perplexity"] for row in api.evaluate([model], options.text, count_of, length)}
+
+
+def compressed(options: argparse.Namespace, name: str, stage: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Prune in one shot by a recipe of the project, or by `prune-20` with another stage; then score."""
+    recipe = yaml.safe_load(Path(f"configs/recipes/{name if stage is None else 'prune-20'}.yaml").read_text())
+    if stage is not None:
+        recipe["stages"] = [recipe["stages"][0] | stage]
+    if options.quick:
+        recipe["calibration"] = {"num_sequences": 4, "sequence_length": options.length}
+    folder, started = options.work / name, time.perf_counter()
+    if not (folder / "compression_report.json").exists():
+        api.compress(options.model, recipe, output=folder, calibration=options.calibration)
+    seconds = time.perf_counter() - started
+    report = json.loads((folder / "compression_report.json").read_text())
+    kept = {key: report[key] for key in ("file_bytes", "seconds", "footprint")}
+    return {"command_seconds": seconds, "perplexity": scored(folder, options), **kept}
+
+
+def share_of_groups(options: argparse.Namespace, target: float) -> dict[str, float]:
+    """Channels and key-value heads that HESSO takes out of a block, as shares of all."""
+    model = api.open_dense(options.model, "float32", is_whole=True).model
+    callback = HessoCallback(target=target)
+    sets = find_groups(model, callback.config.kinds)
+    found = {s.kind: s.num_groups for s in sets}
+    counts = group_counts(model, sets, callback.config)
+    return {kind: counts[kind] / number for kind, number in found.items()}
+
+
+def trained(options: argparse.Namespace, name: str, target: float | None = None, is_distilled: bool = False) -> dict[str, Any]:
+    """Train the dense model as it is, with HESSO, or after it was pruned in one shot; then score."""
+    started = time.perf_counter()
+    opened = api.open_dense(options.model, "float32", is_whole=True)
+    model, tokenizer = opened.model, opened.load_tokenizer()
+    before, callbacks = count(model), []
+    if is_distilled:
+        callbacks.append(DistillationCallback(api.open_dense(options.model, "float32", is_whole=True).model))
+    if target is not None:
+        callbacks.append(HessoCallback(target=target, **(QUICK if options.quick else HESSO)))
+    elif name != "trained-dense":
+        pruned = options.work / name.removesuffix("-trained")
+        shares = share_of_groups(options, 0.2)
+        stage = {"channel_sparsity": shares["channels"], "head_sparsity": shares.get("kv_heads", 0.0)}
+        compressed(options, pruned.name, BEFORE[pruned.name.split("-")[0]] | stage)
+        model = transformers.AutoModelForCausalLM.from_pretrained(pruned, dtype=torch.float32)
+    arguments = TrainingArguments(
+        str(options.work / f"{name}-trainer"), per_device_train_batch_size=BATCH, max_steps=options.steps, bf16=True, use_cpu=True,
+        learning_rate=LEARNING_RATE, lr_scheduler_type="cosine", warmup_steps=options.steps // 20, weight_decay=0.0,
+        save_steps=50, save_total_limit=1, report_to=[], disable_tqdm=True, logging_steps=20, seed=0,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=Windows(options, tokenizer), callbacks=callbacks)
+    trainer.train(resume_from_checkpoint=bool(list(Path(arguments.output_dir).glob("checkpoint-*"))))
+    folder = options.work / name
+    model.save_pretrained(folder)  # in float32; scoring takes bfloat16
+    tokenizer.save_pretrained(folder)
+    after = count(model)
+    blocks = [sum(of["parameters"] for of in side.blocks.values()) for side in (before, after)]
+    return {
+        "num_tokens": options.steps * BATCH * options.length,
+        "removed_share": 1 - blocks[1] / blocks[0],
+        "parameters": after.parameters,
+        "command_seconds": time.perf_counter() - started,
+        "perplexity": scored(folder, options),
+    }
+
+
+def speed(options: argparse.Namespace) -> dict[str, Any]:
+    """Dense and pruned by turns in one process."""
+    started = time.perf_counter()
+    settings = {"prompt_length": 16, "num_tokens": 2, "num_rounds": 1} if options.quick else {"num_rounds": 15}
+    found = api.compare(options.model, options.work / "hesso-40", **settings)
+    values: dict[str, Any] = {}
+    for name, side in (("dense", found.before), ("hesso-40", found.after)):
+        values |= {f"prefill {name}": side.prefill_seconds, f"decode {name}": side.decode_seconds}
+    return {**values, "threads": torch.get_num_threads(), "command_seconds": time.perf_counter() - started}
+
+
+def overhead(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of training steps and of the callback in them, over a warm-up, two periods and the time after."""
+    started = time.perf_counter()
+    opened = api.open_dense(options.model, "float32", is_whole=True)
+    model, number = opened.model.train(), 8 if options.quick else 40
+    callback = HessoCallback(target=0.2, warm_up_steps=number // 4, pruning_steps=number // 2, periods=2)
+    callback.prepare(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    ids = torch.stack([Windows(options, opened.load_tokenizer())[i]["input_ids"] for i in range(BATCH)])
+    steps, calls = [], []
+    for step in range(number):
+        at = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        one = time.perf_counter()
+        callback.before_update(model, step)
+        two = time.perf_counter()
+        optimizer.step()
+        three = time.perf_counter()
+        callback.step(model, step + 1, LEARNING_RATE)
+        four = time.perf_counter()
+        optimizer.zero_grad()
+        calls.append(two - one + four - three)
+        steps.append(time.perf_counter() - at - calls[-1])
+    return {
+        "step_seconds": statistics.mean(steps),
+        "callback_seconds": statistics.mean(calls),
+        "callback_median": statistics.median(calls),
+        "command_seconds": time.perf_counter() - started,
+    }
+
+
+def steps(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Every step by name, in the order they need each other."""
+    found: dict[str, Callable[[], dict[str, Any]]] = {
+        "dense": lambda: {"perplexity": scored(options.model, options), "command_seconds": 0.0}
+    }
+    found |= {name: lambda name=name: compressed(options, name) for name in ONE_SHOT}
+    found["trained-dense"] = lambda: trained(options, "trained-dense")
+    for percent in TRAINED:
+        found[f"hesso-{percent}"] = lambda percent=percent: trained(options, f"hesso-{percent}", percent / 100)
+    found["hesso-20-distilled"] = lambda: trained(options, "hesso-20-distilled", 0.2, is_distilled=True)
+    found |= {f"{name}-20-trained": lambda name=name: trained(options, f"{name}-20-trained") for name in BEFORE}
+    found["speed"] = lambda: speed(options)
+    found["overhead"] = lambda: overhead(options)
+    return found
+
+
+Add = Callable[[str, str, float, bool, dict[str, Any]], None]
+
+
+def bars(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is claimed, held against what was measured; steps that have not run are left out."""
+    result: list[dict[str, Any]] = []
+
+    def add(claim: str, target: str, measured: float, is_held: bool, row: dict[str, Any]) -> None:
+        result.append(bar(claim, target, round(measured, 4), is_held, row, row["command_seconds"]))
+
+    base = found["dense"]["perplexity"]
+    for name, limits in ONE_SHOT.items():
+        for (text, value), limit in zip(found.get(name, {}).get("perplexity", {}).items(), limits, strict=False):
+            ratio = value / base[text]
+            add(f"{name}, no training: perplexity on {text}, times dense", f"<= {limit}", ratio, ratio <= limit, found[name])
+    trained_bars(found, add)
+    if "speed" in found:
+        row = found["speed"]
+        for kind, least in (("prefill", PREFILL_RATIO), ("decode", DECODE_RATIO)):
+            ratio = row[f"{kind} dense"] / row[f"{kind} hesso-40"]
+            add(f"-40 % of block parameters: {kind}, times as fast as dense", f">= {least}", ratio, ratio >= least, row)
+    if "overhead" in found:
+        row = found["overhead"]
+        share = row["callback_seconds"] / row["step_seconds"]
+        add("time of the callback, share of a training step", f"<= {OVERHEAD}", share, share <= OVERHEAD, row)
+    return result
+
+
+def trained_bars(found: dict[str, Any], add: Add) -> None:
+    """Of rows that were trained, against the dense control and against those that were pruned before."""
+    for percent, limit in TRAINED.items():
+        row, control = found.get(f"hesso-{percent}"), found.get("trained-dense")
+        for text, value in row["perplexity"].items() if row and control else ():
+            ratio = value / control["perplexity"][text]
+            claim = f"hesso-{percent}: perplexity on {text}, times the dense model trained alike"
+            add(claim, f"<= {limit}", ratio, ratio <= limit, row)
+    for name in BEFORE:
+        row, other = found.get("hesso-20"), found.get(f"{name}-20-trained")
+        for text, value in row["perplexity"].items() if row and other else ():
+            ratio = value / other["perplexity"][text]
+            add(f"hesso-20: perplexity on {text}, times {name}-20-trained", "< 1", ratio, ratio < 1, row)
+
+
+def write(found: dict[str, Any], line: str, folder: Path = RESULTS) -> str:
+    """The JSON, and a table of all rows and of the bars."""
+    base, held = found["dense"]["perplexity"], bars(found)
+    control = found.get("trained-dense", {}).get("perplexity", {})
+    columns = [f"{text}, × dense" for text in base] + [f"{text}, × dense trained alike" for text in base]
+    lines = ["| row | removed of the blocks | " + " | ".join(columns) + " | minutes |", "|---" * (3 + len(columns)) + "|"]
+    for name, row in found.items():
+        if "perplexity" not in row:
+            continue
+        removed = f"{100 * row['removed_share']:.1f} %" if "removed_share" in row else ""
+        ratios = [f"{value / base[text]:.3f}" for text, value in row["perplexity"].items()]
+        is_trained = "num_tokens" in row and control
+        ratios += [f"{value / control[text]:.3f}" if is_trained else "" for text, value in row["perplexity"].items()]
+        lines.append("| " + " | ".join([name, removed, *ratios, f"{row['command_seconds'] / 60:.1f}"]) + " |")
+    common = {"seed": 0, "machine": machine(), "command": line}
+    (folder / "05-pruning.json").write_text(json.dumps({"bars": [b | common for b in held], "rows": found}, indent=2) + "\n")
+    text = f"# Structured pruning\n\n{machine()}, seed 0; the commit of each row is in the JSON.\n\n" + "\n".join(lines)
+    if "speed" in found:
+        text += "\n\n" + ", ".join(f"{key}: {1e3 * value:.1f} ms" for key, value in found["speed"].items() if " " in key)
+    text += "\n\n| claim | target | measured | held |\n|---|---|---|---|\n"
+    text += "\n".join(f"| {b['claim']} | {b['target']} | {b['measured']} | {'yes' if b['held'] else '**no**'} |" for b in held)
+    (folder / "05-pruning.md").write_text(text + "\n")
+    return text
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure what is missing and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="SmolLM2-135M-Instruct: folder or .gguf file")
+    parser.add_argument("--calibration", action="append", required=True, help="calibration and training text; repeat for several")
+    parser.add_argument("--text", action="append", required=True, help="two texts to score")
+    parser.add_argument("--step", action="append", help="a step by name; all by default")
+    parser.add_argument("--work", type=Path, default=Path("runs/pruning"))
+    parser.add_argument("--quick", action="store_true", help="only shows that everything runs; tables go to the work folder")
+    options = parser.parse_args(arguments)
+    if len(options.text) != TEXTS:
+        parser.error(f"--text must be given twice, got {len(options.text)}")
+    options.steps, options.length = (6, 32) if options.quick else (STEPS, LENGTH)
+    options.work.mkdir(parents=True, exist_ok=True)
+    todo = steps(options)
+    unknown = set(options.step or ()) - set(todo)
+    if unknown:
+        parser.error(f"--step must be one of {', '.join(todo)}, got {sorted(unknown)[0]}")
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    names = [Path(path).name for path in (options.model, *options.calibration)]
+    line = f"python -m evaluation.pruning --model {names[0]} " + " ".join(f"--calibration {name}" for name in names[1:])
+    line += " " + " ".join(f"--text {Path(text).name}" for text in options.text)
+    kept = options.work / "rows.json"
+    found = json.loads(kept.read_text()) if kept.exists() else {}
+    for name, measure in todo.items():
+        if name not in found and (name == "dense" or not options.step or name in options.step):
+            found[name] = {**measure(), "commit": commit}
+            kept.write_text(json.dumps(found, indent=2) + "\n")
+            print(f"done: {name}", flush=True)
+    print(write(found, line, options.work if options.quick else RESULTS))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

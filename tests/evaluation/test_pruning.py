@@ -1,0 +1,73 @@
+import json
+from argparse import Namespace
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from evaluation import pruning
+from hf_compact.calibration import builtin_text
+
+
+def row(wiki: float, c4: float, **more) -> dict:
+    return {"perplexity": {"wiki": wiki, "c4": c4}, "command_seconds": 60.0, "commit": "c0ffee", **more}
+
+
+FOUND = {
+    "dense": row(20.0, 30.0),
+    "prune-20": row(24.0, 41.0),
+    "prune-50": row(43.0, 83.0),
+    "trained-dense": row(15.0, 29.0, num_tokens=1, removed_share=0.0),
+    "hesso-20": row(16.0, 31.0, num_tokens=1, removed_share=0.2),
+    "hesso-40": row(18.0, 36.0, num_tokens=1, removed_share=0.4),
+    "flap-20-trained": row(16.5, 30.5, num_tokens=1, removed_share=0.2),
+    "speed": {"prefill dense": 1.4, "prefill hesso-40": 1.0, "decode dense": 0.115, "decode hesso-40": 0.1, "command_seconds": 1.0, "commit": ""},
+    "overhead": {"callback_seconds": 0.05, "step_seconds": 1.0, "command_seconds": 1.0, "commit": ""},
+}  # fmt: skip
+
+
+def test_numbers_are_held_against_their_claims(tmp_path):
+    text = pruning.write(FOUND, "python -m evaluation.pruning", tmp_path)
+    bars = json.loads((tmp_path / "05-pruning.json").read_text())["bars"]
+    assert [bar["measured"] for bar in bars] == [
+        1.2, 1.3667, 2.15, 2.7667, 1.0667, 1.069, 1.2, 1.2414, 0.9697, 1.0164, 1.4, 1.15, 0.05,
+    ]  # fmt: skip
+    assert [bar["held"] for bar in bars] == [True, True, False, *[True] * 6, False, True, False, True]
+    assert "| hesso-20 | 20.0 % | 0.800 | 1.033 | 1.067 | 1.069 | 1.0 |" in text
+    assert (tmp_path / "05-pruning.md").read_text().startswith("# Structured pruning")
+
+
+@pytest.fixture
+def arguments(dense_folder, tmp_path):
+    texts = {}
+    for name, start in (("train", 0), ("wiki", 60_000), ("c4", 80_000)):
+        texts[name] = tmp_path / f"{name}.txt"
+        texts[name].write_text(builtin_text("calibration")[start : start + 20_000], encoding="utf-8")
+    return ["--model", str(dense_folder), "--calibration", str(texts["train"]), "--text", str(texts["wiki"]), "--text", str(texts["c4"]),
+            "--work", str(tmp_path / "work"), "--quick"]  # fmt: skip
+
+
+def test_the_quick_form_runs_and_goes_on(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pruning.api.verify, "verify", lambda *args: {"verified": True, "seconds": 0.0})
+    steps = ["trained-dense", "hesso-40", "flap-20-trained", "speed", "overhead"]
+    chosen = [part for step in steps for part in ("--step", step)]
+    assert pruning.main([*arguments, *chosen]) == 0
+    assert capsys.readouterr().out.count("done: ") == 1 + len(steps)
+    assert pruning.main([*arguments, *chosen]) == 0
+    assert "done: " not in capsys.readouterr().out
+    rows = json.loads((tmp_path / "work" / "rows.json").read_text())
+    assert rows["hesso-40"]["removed_share"] == pytest.approx(0.4, abs=0.06)
+    shares = pruning.share_of_groups(Namespace(model=arguments[1]), 0.2)
+    widths = AutoModelForCausalLM.from_pretrained(tmp_path / "work" / "flap-20-trained").config.intermediate_size
+    assert widths == round(72 * (1 - shares["channels"])) < 72
+    assert rows["trained-dense"]["removed_share"] == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "work" / "hesso-40").num_parameters() == rows["hesso-40"]["parameters"]
+    assert (tmp_path / "work" / "05-pruning.md").is_file()
+
+
+def test_steps_and_texts_are_checked(arguments, capsys):
+    with pytest.raises(SystemExit):
+        pruning.main([*arguments, "--step", "luck"])
+    assert "--step must be one of dense, prune-20" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        pruning.main([*arguments, "--text", "third.txt"])
+    assert "--text must be given twice, got 3" in capsys.readouterr().err
