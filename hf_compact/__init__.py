@@ -3,7 +3,8 @@
 Importing this package registers the `hf_compact` quantization method with transformers and Compacter with PEFT.
 """
 
-from .api import compress, evaluate, export, inspect_folder, plan, plan_budget, profile, recover
+from .api import compress, export, inspect_folder, plan, plan_budget, profile, recover
+from .benchmark import Protocol, evaluate, measure
 from .config import CalibrationConfig, Recipe
 from .errors import CompactError
 from .hf.quantizer import CompactConfig, set_bits
@@ -15,6 +16,9 @@ from .methods.pruning import HessoCallback, HessoConfig, PruningConfig
 from .methods.tensor_network import TensorNetworkCallback, TensorNetworkConfig
 from .methods.ternary import TernaryCallback, TernaryConfig
 from .report import CommReport, Report
+from .results import Results
+from .scoring import Windows
+from .speed import SpeedConfig
 from .version import __version__
 
 __all__ = [
@@ -31,18 +35,23 @@ __all__ = [
     "OneBitAdam",
     "OneBitAdamCallback",
     "OneBitAdamConfig",
+    "Protocol",
     "PruningConfig",
     "Recipe",
     "Report",
+    "Results",
+    "SpeedConfig",
     "TensorNetworkCallback",
     "TensorNetworkConfig",
     "TernaryCallback",
     "TernaryConfig",
+    "Windows",
     "__version__",
     "compress",
     "evaluate",
     "export",
     "inspect_folder",
+    "measure",
     "plan",
     "plan_budget",
     "profile",

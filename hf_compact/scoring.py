@@ -170,13 +170,17 @@ def score_beside(
         logits, base_logits = _logits(model, inputs, targets), _logits(base, inputs, targets)
         if logits.shape != base_logits.shape:
             sizes = logits.shape[-1], base_logits.shape[-1]
-            raise UnsupportedModel(f"models must have one vocabulary to be compared token by token, got {sizes[0]} and {sizes[1]}")
+            raise UnsupportedModel(
+                f"models must have one vocabulary to be compared token by token, got {sizes[0]} and {sizes[1]}"
+            )
         totals = torch.zeros(3, dtype=torch.float64)
         for rows, others, row in zip(*(x.split(_ROWS) for x in (logits, base_logits, targets.to(logits.device))), strict=True):
             others = others.to(rows.device)
             log_q, log_p = rows.float().log_softmax(-1), others.float().log_softmax(-1)
             taken = row[:, None]
-            totals -= torch.stack([log_q.gather(1, taken).sum(), log_p.gather(1, taken).sum(), -kl_divergence(log_p, log_q).sum()]).cpu()
+            totals -= torch.stack(
+                [log_q.gather(1, taken).sum(), log_p.gather(1, taken).sum(), -kl_divergence(log_p, log_q).sum()]
+            ).cpu()
             agreed += int((rows.argmax(-1) == others.argmax(-1)).sum())
         sums.append(totals[0].item())
         base_sums.append(totals[1].item())
@@ -199,8 +203,10 @@ def compare_windows(found: dict[str, Any], base: dict[str, Any]) -> dict[str, An
     Returns:
         `ratio` of the perplexities, `nll_difference` (nats per token) and its standard error over the windows, pair by pair.
     """
-    difference, stderr = paired_difference(torch.tensor(found["window_nll"]), torch.tensor(base["window_nll"]))
-    ratio = found["perplexity"] / base["perplexity"] if math.isfinite(base["perplexity"]) else math.nan
+    rows = (torch.tensor([math.nan if value is None else value for value in score["window_nll"]]) for score in (found, base))
+    difference, stderr = paired_difference(*rows)
+    gap = found["mean_nll"] - base["mean_nll"]
+    ratio = math.exp(gap) if gap < 700 else math.inf
     return {"ratio": ratio, "nll_difference": difference, "nll_difference_stderr": stderr}
 
 
@@ -228,9 +234,7 @@ def _chunks(model: PreTrainedModel, ids: Tensor, windows: Windows, bos_token_id:
     """`(inputs [1, window], targets [n])` of every window: the last n positions of the inputs but one predict them."""
     positions = max_positions(model)
     if positions is not None and windows.window_length > positions:
-        raise ConfigError(
-            f"window_length must be at most {positions}, the positions of the model, got {windows.window_length}"
-        )
+        raise ConfigError(f"window_length must be at most {positions}, the positions of the model, got {windows.window_length}")
     if windows.bos and bos_token_id is None:
         raise ConfigError("bos needs a tokenizer with a BOS token, and this one has none")
     prefix = torch.tensor([bos_token_id] if windows.bos else [], dtype=ids.dtype)

@@ -33,6 +33,8 @@ ORDER = [
     "sensitivity",
     "checkpoint",
     "capture",
+    "results",
+    "speed",
     "distillation",
     "measurement",
     "planner",
@@ -43,6 +45,8 @@ ORDER = [
     "verify",
     "recovery",
     "api",
+    "harness",
+    "benchmark",
     "cli",
 ]
 SLICE_ORDER = [
