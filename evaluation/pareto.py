@@ -11,9 +11,11 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from evaluation.peers import markdown
@@ -42,20 +44,40 @@ def plot(rows: list[dict], path: Path) -> None:
     texts = list(rows[0]["scores"])
     figure = Figure(figsize=(6 * len(texts), 5), layout="constrained")
     for axes, text in zip(figure.subplots(1, len(texts), squeeze=False)[0], texts, strict=True):
-        for is_ours, marker, label in ((True, "o", "hf_compact"), (False, "s", "others")):
-            kind = [row for row in rows if row["is_ours"] is is_ours]
-            points = [(row["file_bytes"] / 1e6, row["scores"][text]) for row in kind]
-            axes.plot(*zip(*points, strict=True), marker, label=label)
-            for (size, score), row in zip(points, kind, strict=True):
-                axes.annotate(row["label"], (size, score), fontsize=6, xytext=(4, 3), textcoords="offset points")
-            axes.plot(*zip(*front(points), strict=True), "-", alpha=0.4, color="C0" if is_ours else "C1")
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_xlabel("MB on disk, whole model")
-        axes.set_ylabel(f"perplexity on {text}")
-        axes.grid(alpha=0.3, which="both")
-        axes.legend()
+        points = {
+            label: [(row["label"], row["file_bytes"] / 1e6, row["scores"][text]) for row in rows if row["is_ours"] is is_ours]
+            for is_ours, label in ((True, "hf_compact"), (False, "others"))
+        }
+        draw_front(axes, points, f"perplexity on {text}")
     figure.savefig(path, dpi=120)
+
+
+def draw_front(
+    axes: Axes, groups: Mapping[str, Sequence[tuple[str, float, float]]], label: str, is_more_better: bool = False
+) -> None:
+    """Megabytes against a score, every point with its name, and the front of each group.
+
+    Args:
+        axes: to draw into.
+        groups: legend -> `(name, MB, score)`.
+        label: what the score is.
+        is_more_better: of the score; it is then drawn on a linear axis.
+    """
+    sign = -1 if is_more_better else 1
+    for number, (group, points) in enumerate(groups.items()):
+        color = f"C{number}"
+        axes.plot([size for _, size, _ in points], [score for *_, score in points], "os^D"[number % 4], label=group, color=color)
+        for name, size, score in points:
+            axes.annotate(name, (size, score), fontsize=6, xytext=(4, 3), textcoords="offset points")
+        best = [(size, sign * score) for size, score in front([(size, sign * score) for _, size, score in points])]
+        axes.plot([size for size, _ in best], [score for _, score in best], "-", alpha=0.4, color=color)
+    axes.set_xscale("log")
+    axes.set_yscale("linear" if is_more_better else "log")
+    axes.set_xlabel("MB on disk, whole model")
+    axes.set_ylabel(label)
+    axes.grid(alpha=0.3, which="both")
+    if len(groups) > 1:
+        axes.legend()
 
 
 def our_rows(found: dict[str, Any]) -> list[dict[str, Any]]:

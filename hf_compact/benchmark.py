@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .api import count_parameters, inspect_folder, is_adapter, local_folder, open_for_scoring, versions
+from .api import count_parameters, inspect_folder, local_folder, open_for_scoring, versions
 from .calibration import read_texts, tokenize
-from .checkpoint import QUANT_METHOD, REPORT_NAME, TensorSource, check_same_run, disk_errors, hash_files
+from .checkpoint import QUANT_METHOD, REPORT_NAME, check_same_run, disk_errors, hash_files
 from .errors import ConfigError, FormatError, OutputError, UnsupportedModel
 from .harness import load_tasks, run_tasks
 from .report import Report, peak_memory_bytes, return_freed_memory
@@ -83,26 +83,31 @@ class _Work:
     progress: Progress
 
 
-@dataclass
-class _Opened:
-    """A model that is ready to run."""
+@dataclass(kw_only=True)
+class Loaded:
+    """A model in memory, with what its files would say of it."""
 
     name: str
-    path: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     file_bytes: int
+    num_parameters: int | None = None
+    """Of the dense model that it stands for; None counts them."""
+    body_bits_per_weight: float | None = None
+    compression: dict[str, Any] | None = None
+    path: str | None = None
+    """Where it came from; None for one that has no files, whose loading time and memory are not measured."""
 
 
 def measure(
-    models: Sequence[str | Path], texts: Sequence[str | Path] = (), protocol: Protocol | None = None, *,
+    models: Sequence[str | Path | Loaded], texts: Sequence[str | Path] = (), protocol: Protocol | None = None, *,
     compare_with: str | Path | None = None, task_data: str | Path | None = None, output: str | Path | None = None,
     progress: Progress = lambda unit, done, total: None,
 ) -> Results:  # fmt: skip
     """Measure models by one protocol.
 
     Args:
-        models: Hub ids, folders, adapters or `.gguf` files.
+        models: Hub ids, folders, adapters or `.gguf` files; or models in memory.
         texts: text files for the perplexity.
         protocol: None is the perplexity in windows of 1024 tokens.
         compare_with: the base, measured too. Every model is compared with it token by token, row by row and turn by turn, for
@@ -119,10 +124,13 @@ def measure(
     """
     protocol = protocol or Protocol()
     _check(models, texts, protocol)
-    names = _names([*([] if compare_with is None else [compare_with]), *models])
+    ready = {model.name: model for model in models if isinstance(model, Loaded)}
+    paths = [model for model in models if not isinstance(model, Loaded)]
+    names = _names([*([] if compare_with is None else [compare_with]), *paths])
     base = None if compare_with is None else names[str(compare_with)]
     for path in names:
         _check_model(path)
+    names |= {name: name for name in ready}
     contents = {Path(path).name: read_texts([path]) for path in texts}
     data = None if task_data is None else Path(task_data)
     tasks = load_tasks(protocol.tasks, data) if protocol.tasks else {}
@@ -137,7 +145,7 @@ def measure(
     if base is not None and rest:
         beside = _open(str(compare_with), base, protocol)
     for path in rest:
-        opened = beside if names[path] == base and beside is not None else _open(path, names[path], protocol)
+        opened = ready.get(path) or (beside if names[path] == base and beside is not None else _open(path, names[path], protocol))
         results.models.append(_measured(opened, beside, results, work))
         del opened
         return_freed_memory()
@@ -200,7 +208,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     return found | ({"accelerator": torch.cuda.get_device_name(device)} if torch.device(device).type == "cuda" else {})
 
 
-def _check(models: Sequence[str | Path], texts: Sequence[str | Path], protocol: Protocol) -> None:
+def _check(models: Sequence[Any], texts: Sequence[str | Path], protocol: Protocol) -> None:
     """Raise ConfigError if there is nothing to do, or results could not be told apart."""
     if not models:
         raise ConfigError("models must name at least one model, got none")
@@ -255,12 +263,12 @@ def _continued(fresh: Results, output: Path) -> Results:
     return earlier
 
 
-def _open(path: str, name: str, protocol: Protocol) -> _Opened:
+def _open(path: str, name: str, protocol: Protocol) -> Loaded:
     model, tokenizer, file_bytes = open_for_scoring(path, dtype=protocol.dtype)
-    return _Opened(name, path, model.to(protocol.device), tokenizer, file_bytes)
+    return Loaded(name=name, model=model.to(protocol.device), tokenizer=tokenizer, file_bytes=file_bytes, path=path)
 
 
-def _measured(opened: _Opened, beside: _Opened | None, results: Results, work: _Work) -> ModelResult:
+def _measured(opened: Loaded, beside: Loaded | None, results: Results, work: _Work) -> ModelResult:
     """Everything of one model; `beside` is the base, which may be the model itself."""
     base = None if beside is None or beside is opened else beside
     found = _described(opened)
@@ -278,7 +286,7 @@ def _measured(opened: _Opened, beside: _Opened | None, results: Results, work: _
     faster = None
     if work.protocol.speed is not None:
         found.speed, faster = _timed(opened, base, work)
-        found.memory = _memory(opened, work)
+        found.memory = None if opened.path is None else _memory(opened.path, work)
     if base is not None:
         reference = results.named(base.name)
         assert reference is not None, "the base is measured first"
@@ -290,7 +298,7 @@ def _measured(opened: _Opened, beside: _Opened | None, results: Results, work: _
     return found
 
 
-def _scored(opened: _Opened, base: _Opened | None, text: str, content: str, work: _Work) -> tuple[dict[str, Any], dict[str, Any]]:
+def _scored(opened: Loaded, base: Loaded | None, text: str, content: str, work: _Work) -> tuple[dict[str, Any], dict[str, Any]]:
     """The score of a text, and its comparison with the base."""
     windows, tokenizer = work.protocol.windows, opened.tokenizer
     ids = tokenize(tokenizer, content)
@@ -300,7 +308,8 @@ def _scored(opened: _Opened, base: _Opened | None, text: str, content: str, work
         work.progress(f"{opened.name} {text}", done, total)
 
     if base is None:
-        score_of, beside = score(opened.model, ids, windows, tokenizer.bos_token_id, advance), {}
+        score_of = score(opened.model, ids, windows, tokenizer.bos_token_id, advance)
+        beside: dict[str, Any] = {}
     else:
         if not torch.equal(ids, tokenize(base.tokenizer, content)):
             raise UnsupportedModel(
@@ -310,7 +319,7 @@ def _scored(opened: _Opened, base: _Opened | None, text: str, content: str, work
     return score_of | per_word(score_of, tokenizer, ids, windows), beside
 
 
-def _timed(opened: _Opened, base: _Opened | None, work: _Work) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def _timed(opened: Loaded, base: Loaded | None, work: _Work) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Medians of a model, and how many times as fast as the base it is, by turns with it."""
     config = work.protocol.speed
     assert config is not None, "asked for"
@@ -329,27 +338,31 @@ def prompt(model: PreTrainedModel, length: int) -> Tensor:
     return torch.randint(size, (1, length), generator=torch.Generator().manual_seed(0))
 
 
-def _described(opened: _Opened) -> ModelResult:
+def _described(opened: Loaded) -> ModelResult:
     """What is known of a model without running it."""
-    dtype = str(opened.model.dtype).removeprefix("torch.")
-    if opened.path.endswith(".gguf"):
-        files = [Path(opened.path)]
-        return _result(opened, files, dtype, count_parameters(opened.model))
-    folder = local_folder(opened.path)
-    files = TensorSource.in_folder(folder).files if not is_adapter(folder) else sorted(folder.glob("*.safetensors"))
-    report = None
-    if (folder / REPORT_NAME).exists():
-        report = Report.read(folder / REPORT_NAME)
-    quantization = (
-        json.loads((folder / "config.json").read_text()).get("quantization_config", {}) if not is_adapter(folder) else {}
+    found = ModelResult(
+        name=opened.name,
+        fingerprint="",
+        dtype=str(opened.model.dtype).removeprefix("torch."),
+        file_bytes=opened.file_bytes,
+        num_parameters=opened.num_parameters or count_parameters(opened.model),
+        body_bits_per_weight=opened.body_bits_per_weight,
+        compression=opened.compression,
     )
+    if opened.path is None:
+        return found
+    if opened.path.endswith(".gguf"):
+        found.fingerprint = hash_files([Path(opened.path)])
+        return found
+    folder = local_folder(opened.path)
+    found.fingerprint = hash_files(sorted(folder.glob("*.safetensors")))
+    config = folder / "config.json"
+    quantization = json.loads(config.read_text()).get("quantization_config", {}) if config.exists() else {}
     if quantization.get("quant_method") == QUANT_METHOD:
         inspected = inspect_folder(folder)
-        found = _result(opened, files, dtype, inspected["num_parameters"])
-        found.body_bits_per_weight = inspected["body_bits_per_weight"]
-    else:
-        found = _result(opened, files, dtype, count_parameters(opened.model))
-    if report is not None:
+        found.num_parameters, found.body_bits_per_weight = inspected["num_parameters"], inspected["body_bits_per_weight"]
+    if (folder / REPORT_NAME).exists():
+        report = Report.read(folder / REPORT_NAME)
         found.num_parameters = report.num_parameters
         found.compression = {
             "methods": [stage["method"] for stage in report.recipe["stages"]],
@@ -360,22 +373,16 @@ def _described(opened: _Opened) -> ModelResult:
     return found
 
 
-def _result(opened: _Opened, files: Sequence[Path], dtype: str, num_parameters: int) -> ModelResult:
-    return ModelResult(
-        name=opened.name, fingerprint=hash_files(files), dtype=dtype, file_bytes=opened.file_bytes, num_parameters=num_parameters
-    )  # fmt: skip
-
-
-def _memory(opened: _Opened, work: _Work) -> dict[str, Any]:
+def _memory(path: str, work: _Work) -> dict[str, Any]:
     """Loading time and memory of a fresh process that does nothing else."""
     config = work.protocol.speed
     assert config is not None, "asked for"
-    arguments = {"model": opened.path, "dtype": work.protocol.dtype, "device": work.protocol.device, "speed": asdict(config)}
+    arguments = {"model": path, "dtype": work.protocol.dtype, "device": work.protocol.device, "speed": asdict(config)}
     command = [sys.executable, "-m", "hf_compact.benchmark", json.dumps(arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
-        raise UnsupportedModel(f"{opened.name} does not run in a fresh process: {reason}")
+        raise UnsupportedModel(f"{path} does not run in a fresh process: {reason}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -71,6 +71,8 @@ class Results:
     """Name of the model that the others are compared with."""
     models: list[ModelResult] = field(default_factory=list)
     """In the order of the command; the base first."""
+    notes: list[str] = field(default_factory=list)
+    """What a reader has to know: what could not be run."""
 
     def named(self, name: str) -> ModelResult | None:
         """The model of that name, None if it is not here."""
@@ -162,16 +164,18 @@ def compare_items(items: Mapping[str, Sequence[Any]], base: Mapping[str, Sequenc
         if name in base and name != "choice" and values and isinstance(values[0], float):
             difference, stderr = paired_difference(torch.tensor(values), torch.tensor(base[name]))
             metrics[name] = {"difference": difference, "stderr": stderr}
-    judged = "choice" if "choice" in items else next(iter(metrics))
+    judged = "choice" if "choice" in items else next(iter(metrics), "hash")
     pairs = list(zip(items[judged], base[judged], strict=True))
     found: dict[str, Any] = {"metrics": metrics, "agreement": sum(a == b for a, b in pairs) / len(pairs)}
     if "acc" in items and "acc" in base:
         rows = list(zip(items["acc"], base["acc"], strict=True))
         found |= {"num_lost": sum(a < b for a, b in rows), "num_gained": sum(a > b for a, b in rows)}
     if "choices" in items and "choices" in base:
-        pairs = zip(items["choices"], base["choices"], strict=True)
         divergences = [
-            kl_divergence(*(torch.tensor(row, dtype=torch.float64).log_softmax(-1) for row in (q, p))) for p, q in pairs
+            kl_divergence(
+                torch.tensor(p, dtype=torch.float64).log_softmax(-1), torch.tensor(q, dtype=torch.float64).log_softmax(-1)
+            )
+            for q, p in zip(items["choices"], base["choices"], strict=True)
         ]
         found["kl"], found["kl_stderr"] = mean_and_error(torch.stack(divergences))
     return found

@@ -220,7 +220,7 @@ def per_word(found: dict[str, Any], tokenizer: PreTrainedTokenizerBase, ids: Ten
         `word_perplexity` and `bits_per_byte`.
     """
     spans = windows.spans(len(ids))
-    covered = tokenizer.decode(ids[: spans[-1].end], clean_up_tokenization_spaces=False)
+    covered = str(tokenizer.decode(ids[: spans[-1].end], clean_up_tokenization_spaces=False))
     share = found["num_tokens"] / spans[-1].end
     nll = found["mean_nll"] * found["num_tokens"] / share
     words, num_bytes = max(1, len(covered.split())), max(1, len(covered.encode()))
