@@ -67,9 +67,9 @@ def merge(files: Iterable[tuple[str, Results]]) -> Results:
                 raise ConfigError(f"{model.name} is not the same model in {other} and {name}: rename one folder")
             _join(earlier, model)
         if merged is None:
-            merged = dataclasses.replace(results, notes=list(results.notes))
+            merged = dataclasses.replace(results, skipped=dict(results.skipped))
         else:
-            merged.notes += [note for note in results.notes if note not in merged.notes]
+            merged.skipped |= results.skipped
             merged.base = merged.base or results.base
     if merged is None:
         raise ConfigError("no results were given")
@@ -212,7 +212,7 @@ def stated(results: Results) -> list[str]:
         f"{machine.get('accelerator', machine['processor'])}, {cores}, "
         + ", ".join(f"{name} {version}" for name, version in results.versions.items())
     )
-    return lines + results.notes
+    return lines + [f"skipped: {name}: {reason}" for name, reason in results.skipped.items()]
 
 
 def pictures(results: Results) -> dict[str, Figure]:

@@ -101,8 +101,8 @@ class Loaded:
 
 def measure(
     models: Sequence[str | Path | Loaded], texts: Sequence[str | Path] = (), protocol: Protocol | None = None, *,
-    compare_with: str | Path | None = None, task_data: str | Path | None = None, output: str | Path | None = None,
-    progress: Progress = lambda unit, done, total: None,
+    compare_with: str | Path | Loaded | None = None, task_data: str | Path | None = None, output: str | Path | None = None,
+    provenance: Mapping[str, Any] | None = None, progress: Progress = lambda unit, done, total: None,
 ) -> Results:  # fmt: skip
     """Measure models by one protocol.
 
@@ -113,6 +113,7 @@ def measure(
         compare_with: the base, measured too. Every model is compared with it token by token, row by row and turn by turn, for
             which both are in memory.
         task_data: folder of JSONL files, as `harness.load_tasks` takes it.
+        provenance: kept with every model that this call measures.
         output: `results.json`, written after every model; a file of the same run is gone on with.
         progress: called with what is being done, finished and all units.
 
@@ -124,13 +125,13 @@ def measure(
     """
     protocol = protocol or Protocol()
     _check(models, texts, protocol)
-    ready = {model.name: model for model in models if isinstance(model, Loaded)}
-    paths = [model for model in models if not isinstance(model, Loaded)]
-    names = _names([*([] if compare_with is None else [compare_with]), *paths])
-    base = None if compare_with is None else names[str(compare_with)]
+    given = [*([] if compare_with is None else [compare_with]), *models]
+    ready = {model.name: model for model in given if isinstance(model, Loaded)}
+    names = _names(given)
+    base = None if compare_with is None else next(iter(names.values()))
     for path in names:
-        _check_model(path)
-    names |= {name: name for name in ready}
+        if path not in ready:
+            _check_model(path)
     contents = {Path(path).name: read_texts([path]) for path in texts}
     data = None if task_data is None else Path(task_data)
     tasks = load_tasks(protocol.tasks, data) if protocol.tasks else {}
@@ -143,10 +144,12 @@ def measure(
     rest = [path for path, name in names.items() if results.named(name) is None]
     beside = None
     if base is not None and rest:
-        beside = _open(str(compare_with), base, protocol)
+        beside = ready.get(base) or _open(str(compare_with), base, protocol)
     for path in rest:
         opened = ready.get(path) or (beside if names[path] == base and beside is not None else _open(path, names[path], protocol))
-        results.models.append(_measured(opened, beside, results, work))
+        found = _measured(opened, beside, results, work)
+        found.provenance = dict(provenance or {})
+        results.models.append(found)
         del opened
         return_freed_memory()
         if output is not None:
@@ -226,10 +229,13 @@ def _check_model(path: str) -> None:
         raise ConfigError(f"model {path!r} does not exist")
 
 
-def _names(models: Sequence[str | Path]) -> dict[str, str]:
+def _names(models: Sequence[str | Path | Loaded]) -> dict[str, str]:
     """What was given -> the name in the results: the last part of a path, where that tells models apart."""
-    given = list(dict.fromkeys(str(model) for model in models))
-    short = {path: Path(path).absolute().name if Path(path).exists() else path for path in given}
+    short = {}
+    for model in models:
+        path = model.name if isinstance(model, Loaded) else str(model)
+        is_path = not isinstance(model, Loaded) and Path(path).exists()
+        short[path] = Path(path).absolute().name if is_path else path
     return {path: name if list(short.values()).count(name) == 1 else path for path, name in short.items()}
 
 

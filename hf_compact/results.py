@@ -50,6 +50,8 @@ class ModelResult:
     """Of a fresh process: `load_seconds`, `runtime_bytes` before loading, `loaded_bytes`, `peak_bytes`, on its `device`."""
     comparison: dict[str, Any] | None = None
     """What `compare` returns, against the base; None for the base and without one."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """What the caller wants beside the numbers: revision of the code, seed."""
 
     @property
     def bits_per_parameter(self) -> float:
@@ -71,8 +73,8 @@ class Results:
     """Name of the model that the others are compared with."""
     models: list[ModelResult] = field(default_factory=list)
     """In the order of the command; the base first."""
-    notes: list[str] = field(default_factory=list)
-    """What a reader has to know: what could not be run."""
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Name -> why it could not be run."""
 
     def named(self, name: str) -> ModelResult | None:
         """The model of that name, None if it is not here."""

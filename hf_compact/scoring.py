@@ -188,7 +188,7 @@ def score_beside(
         progress(done)
     counts = [len(targets) for _, targets in chunks]
     found, reference = _summary(sums, counts, windows), _summary(base_sums, counts, windows)
-    kl, kl_stderr = mean_and_error(torch.tensor(divergences))
+    kl, kl_stderr = mean_and_error(torch.tensor(divergences, dtype=torch.float64))
     return found, {
         **compare_windows(found, reference),
         "kl": kl,
@@ -203,8 +203,11 @@ def compare_windows(found: dict[str, Any], base: dict[str, Any]) -> dict[str, An
     Returns:
         `ratio` of the perplexities, `nll_difference` (nats per token) and its standard error over the windows, pair by pair.
     """
-    rows = (torch.tensor([math.nan if value is None else value for value in score["window_nll"]]) for score in (found, base))
-    difference, stderr = paired_difference(*rows)
+    values, others = (
+        torch.tensor([math.nan if value is None else value for value in entry["window_nll"]], dtype=torch.float64)
+        for entry in (found, base)
+    )
+    difference, stderr = paired_difference(values, others)
     gap = found["mean_nll"] - base["mean_nll"]
     ratio = math.exp(gap) if gap < 700 else math.inf
     return {"ratio": ratio, "nll_difference": difference, "nll_difference_stderr": stderr}
@@ -258,7 +261,7 @@ def _summary(sums: Sequence[float], counts: Sequence[int], windows: Windows) -> 
     return {
         "perplexity": math.exp(mean) if mean < 700 else math.inf,
         "mean_nll": mean,
-        "stderr": mean_and_error(torch.tensor(by_window))[1],
+        "stderr": mean_and_error(torch.tensor(by_window, dtype=torch.float64))[1],
         "num_tokens": sum(counts),
         "num_windows": len(counts),
         "window_length": windows.window_length,

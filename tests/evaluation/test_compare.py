@@ -60,7 +60,7 @@ def both() -> Results:
     small.comparison = paired(small, base) | {"speed": {"prefill": 0.5, "first_token": 0.6, "decode": 2.0}}
     small.compression = {"seconds": 12.0}
     found = results(base, small)
-    found.notes = ["skipped: none"]
+    found.skipped = {"another": "no module"}
     return found
 
 
@@ -77,7 +77,7 @@ def test_table_has_values_errors_and_paired_differences(both):
     assert cells[7:10] == ["0.5000", "100.0 (× 0.50)", "10.0 (× 2.00)"]
     assert cells[11:14] == ["300 (200 before loading)", "1.5", "12"]
     assert [cell.strip() for cell in lines[2].split("|")][5] == "0.7500 ± 0.1000"
-    assert lines[-1] == "- skipped: none"
+    assert lines[-1] == "- skipped: another: no module"
 
 
 def test_files_are_joined_by_model(both):
