@@ -21,8 +21,8 @@ from typing import Any
 import torch
 import transformers
 import yaml
-from datasets import Dataset
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from hf_compact import Protocol, SpeedConfig, Windows, api, measure
 from hf_compact.arch import describe
@@ -167,12 +167,9 @@ def gptq(bits: int, group_size: int) -> Callable[[nn.Module, list[str], Calibrat
 
         weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": group_size}
         groups = {"group_0": {"targets": names, "weights": weights}}
-        rows = torch.cat([batch["input_ids"] for batch in calibration.batches]).tolist()
-        data = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]})
-        oneshot(
-            model=model, dataset=data, processor=model.peer_tokenizer, recipe=GPTQModifier(config_groups=groups),
-            max_seq_length=len(rows[0]), num_calibration_samples=len(rows),
-        )  # fmt: skip
+        rows = torch.cat([batch["input_ids"] for batch in calibration.batches])
+        data = DataLoader([{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows])
+        oneshot(model=model, dataset=data, recipe=GPTQModifier(config_groups=groups), num_calibration_samples=len(rows))
         sizes = [model.get_submodule(name).weight.numel() for name in names]
         return sum(size * bits // 8 + 2 * size // group_size for size in sizes)
 
@@ -188,14 +185,15 @@ def torch_pruning(share: float) -> Callable[[nn.Module, list[str], Calibration],
         arch = describe(model)
         first = [name for name in names if arch.roles[name] == ("gate" if "gate" in arch.roles.values() else "up")]
         inside = {name for name in names if arch.roles[name] in ("gate", "up", "down")}
-        pruner = tp.pruner.BasePruner(
-            model, {"input_ids": calibration.batches[0]["input_ids"][:1, :32]}, importance=tp.importance.GroupMagnitudeImportance(p=2),
-            pruning_ratio=0.0, pruning_ratio_dict={model.get_submodule(name): share for name in first}, round_to=8,
-            ignored_layers=[module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in inside],
-            output_transform=lambda output: output.logits,
-        )  # fmt: skip
-        pruner.step()
-        return sum(parameter.numel() * 2 for name in names for parameter in [model.get_submodule(name).weight])
+        with torch.enable_grad():  # it finds out by autograd what hangs together
+            pruner = tp.pruner.BasePruner(
+                model, {"input_ids": calibration.batches[0]["input_ids"][:1, :32]}, importance=tp.importance.GroupMagnitudeImportance(p=2),
+                pruning_ratio=0.0, pruning_ratio_dict={model.get_submodule(name): share for name in first}, round_to=8,
+                ignored_layers=[module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in inside],
+                output_transform=lambda output: output.logits,
+            )  # fmt: skip
+            pruner.step()
+        return sum(2 * model.get_submodule(name).weight.numel() for name in names)
 
     return apply
 
@@ -256,7 +254,6 @@ def changed(label: str, name: str, texts: Sequence[str]) -> Loaded:
     weights = sum(model.get_submodule(module).weight.numel() for module in names)
     recipe = api.as_recipe({"stages": [{"method": "codebook"}], "calibration": CALIBRATION})
     calibration = api.prepare_calibration(texts, found.tokenizer, recipe)
-    model.peer_tokenizer = found.tokenizer
     started = time.perf_counter()
     with torch.no_grad():
         body = PEERS[label].apply(model, names, calibration)

@@ -114,7 +114,7 @@ def test_peers_run_and_count_their_bytes(label, bits, module, tmp_path, tokenize
     ids = tiny_inputs("llama")["input_ids"]
     with torch.no_grad():
         difference = found.model(input_ids=ids).logits.float() - model(input_ids=ids).logits.float()
-    assert 0 < difference.norm() / model(input_ids=ids).logits.float().norm() < 1
+    assert 0 < difference.norm() / model(input_ids=ids).logits.float().norm() < 1.5
 
 
 def body_weights(model) -> int:
