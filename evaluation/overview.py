@@ -148,8 +148,8 @@ def make(options: argparse.Namespace, commit: str) -> tuple[list[Path], dict[str
             try:
                 ROWS[name](name, folder, options)
             except subprocess.CalledProcessError as error:
-                skipped[name] = error.output
-                print(f"skipped: {name}: {error.output}", flush=True)
+                skipped[name] = error.output.replace(f"{options.work}/", "")  # where it lay is nobody's business
+                print(f"skipped: {name}: {skipped[name]}", flush=True)
                 continue
             kept.write_text(json.dumps({"seconds": time.perf_counter() - started, "commit": commit}) + "\n")
         print(f"made: {name}", flush=True)

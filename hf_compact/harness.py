@@ -180,13 +180,13 @@ def run_tasks(
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    lm = register()(model, tokenizer=tokenizer, batch_size=batch_size)
-    lm.progress = progress
     if num_fewshot:
         for name, task in tasks.items():
             if not task.has_training_docs() and task.config.fewshot_split is None:
                 raise ConfigError(f"num_fewshot: {name} has no rows to show: put {name}.train.jsonl into task_data")
     with _quiet():
+        lm = register()(model, tokenizer=tokenizer, batch_size=batch_size)
+        lm.progress = progress
         try:
             found = simple_evaluate(
                 lm, tasks=list(tasks.values()), limit=limit, num_fewshot=num_fewshot, batch_size=batch_size, log_samples=True,

@@ -139,7 +139,19 @@ def test_examples_are_shown_from_the_train_file(task_data, tmp_path, tokenizer):
     assert tasks["arc_easy"].instances[0].args[0].count("Shown") == 2
 
 
-def test_what_cannot_work_is_said_before_a_model_is_opened(task_data, tmp_path):
+def test_the_hub_out_of_reach_is_said(monkeypatch):
+    pytest.importorskip("lm_eval")
+    from lm_eval.tasks._index import TaskIndex
+
+    build = TaskIndex.build
+    monkeypatch.setattr(TaskIndex, "build", lambda self, paths: build([paths[0] / "piqa"]))
+    with pytest.raises(ConfigError, match=r"stock task piqa cannot use its rows \(from the Hub; offline, give task_data\)"):
+        harness.load_tasks(["piqa"])
+    with pytest.raises(ConfigError, match="lm-evaluation-harness has no task 'arc_easy'"):
+        harness.load_tasks(["arc_easy"])
+
+
+def test_what_cannot_work_is_said_before_a_model_is_opened(task_data, tmp_path, tokenizer):
     pytest.importorskip("lm_eval")
     with pytest.raises(ConfigError, match="has no task 'arc_eazy'"):
         harness.load_tasks(["arc_eazy"], task_data)
@@ -156,7 +168,7 @@ def test_what_cannot_work_is_said_before_a_model_is_opened(task_data, tmp_path):
     write_tasks(tmp_path, winogrande=[*ROWS["winogrande"], {**ROWS["winogrande"][0], "sentence": "no gap"}])
     tasks = harness.load_tasks(["winogrande"], tmp_path)
     with pytest.raises(ConfigError, match="tasks: a row does not fit its task: ValueError: substring not found"):
-        harness.run_tasks(tiny_model("llama"), None, tasks)
+        harness.run_tasks(tiny_model("llama"), tokenizer, tasks)
 
 
 def test_without_the_harness_the_extra_is_named(monkeypatch):
