@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
@@ -127,7 +128,7 @@ def measure(
     _check(models, texts, protocol)
     given = [*([] if compare_with is None else [compare_with]), *models]
     ready = {model.name: model for model in given if isinstance(model, Loaded)}
-    names = _names(given)
+    names = model_names(given)
     base = None if compare_with is None else next(iter(names.values()))
     for path in names:
         if path not in ready:
@@ -180,17 +181,17 @@ def evaluate(
 
 def perplexity_rows(results: Results, models: Sequence[str | Path], texts: Sequence[str | Path]) -> list[dict[str, Any]]:
     """The perplexities of results as flat rows, models and texts as they were given."""
-    names = _names(models)
-    rows = []
-    for path, name in names.items():
+    rows: list[dict[str, Any]] = []
+    first: dict[str, float] = {}
+    for path, name in model_names(models).items():
         model = results.named(name)
         assert model is not None, "results hold what was asked for"
         for text in map(str, texts):
-            found, first = (entry.perplexity[Path(text).name] for entry in (model, results.models[0]))
-            ratio = found["perplexity"] / first["perplexity"]
-            rows.append(
-                {"model": path, "text": text, "file_bytes": model.file_bytes, "dtype": model.dtype, "ratio": ratio, **found}
-            )
+            found = model.perplexity[Path(text).name]
+            value = math.inf if found["perplexity"] is None else found["perplexity"]
+            ratio = value / first.setdefault(text, value)
+            row = {"model": path, "text": text, "file_bytes": model.file_bytes, "dtype": model.dtype, "ratio": ratio, **found}
+            rows.append({**row, "perplexity": value})
     return rows
 
 
@@ -229,7 +230,7 @@ def _check_model(path: str) -> None:
         raise ConfigError(f"model {path!r} does not exist")
 
 
-def _names(models: Sequence[str | Path | Loaded]) -> dict[str, str]:
+def model_names(models: Sequence[str | Path | Loaded]) -> dict[str, str]:
     """What was given -> the name in the results: the last part of a path, where that tells models apart."""
     short = {}
     for model in models:

@@ -205,6 +205,7 @@ def _print_plan(found: dict[str, Any]) -> None:
     "--task-data rows --limit 500 --speed --output results.json",
 )
 def evaluate(  # noqa: PLR0913 - one argument per option
+    context: typer.Context,
     models: Annotated[list[str], typer.Argument(help="Dense or compressed models; ratios are to the first.", metavar="MODEL...")],
     text: Annotated[list[Path] | None, typer.Option(help="UTF-8 text to score, one or several files.", metavar="FILE")] = None,
     tasks: Annotated[
@@ -227,9 +228,9 @@ def evaluate(  # noqa: PLR0913 - one argument per option
     speed: Annotated[
         bool, typer.Option("--speed", help="Time prefill, first token and decoding; loading and memory too.")
     ] = False,
-    prompt_tokens: Annotated[int, typer.Option(help="With --speed: tokens of the prompt.")] = 256,
-    new_tokens: Annotated[int, typer.Option(help="With --speed: tokens that are generated.")] = 32,
-    repeats: Annotated[int, typer.Option(help="With --speed: counted turns, after one to warm up.")] = 5,
+    prompt_tokens: Annotated[int | None, typer.Option(help="With --speed: tokens of the prompt. Default: 256.")] = None,
+    new_tokens: Annotated[int | None, typer.Option(help="With --speed: tokens that are generated. Default: 32.")] = None,
+    repeats: Annotated[int | None, typer.Option(help="With --speed: counted turns, after one to warm up. Default: 5.")] = None,
     windows: Annotated[int, typer.Option(help="Windows from the start of each text.", min=1)] = 40,
     window_length: Annotated[int, typer.Option(help="Tokens per window.", min=2)] = 1024,
     stride: Annotated[int | None, typer.Option(help="Tokens between the beginnings of windows. Default: side by side.")] = None,
@@ -253,16 +254,27 @@ def evaluate(  # noqa: PLR0913 - one argument per option
 
     Perplexity is that of consecutive windows, no overlap, no special tokens, unless --stride or --bos say otherwise.
     """
+    timing = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats}
+    if not text and not tasks and not speed:
+        raise typer.BadParameter("at least one of --text, --tasks and --speed must be given", context)
+    for owner, is_given, others in (
+        ("--text", text, {"--stride": stride, "--bos": bos or None, "--json": json_file}),
+        ("--tasks", tasks, {"--task-data": task_data, "--limit": limit, "--num-fewshot": num_fewshot}),
+        ("--speed", speed, {f"--{name.replace('_', '-')}": value for name, value in timing.items()}),
+    ):
+        for name, value in others.items():
+            if value is not None and not is_given:
+                raise typer.BadParameter(f"{name} belongs to {owner}, which is not given", context)
     with _errors(), progress_bar("scoring") as advance:
         if json_file is not None and not (
             json_file.absolute().parent.is_dir() and os.access(json_file.absolute().parent, os.W_OK)
         ):
             raise OutputError(f"--json {str(json_file)!r} cannot be written: its folder must exist and be writable")
-        timing = SpeedConfig(prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats)
+        given = {name: value for name, value in timing.items() if value is not None}
         protocol = benchmark.Protocol(
             windows=Windows(window_length=window_length, num_windows=windows, stride=stride, bos=bos),
             tasks=tuple(name for name in (tasks or "").split(",") if name), limit=limit, num_fewshot=num_fewshot,
-            batch_size=batch_size, speed=timing if speed else None, dtype=dtype, device=device,
+            batch_size=batch_size, speed=SpeedConfig(**given) if speed else None, dtype=dtype, device=device,
         )  # fmt: skip
         results = benchmark.measure(
             models, text or (), protocol, compare_with=compare, task_data=task_data, output=output, progress=advance
@@ -293,11 +305,13 @@ def _print_perplexities(rows: list[dict[str, Any]], results: Results) -> None:
     )
     for column in columns:
         table.add_column(column, justify="left" if column in ("model", "text") else "right", overflow="fold")
-    comparisons = {model.name: model.comparison for model in results.models}
-    for row, name in zip(rows, (model.name for model in results.models for _ in results.protocol["texts"]), strict=True):
+    names = benchmark.model_names([row["model"] for row in rows])
+    for row in rows:
+        model = results.named(names[row["model"]])
+        assert model is not None, "a row is of a model"
         beside = [] if not is_compared else ["", ""]
-        if (comparison := comparisons[name]) is not None:
-            found = comparison["perplexity"][Path(row["text"]).name]
+        if model.comparison is not None:
+            found = model.comparison["perplexity"][Path(row["text"]).name]
             beside = [f"{found['kl']:.4f}", f"{100 * found['top1_agreement']:.1f} %"]
         numbers = (f"{row['perplexity']:.3f}", f"{row['ratio']:.4f}", *beside, f"{row['file_bytes'] / 1e6:.1f}")
         table.add_row(row["model"], Path(row["text"]).name, *numbers, str(row["num_tokens"]), f"{row['seconds']:.1f}")

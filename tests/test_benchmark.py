@@ -306,9 +306,25 @@ def test_nothing_to_measure(dense_folder, text_file, tmp_path):
 
 def test_models_with_one_name_are_told_apart_by_their_paths(dense_folder, tmp_path):
     (tmp_path / "tiny-llama").mkdir()
-    assert benchmark._names([dense_folder, "org/name"]) == {str(dense_folder): "tiny-llama", "org/name": "org/name"}
+    assert benchmark.model_names([dense_folder, "org/name"]) == {str(dense_folder): "tiny-llama", "org/name": "org/name"}
     both = [str(dense_folder), str(tmp_path / "tiny-llama")]
-    assert benchmark._names(both) == {path: path for path in both}
+    assert benchmark.model_names(both) == {path: path for path in both}
+
+
+@pytest.mark.cli
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "at least one of --text, --tasks and --speed must be given"),
+        (["--speed", "--bos"], "--bos belongs to --text, which is not given"),
+        (["--text", "a", "--limit", "3"], "--limit belongs to --tasks, which is not given"),
+        (["--text", "a", "--new-tokens", "3"], "--new-tokens belongs to --speed, which is not given"),
+    ],
+)
+def test_an_option_that_would_do_nothing(options, message):
+    done = CliRunner(env={"COLUMNS": "300", "TERM": "dumb"}).invoke(cli.app, ["evaluate", "model", *options])
+    assert done.exit_code == 2
+    assert message in done.stderr
 
 
 @pytest.mark.cli
