@@ -11,12 +11,16 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
-from evaluation.peers import markdown
+from evaluation.peers import markdown, rows
+from hf_compact.results import Results
 
 HERE = Path(__file__).parent
 #: Relative difference of a perplexity that is rounding only.
@@ -42,20 +46,43 @@ def plot(rows: list[dict], path: Path) -> None:
     texts = list(rows[0]["scores"])
     figure = Figure(figsize=(6 * len(texts), 5), layout="constrained")
     for axes, text in zip(figure.subplots(1, len(texts), squeeze=False)[0], texts, strict=True):
-        for is_ours, marker, label in ((True, "o", "hf_compact"), (False, "s", "others")):
-            kind = [row for row in rows if row["is_ours"] is is_ours]
-            points = [(row["file_bytes"] / 1e6, row["scores"][text]) for row in kind]
-            axes.plot(*zip(*points, strict=True), marker, label=label)
-            for (size, score), row in zip(points, kind, strict=True):
-                axes.annotate(row["label"], (size, score), fontsize=6, xytext=(4, 3), textcoords="offset points")
-            axes.plot(*zip(*front(points), strict=True), "-", alpha=0.4, color="C0" if is_ours else "C1")
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_xlabel("MB on disk, whole model")
-        axes.set_ylabel(f"perplexity on {text}")
-        axes.grid(alpha=0.3, which="both")
-        axes.legend()
+        points = {
+            label: [(row["label"], row["file_bytes"] / 1e6, row["scores"][text]) for row in rows if row["is_ours"] is is_ours]
+            for is_ours, label in ((True, "hf_compact"), (False, "others"))
+        }
+        draw_front(axes, points, f"perplexity on {text}")
     figure.savefig(path, dpi=120)
+
+
+def draw_front(
+    axes: Axes, groups: Mapping[str, Sequence[tuple[str, float, float]]], label: str, is_more_better: bool = False
+) -> None:
+    """Megabytes against a score, every point with its name, and the front of each group.
+
+    Args:
+        axes: to draw into.
+        groups: legend -> `(name, MB, score)`.
+        label: what the score is.
+        is_more_better: of the score; it is then drawn on a linear axis.
+    """
+    sign = -1 if is_more_better else 1
+    for number, (group, points) in enumerate(groups.items()):
+        color = f"C{number}"
+        axes.plot([size for _, size, _ in points], [score for *_, score in points], "os^D"[number % 4], label=group, color=color)
+        for name, size, score in points:
+            axes.annotate(name, (size, score), fontsize=6, xytext=(4, 3), textcoords="offset points")
+        best = [(size, sign * score) for size, score in front([(size, sign * score) for _, size, score in points])]
+        axes.plot([size for size, _ in best], [score for _, score in best], "-", alpha=0.4, color=color)
+    axes.set_xscale("log")
+    axes.set_yscale("linear" if is_more_better else "log")
+    for axis in [axes.xaxis] if is_more_better else [axes.xaxis, axes.yaxis]:
+        for set_formatter in (axis.set_major_formatter, axis.set_minor_formatter):
+            set_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.4)))  # 13.4, not 1.34 x 10^1
+    axes.set_xlabel("MB on disk, whole model")
+    axes.set_ylabel(label)
+    axes.grid(alpha=0.3, which="both")
+    if len(groups) > 1:
+        axes.legend()
 
 
 def our_rows(found: dict[str, Any]) -> list[dict[str, Any]]:
@@ -81,20 +108,23 @@ def main() -> int:
     parser.add_argument("model", help="the dense model: folder or .gguf file")
     parser.add_argument("--ours", type=Path, required=True, help="work folder of evaluation.rates")
     parser.add_argument("--text", action="append", required=True, help="a text to score; repeat for several")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file; its rows are kept when the run is repeated")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="JSON file; the rows of the others are kept in the work folder"
+    )
     options = parser.parse_args()
     found = json.loads((options.ours / "rows.json").read_text())
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    command = [sys.executable, str(HERE / "peers.py"), options.model, "--output", str(options.output), "--commit", commit]
+    peers = options.ours / "peers.json"
+    command = [sys.executable, str(HERE / "peers.py"), options.model, "--output", str(peers), "--commit", commit]
     subprocess.run([*command, *(argument for text in options.text for argument in ("--text", text))], check=True)
-    others = [{"is_ours": False} | row for row in json.loads(options.output.read_text()) if row["label"] not in found]
+    others = [{"is_ours": False} | row for row in rows(Results.read(peers)) if row["label"] not in found]
     dense = next(row for row in others if row["label"] == "dense bf16")["scores"]
     if any(abs(value / dense[text] - 1) > SAME for text, value in found["dense"]["perplexity"].items()):
         sys.exit(f"the dense model scores {dense} here and {found['dense']['perplexity']} there: not one protocol")
-    rows = others + our_rows(found)
-    options.output.write_text(json.dumps(rows, indent=2) + "\n")
-    options.output.with_suffix(".md").write_text(markdown(rows, options.text))
-    plot(rows, options.output.with_suffix(".png"))
+    table = others + our_rows(found)
+    options.output.write_text(json.dumps(table, indent=2) + "\n")
+    options.output.with_suffix(".md").write_text(markdown(table, options.text))
+    plot(table, options.output.with_suffix(".png"))
     return 0
 
 

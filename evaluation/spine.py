@@ -18,10 +18,15 @@ from typing import Any
 
 import torch
 
-from evaluation.peers import markdown
+from evaluation.peers import markdown, rows
+from hf_compact.results import Results
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
+PEERS = (
+    "bitsandbytes nf4 g64", "HQQ 4 bit g64", "HQQ 3 bit g64", "optimum-quanto qint4", "nearest, 3 bit g64 (control)",
+    "nearest, 4 bit g64 (control)",
+)  # fmt: skip
 RECIPES = ("codebook-4bit", "codebook-3bit", "codebook-4bit-small")
 
 
@@ -104,10 +109,11 @@ def steps(options: argparse.Namespace, commit: str) -> dict[str, Any]:
     peers = [python, str(HERE / "peers.py"), options.model, "--output", str(work / "peers.json")]
     peers += [argument for recipe in RECIPES for argument in ("--ours", str(work / recipe))]
     peers += [argument for text in options.text for argument in ("--text", text)]
-    peers += ["--commit", commit]
+    peers += ["--commit", commit, *(argument for peer in PEERS for argument in ("--peer", peer))]
     run(peers, work / "peers.log")
-    rows = json.loads((work / "peers.json").read_text())
-    found["peers"] = [{**row, "label": Path(row["label"]).name} for row in rows]  # where the folders lay is nobody's business
+    found["peers"] = [
+        {**row, "label": Path(row["label"]).name} for row in rows(Results.read(work / "peers.json"))
+    ]  # where the folders lay is nobody's business
     return found
 
 

@@ -3,7 +3,8 @@
 Importing this package registers the `hf_compact` quantization method with transformers and Compacter with PEFT.
 """
 
-from .api import compare, compress, evaluate, export, inspect_folder, plan, plan_budget, profile, recover
+from .api import compare, compress, export, inspect_folder, plan, plan_budget, profile, recover
+from .benchmark import Protocol, evaluate, measure
 from .config import CalibrationConfig, Recipe
 from .errors import CompactError
 from .hf.quantizer import CompactConfig, set_bits
@@ -17,6 +18,9 @@ from .methods.sparsity import MaskCallback, MaskTraining, SparsityConfig
 from .methods.tensor_network import TensorNetworkCallback, TensorNetworkConfig
 from .methods.ternary import TernaryCallback, TernaryConfig
 from .report import CommReport, Report
+from .results import Results
+from .scoring import Windows
+from .speed import SpeedConfig
 from .version import __version__
 
 __all__ = [
@@ -35,16 +39,20 @@ __all__ = [
     "OneBitAdam",
     "OneBitAdamCallback",
     "OneBitAdamConfig",
+    "Protocol",
     "PruningConfig",
     "Recipe",
     "Report",
+    "Results",
     "SortedNetCallback",
     "SortedNetConfig",
     "SparsityConfig",
+    "SpeedConfig",
     "TensorNetworkCallback",
     "TensorNetworkConfig",
     "TernaryCallback",
     "TernaryConfig",
+    "Windows",
     "__version__",
     "compare",
     "compress",
@@ -52,6 +60,7 @@ __all__ = [
     "export",
     "extract",
     "inspect_folder",
+    "measure",
     "plan",
     "plan_budget",
     "profile",

@@ -1,4 +1,4 @@
-"""The functions behind the command line: compress, plan, evaluate, inspect."""
+"""The functions behind the command line: compress, plan, recover, export, inspect."""
 
 import copy
 import dataclasses
@@ -30,7 +30,7 @@ from transformers import (
 
 from . import distributed, verify
 from .arch import Architecture, dense_shape, describe, on_meta
-from .calibration import Calibration, builtin_text, from_batches, read_texts, sample, tokenize, windows
+from .calibration import Calibration, builtin_text, from_batches, read_texts, sample, windows
 from .capture import BlockRunner, Method, Progress, compress_outside_, probe_inputs, stored_bytes
 from .checkpoint import (
     FORMAT_VERSION,
@@ -321,46 +321,6 @@ def plan_budget(  # noqa: PLR0913 - by keyword
             else:
                 plot_front(found, dense.name, path)
     return found
-
-
-def evaluate(
-    models: Sequence[str | Path], texts: Sequence[str | Path], num_windows: int | None = 40, window_length: int = 1024,
-    progress: Callable[[str, int], None] = lambda name, done: None,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Perplexity of each model on each text, with the protocol of `scoring`.
-
-    A model given as float32 is scored in bfloat16, the dtype of the protocol. Ratios are to the first model.
-
-    Returns:
-        One dict per model and text: `model`, `text`, `file_bytes`, `dtype`, `seconds`, `ratio`, and what `scoring.perplexity` returns.
-
-    Raises:
-        CompactError: a model cannot be opened or a text cannot be read.
-    """
-    contents = {str(path): read_texts([path]) for path in texts}
-    rows: list[dict[str, Any]] = []
-    first: dict[str, float] = {}
-    for name in models:
-        model, tokenizer, file_bytes = open_for_scoring(name)
-        for path, text in contents.items():
-            started = time.perf_counter()
-            score = perplexity(
-                model, tokenize(tokenizer, text), window_length, num_windows, lambda done, name=name: progress(str(name), done)
-            )
-            first.setdefault(path, score["perplexity"])
-            rows.append(
-                {
-                    "model": str(name),
-                    "text": path,
-                    "file_bytes": file_bytes,
-                    "dtype": str(model.dtype).removeprefix("torch."),
-                    "ratio": score["perplexity"] / first[path],
-                    "seconds": time.perf_counter() - started,
-                    **score,
-                }
-            )
-        del model
-    return rows
 
 
 def compare(
@@ -695,17 +655,21 @@ def open_dense(model: str | Path, dtype: str = "auto", is_whole: bool = False) -
     return Dense(name, skeleton, partial(_tokenizer, folder), source, fingerprint, folder)
 
 
-def open_for_scoring(model: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, int]:
-    """A model, or one with an adapter, ready to be scored; its tokenizer, and the bytes of its weight files."""
+def open_for_scoring(model: str | Path, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase, int]:
+    """A model, or one with an adapter, ready to be scored; its tokenizer, and the bytes of its weight files.
+
+    The dtype auto is the checkpoint's own, and bfloat16 for float32.
+    """
     name = str(model)
+    wanted = None if dtype == "auto" else getattr(torch, dtype)
     if name.endswith(".gguf"):
-        dense = _open_gguf(Path(name), torch.bfloat16)
+        dense = _open_gguf(Path(name), wanted or torch.bfloat16)
         return dense.model, dense.load_tokenizer(), Path(name).stat().st_size
     folder = local_folder(name)
     base = local_folder(PeftConfig.from_pretrained(folder).base_model_name_or_path) if is_adapter(folder) else folder
     config = _read_config(base)
-    dtype = torch.bfloat16 if config.dtype in (None, torch.float32) else config.dtype
-    loaded = verify.load_model(folder, dtype=dtype).eval()
+    usual = torch.bfloat16 if config.dtype in (None, torch.float32) else config.dtype
+    loaded = verify.load_model(folder, dtype=wanted or usual).eval()
     if not is_causal_lm(loaded):
         raise UnsupportedModel(f"model {name!r} is a {type(loaded).__name__}: perplexity needs a causal language model")
     tokenizer = _tokenizer(base)

@@ -16,13 +16,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from typer.core import TyperCommand
 
-from . import api
+from . import api, benchmark, harness
 from .checkpoint import check_new_file, write_text
 from .config import DistillationConfig
 from .errors import CompactError, OutputError
 from .methods.compacter import CompacterConfig
 from .planner import BudgetPlan
 from .report import format_bytes
+from .results import Results
+from .scoring import Windows
+from .speed import SpeedConfig
 
 app = typer.Typer(
     add_completion=False,
@@ -196,29 +199,121 @@ def _print_plan(found: dict[str, Any]) -> None:
 
 @app.command(
     cls=SeveralValues,
-    epilog="Example:\n\n    hf-compact evaluate ./my-model ./my-model-4bit --text wiki.test.raw c4.txt --json scores.json",
+    epilog="Examples:\n\n"
+    "    hf-compact evaluate ./my-model ./my-model-4bit --text wiki.test.raw c4.txt --json scores.json\n\n"
+    "    hf-compact evaluate ./my-model-4bit --compare ./my-model --text wiki.test.raw --tasks hellaswag,piqa,lambada_openai "
+    "--task-data rows --limit 500 --speed --output results.json",
 )
-def evaluate(
+def evaluate(  # noqa: PLR0913 - one argument per option
+    context: typer.Context,
     models: Annotated[list[str], typer.Argument(help="Dense or compressed models; ratios are to the first.", metavar="MODEL...")],
-    text: Annotated[list[Path], typer.Option(help="UTF-8 text to score, one or several files.", metavar="FILE")],
+    text: Annotated[list[Path] | None, typer.Option(help="UTF-8 text to score, one or several files.", metavar="FILE")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-evaluation-harness, with commas between them (extra: eval).", metavar="A,B,C")
+    ] = None,
+    task_data: Annotated[
+        Path | None,
+        typer.Option(help="Folder with the rows of each task as TASK.jsonl; without it they come from the Hub.", metavar="DIR"),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Rows of each task, from the first. Default: all.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Examples shown before each row. Default: the task's own.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences of the tasks at a time.")] = 8,
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            help="Base, measured first and kept in memory: each MODEL is compared with it token by token, row by row, turn by turn.",
+            metavar="BASE",
+        ),
+    ] = None,
+    speed: Annotated[
+        bool, typer.Option("--speed", help="Time prefill, first token and decoding; loading and memory too.")
+    ] = False,
+    prompt_tokens: Annotated[int | None, typer.Option(help="With --speed: tokens of the prompt. Default: 256.")] = None,
+    new_tokens: Annotated[int | None, typer.Option(help="With --speed: tokens that are generated. Default: 32.")] = None,
+    repeats: Annotated[int | None, typer.Option(help="With --speed: counted turns, after one to warm up. Default: 5.")] = None,
     windows: Annotated[int, typer.Option(help="Windows from the start of each text.", min=1)] = 40,
     window_length: Annotated[int, typer.Option(help="Tokens per window.", min=2)] = 1024,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the scores here too.", metavar="OUT")] = None,
+    stride: Annotated[int | None, typer.Option(help="Tokens between the beginnings of windows. Default: side by side.")] = None,
+    bos: Annotated[bool, typer.Option("--bos", help="Put the tokenizer's BOS token before every window.")] = False,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="auto is the checkpoint's own, and bfloat16 for float32."),
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="Where models run: cpu, cuda, cuda:1, mps.")] = "cpu",
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="results.json with everything, rows included; written after every model, and gone on with.", metavar="OUT"
+        ),
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the perplexities here, one row each.", metavar="OUT")
+    ] = None,
 ) -> None:
-    """Perplexity of each MODEL on each text: consecutive windows, no overlap, no special tokens."""
+    """Score each MODEL: perplexity on texts (--text), lm-evaluation-harness (--tasks), speed and memory (--speed).
+
+    Perplexity is that of consecutive windows, no overlap, no special tokens, unless --stride or --bos say otherwise.
+    """
+    timing = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats}
+    if not text and not tasks and not speed:
+        raise typer.BadParameter("at least one of --text, --tasks and --speed must be given", context)
+    for owner, is_given, others in (
+        ("--text", text, {"--stride": stride, "--bos": bos or None, "--json": json_file}),
+        ("--tasks", tasks, {"--task-data": task_data, "--limit": limit, "--num-fewshot": num_fewshot}),
+        ("--speed", speed, {f"--{name.replace('_', '-')}": value for name, value in timing.items()}),
+    ):
+        for name, value in others.items():
+            if value is not None and not is_given:
+                raise typer.BadParameter(f"{name} belongs to {owner}, which is not given", context)
     with _errors(), progress_bar("scoring") as advance:
         if json_file is not None and not (
             json_file.absolute().parent.is_dir() and os.access(json_file.absolute().parent, os.W_OK)
         ):
             raise OutputError(f"--json {str(json_file)!r} cannot be written: its folder must exist and be writable")
-        rows = api.evaluate(models, text, windows, window_length, lambda name, done: advance(name, done, windows))
+        given = {name: value for name, value in timing.items() if value is not None}
+        protocol = benchmark.Protocol(
+            windows=Windows(window_length=window_length, num_windows=windows, stride=stride, bos=bos),
+            tasks=tuple(name for name in (tasks or "").split(",") if name), limit=limit, num_fewshot=num_fewshot,
+            batch_size=batch_size, speed=SpeedConfig(**given) if speed else None, dtype=dtype, device=device,
+        )  # fmt: skip
+        results = benchmark.measure(
+            models, text or (), protocol, compare_with=compare, task_data=task_data, output=output, progress=advance
+        )
+        rows = benchmark.perplexity_rows(results, ([compare] if compare else []) + models, text or ())
         if json_file is not None:
             _write_json(json_file, rows)
+    if rows:
+        _print_perplexities(rows, results)
+    if protocol.tasks:
+        _print_tasks(results)
+    if speed:
+        _print_speed(results)
+
+
+def _print_perplexities(rows: list[dict[str, Any]], results: Results) -> None:
+    is_compared = results.base is not None
     table = Table()
-    for column in ("model", "text", "perplexity", "× first", "MB", "tokens", "seconds"):
+    columns = (
+        "model",
+        "text",
+        "perplexity",
+        "× first",
+        *(("divergence", "same token") if is_compared else ()),
+        "MB",
+        "tokens",
+        "seconds",
+    )
+    for column in columns:
         table.add_column(column, justify="left" if column in ("model", "text") else "right", overflow="fold")
+    names = benchmark.model_names([row["model"] for row in rows])
     for row in rows:
-        numbers = (f"{row['perplexity']:.3f}", f"{row['ratio']:.4f}", f"{row['file_bytes'] / 1e6:.1f}")
+        model = results.named(names[row["model"]])
+        assert model is not None, "a row is of a model"
+        beside = [] if not is_compared else ["", ""]
+        if model.comparison is not None:
+            found = model.comparison["perplexity"][Path(row["text"]).name]
+            beside = [f"{found['kl']:.4f}", f"{100 * found['top1_agreement']:.1f} %"]
+        numbers = (f"{row['perplexity']:.3f}", f"{row['ratio']:.4f}", *beside, f"{row['file_bytes'] / 1e6:.1f}")
         table.add_row(row["model"], Path(row["text"]).name, *numbers, str(row["num_tokens"]), f"{row['seconds']:.1f}")
     out.print(table)
 
@@ -241,6 +336,54 @@ def compare(
         if json_file is not None:
             _write_json(json_file, found.to_dict())
     out.print(found.to_table(f"{before} → {after}"))
+def _print_tasks(results: Results) -> None:
+    table = Table(title=f"lm-evaluation-harness {results.versions['lm_eval']}")
+    for column in ("model", "task", "metric", "value", "- base", "same answer", "rows"):
+        table.add_column(column, justify="left" if column in ("model", "task", "metric") else "right", overflow="fold")
+    for model in results.models:
+        for task, result in model.tasks.items():
+            beside = (model.comparison or {"tasks": {}})["tasks"].get(task)
+            for metric, found in result["metrics"].items():
+                change = None if beside is None else beside["metrics"].get(metric)
+                agreement = "" if beside is None else f"{100 * beside['agreement']:.1f} %"
+                cells = (_with_error(found["value"], found["stderr"]), "" if change is None else _with_error(**change, sign="+"))
+                table.add_row(model.name, task, metric, *cells, agreement, str(result["num_items"]))
+    out.print(table)
+
+
+def _with_error(difference: float, stderr: float | None, sign: str = "") -> str:
+    return f"{difference:{sign}.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
+
+
+def _print_speed(results: Results) -> None:
+    table = Table(title=f"{results.protocol['speed']['prompt_tokens']} tokens of prompt, {results.machine['threads']} threads")
+    columns = ("model", "prefill tok/s", "× base", "first token s", "decode tok/s", "× base", "load s", "peak MB", "J/token")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "model" else "right", overflow="fold")
+    for model in results.models:
+        found, memory, faster = model.speed, model.memory, (model.comparison or {}).get("speed", {})
+        assert found is not None, "asked for"
+        assert memory is not None, "asked for"
+        times = (
+            f"{found['prefill_tokens_per_second']:.1f}",
+            f"{found['first_token_seconds']:.3f}",
+            f"{found['decode_tokens_per_second']:.2f}",
+        )
+        ratio = [f"{faster[key]:.2f}" if faster else "" for key in ("prefill", "decode")]
+        joules = f"{found['joules_per_token']:.2f}" if "joules_per_token" in found else ""
+        rest = (f"{memory['load_seconds']:.1f}", f"{memory['peak_bytes'] / 1e6:.0f}", joules)
+        table.add_row(model.name, times[0], ratio[0], times[1], times[2], ratio[1], *rest)
+    out.print(table)
+
+
+@app.command(
+    name="lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    epilog="Example:\n\n    hf-compact lm-eval run --model hf_compact --model_args pretrained=./my-model-4bit --tasks hellaswag",
+)  # fmt: skip
+def lm_eval(context: typer.Context) -> None:
+    """The command line of lm-evaluation-harness, with the model `hf_compact`; all arguments are its own."""
+    with _errors():
+        harness.command_line(context.args)
 
 
 @app.command(

@@ -94,7 +94,7 @@ def test_command(small, dense_folder, text_file, tmp_path):
     assert found["perplexity_after"] < found["perplexity_before"]
     loaded = AutoPeftModelForCausalLM.from_pretrained(output)
     assert loaded(input_ids=tiny_inputs("llama")["input_ids"]).logits.shape == (2, 24, VOCABULARY)
-    rows = api.evaluate([folder, output], [text_file], num_windows=2, window_length=32)
+    rows = hf_compact.evaluate([folder, output], [text_file], num_windows=2, window_length=32)
     assert rows[1]["file_bytes"] == rows[0]["file_bytes"] + found["adapter_bytes"]
     assert rows[1]["perplexity"] != rows[0]["perplexity"]
     again = CliRunner(env={"COLUMNS": "300", "TERM": "dumb"}).invoke(cli.app, arguments)

@@ -34,6 +34,8 @@ ORDER = [
     "sensitivity",
     "checkpoint",
     "capture",
+    "results",
+    "speed",
     "distillation",
     "measurement",
     "planner",
@@ -44,6 +46,8 @@ ORDER = [
     "verify",
     "recovery",
     "api",
+    "harness",
+    "benchmark",
     "cli",
 ]
 SLICE_ORDER = [

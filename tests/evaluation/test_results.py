@@ -1,11 +1,16 @@
+import argparse
 import copy
 import json
+import subprocess
 
 import pytest
+import torch
 import yaml
 
 from evaluation import pareto, peers, rates, spine, tensor_network
 from hf_compact import Recipe
+from hf_compact.results import ModelResult, Results
+from tests.conftest import tiny_inputs, tiny_model
 
 
 def row(label: str, bits: float, wiki: float, second: float) -> dict:
@@ -62,12 +67,113 @@ def test_table_has_every_row_and_its_ratio():
     assert "| absent | skipped: no module |" in table
 
 
-def test_control_row_counts_its_bytes(dense_folder, text_file):
-    found = peers.run_row("nearest, 4 bit g64 (control)", str(dense_folder), [str(text_file)], windows=2, length=64)
-    dense = peers.run_row("dense bf16", str(dense_folder), [str(text_file)], windows=2, length=64)
+def row_options(dense_folder, text_file, output) -> argparse.Namespace:
+    return argparse.Namespace(
+        model=str(dense_folder), text=[str(text_file)], windows=2, window_length=64, task=[], task_data=None, limit=None, speed=False,
+        prompt_tokens=8, repeats=1, output=output, calibration=[str(text_file)], commit="c0ffee",
+    )  # fmt: skip
+
+
+def test_control_row_counts_its_bytes(dense_folder, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(peers, "CALIBRATION", {"num_sequences": 4, "sequence_length": 32, "batch_size": 2})
+    options = row_options(dense_folder, text_file, tmp_path / "peers.json")
+    peers.run_row(peers.DENSE, options)
+    results = peers.run_row("nearest, 4 bit g64 (control)", options)
+    dense, found = peers.rows(results)
     assert 4 < found["body_bits_per_weight"] < 6
     assert dense["body_bits_per_weight"] == 16
     assert found["scores"][text_file.name] != dense["scores"][text_file.name]
+    assert {row["commit"] for row in (dense, found)} == {"c0ffee"}
+    beside = results.models[1].comparison["perplexity"][text_file.name]
+    assert beside["kl"] > 0
+    assert beside["ratio"] == pytest.approx(found["scores"][text_file.name] / dense["scores"][text_file.name])
+    assert Results.read(options.output).to_dict() == results.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("label", "bits", "module"),
+    [
+        ("bitsandbytes nf4 g64", (4.4, 5), "bitsandbytes"), ("bitsandbytes fp4 g64", (4.4, 5), "bitsandbytes"),
+        ("bitsandbytes int8", (8, 9), "bitsandbytes"), ("HQQ 2 bit g16", (3, 5), "hqq"), ("optimum-quanto qint2", (2, 4), "optimum.quanto"),
+        ("torchao int8", (8, 9), "torchao"), ("torchao int3 g32", (3, 4), "torchao"), ("GPTQ 3 bit g128 (llm-compressor)", (3, 4), "llmcompressor"),
+        ("Torch-Pruning, 50 % of channels", (8, 14), "torch_pruning"),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore")  # other libraries' own
+def test_peers_run_and_count_their_bytes(label, bits, module, tmp_path, tokenizer, text_file, monkeypatch):
+    pytest.importorskip(module)
+    monkeypatch.setattr(peers, "CALIBRATION", {"num_sequences": 4, "sequence_length": 32, "batch_size": 2})
+    model = tiny_model("llama", torch.bfloat16, hidden_size=128, intermediate_size=256, num_hidden_layers=2)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    found = peers.changed(label, str(tmp_path), [str(text_file)])
+    assert bits[0] <= found.body_bits_per_weight <= bits[1]
+    assert found.file_bytes == pytest.approx(
+        found.num_parameters * 2 - (16 - found.body_bits_per_weight) / 8 * body_weights(model)
+    )
+    ids = tiny_inputs("llama")["input_ids"]
+    with torch.no_grad():
+        difference = found.model(input_ids=ids).logits.float() - model(input_ids=ids).logits.float()
+    assert 0 < difference.norm() / model(input_ids=ids).logits.float().norm() < 1.5
+
+
+def body_weights(model) -> int:
+    return sum(module.weight.numel() for name, module in model.named_modules() if name.endswith("_proj"))
+
+
+def test_a_match_takes_the_bytes_of_the_peer(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(peers.subprocess, "run", lambda command, check: made.append(command))
+    options = argparse.Namespace(output=tmp_path / "peers.json", model="model", calibration=["a.txt"])
+    model = ModelResult(name="", fingerprint="", dtype="", file_bytes=1, num_parameters=1, body_bits_per_weight=4.5)
+    folder = peers.matching("HQQ 4 bit g64", model, options)
+    assert folder == tmp_path / "peers" / "ours-entropy-4.478"
+    recipe = yaml.safe_load(folder.with_suffix(".yaml").read_text())
+    assert Recipe.from_dict(recipe).stages[0].bits == 4.478
+    assert made[0][-6:] == ["--recipe", str(folder.with_suffix(".yaml")), "--output", str(folder), "--calibration", "a.txt"]
+    folder = peers.matching("Torch-Pruning, 20 % of channels", model, options)
+    assert yaml.safe_load(folder.with_suffix(".yaml").read_text())["stages"] == [{"method": "pruning", "channel_sparsity": 0.2}]
+    assert peers.matching("nearest, 4 bit g64 (control)", model, options) is None
+    model.body_bits_per_weight = 8.2
+    assert peers.matching("torchao int8", model, options) is None
+
+
+@pytest.mark.cli
+def test_an_interrupted_run_of_peers_goes_on(tmp_path, monkeypatch, capsys):
+    """Rows are other processes: what is there is not run again, what failed is tried again and named."""
+    done = []
+
+    def row_process(command, **_):
+        label = command[-1]
+        results = Results.read(tmp_path / "p.json") if done else Results(protocol={}, machine={}, versions={})
+        done.append(label)
+        if label.startswith("HQQ"):
+            return subprocess.CompletedProcess(command, 1, "", "Traceback\nImportError: no hqq\n")
+        model = ModelResult(
+            name=label, fingerprint="", dtype="", file_bytes=10**6, num_parameters=10**6, body_bits_per_weight=16.0
+        )
+        model.perplexity["a.txt"] = {"perplexity": 20.0, "seconds": 1.0}
+        results.models.append(model)
+        results.write(tmp_path / "p.json")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(peers.subprocess, "run", row_process)
+    chosen = ["HQQ 4 bit g64", "optimum-quanto qint4"]
+    arguments = [
+        "model",
+        "--text",
+        "a.txt",
+        "--output",
+        str(tmp_path / "p.json"),
+        *(word for label in chosen for word in ("--peer", label)),
+    ]
+    monkeypatch.setattr("sys.argv", ["peers.py", *arguments])
+    assert peers.main() == 0
+    assert done == [peers.DENSE, *chosen]
+    assert "| HQQ 4 bit g64 | skipped: ImportError: no hqq |" in (tmp_path / "p.md").read_text()
+    assert peers.main() == 0
+    assert done[3:] == ["HQQ 4 bit g64"]
+    assert "optimum-quanto qint4: done" in capsys.readouterr().out
 
 
 def test_rates_are_held_against_their_bars(tmp_path, monkeypatch):

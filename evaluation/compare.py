@@ -1,0 +1,342 @@
+r"""One table and its pictures from any number of `results.json`: Markdown, or one HTML file that needs nothing else.
+
+    hf-compact evaluate my-model-4bit my-model-3bit --compare my-model --text a.txt --tasks piqa --output results.json
+    python -m evaluation.compare results.json --output table.html --output table.md
+
+Rows are models, of all files together; a model that several files name is one row. Numbers stand in one column only if they
+were measured alike: another window, other rows or another version of the harness is an error that names the column.
+Differences are to the base of the same file, pair by pair, with their own standard error, which is smaller than that of
+either value.
+"""
+
+import argparse
+import dataclasses
+import html
+import io
+import math
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from evaluation.pareto import draw_front
+from hf_compact.checkpoint import write_text
+from hf_compact.errors import CompactError, ConfigError
+from hf_compact.results import ModelResult, Results
+
+#: What of a protocol stands behind a column of a text and behind one of a task.
+TEXT_SETTINGS = ("windows", "dtype")
+TASK_SETTINGS = ("limit", "num_fewshot", "batch_size", "dtype")
+STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1500px; padding: 0 1rem; color: #1c2024; background: #fff; }
+table { border-collapse: collapse; display: block; overflow-x: auto; }
+th, td { padding: .3rem .7rem; border-bottom: 1px solid #dde1e6; text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
+thead th { border-bottom: 2px solid #69707a; vertical-align: bottom; }
+td small { display: block; color: #5a626c; }
+figure { margin: 1.5rem 0; } figure svg { max-width: 100%; height: auto; }
+"""
+
+
+def merge(files: Iterable[tuple[str, Results]]) -> Results:
+    """All models of several results, each once.
+
+    Args:
+        files: names for messages, and what the files hold.
+
+    Raises:
+        ConfigError: a column would hold numbers that were not measured alike, or two models have one name.
+    """
+    settings: dict[str, tuple[str, Any]] = {}
+    models: dict[str, tuple[str, ModelResult]] = {}
+    merged: Results | None = None
+    for name, results in files:
+        for column, value in _settings(results).items():
+            other, earlier = settings.setdefault(column, (name, value))
+            if earlier != value:
+                raise ConfigError(f"{column} was not measured alike in {other} and {name}: {_difference(earlier, value)}")
+        for model in results.models:
+            if model.name not in models:
+                models[model.name] = name, dataclasses.replace(model)
+                continue
+            other, earlier = models[model.name]
+            if earlier.fingerprint != model.fingerprint:
+                raise ConfigError(f"{model.name} is not the same model in {other} and {name}: rename one folder")
+            _join(earlier, model)
+        if merged is None:
+            merged = dataclasses.replace(results, skipped=dict(results.skipped))
+        else:
+            merged.skipped |= results.skipped
+            merged.base = merged.base or results.base
+    if merged is None:
+        raise ConfigError("no results were given")
+    return dataclasses.replace(merged, models=[model for _, model in models.values()])
+
+
+def _settings(results: Results) -> dict[str, Any]:
+    """Column -> everything that decides its numbers."""
+    protocol = results.protocol
+    texts = {
+        text: {"sha256": digest, **{key: protocol[key] for key in TEXT_SETTINGS}} for text, digest in protocol["texts"].items()
+    }
+    version = results.versions.get("lm_eval")
+    tasks = {
+        task: {"lm_eval": version, "rows": protocol["task_data"].get(task), **{key: protocol[key] for key in TASK_SETTINGS}}
+        for task in protocol["tasks"]
+    }
+    speed = {} if protocol["speed"] is None else {"speed": {**protocol["speed"], "machine": results.machine}}
+    return texts | tasks | speed
+
+
+def _difference(a: dict[str, Any], b: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {a[key]!r} and {b[key]!r}" for key in a if a[key] != b[key])
+
+
+def _join(into: ModelResult, other: ModelResult) -> None:
+    """Add what another file measured of the same model."""
+    into.perplexity = into.perplexity | other.perplexity
+    into.tasks = into.tasks | other.tasks
+    into.speed, into.memory = into.speed or other.speed, into.memory or other.memory
+    if into.comparison is None or other.comparison is None:
+        into.comparison = into.comparison or other.comparison
+        return
+    joined = {key: into.comparison[key] | other.comparison[key] for key in ("perplexity", "tasks")}
+    into.comparison = {**other.comparison, **into.comparison, **joined}
+
+
+def main_metric(task: dict[str, Any]) -> str:
+    """The one that is quoted: length-normalised accuracy where the task has it, else accuracy, else the first.
+
+    >>> main_metric({"metrics": {"acc": {}, "acc_norm": {}}})
+    'acc_norm'
+    """
+    metrics = task["metrics"]
+    return next((name for name in ("acc_norm", "acc") if name in metrics), next(iter(metrics)))
+
+
+def mean_score(model: ModelResult, tasks: Sequence[str]) -> float | None:
+    """Mean of the quoted metrics; None unless the model has all of the tasks."""
+    if not tasks or not set(tasks) <= set(model.tasks):
+        return None
+    return sum(model.tasks[task]["metrics"][main_metric(model.tasks[task])]["value"] for task in tasks) / len(tasks)
+
+
+#: A cell: what is shown, and what stands below it in small print.
+Cell = tuple[str, str]
+
+
+def columns(results: Results) -> dict[str, Callable[[ModelResult], Cell]]:
+    """Heading -> the cell of a model, for everything that any model has."""
+    models = results.models
+    texts = list(dict.fromkeys(text for model in models for text in model.perplexity))
+    tasks = list(dict.fromkeys(task for model in models for task in model.tasks))
+    found: dict[str, Callable[[ModelResult], Cell]] = {
+        "MB": lambda model: (f"{model.file_bytes / 1e6:.1f}", ""),
+        "bits per parameter": lambda model: (f"{model.bits_per_parameter:.2f}", _body(model)),
+    }
+    for text in texts:
+        found[f"perplexity, {text}"] = lambda model, text=text: _perplexity(model, text)
+    for task in tasks:
+        metric = main_metric(next(model.tasks[task] for model in models if task in model.tasks))
+        found[f"{task}, {metric}"] = lambda model, task=task: _task(model, task)
+    if len(tasks) > 1:
+        found["mean of the tasks"] = lambda model: (_number(mean_score(model, tasks), ".4f"), "")
+    if any(model.speed for model in models):
+        found["prefill, tokens/s"] = lambda model: _speed(model, "prefill")
+        found["decode, tokens/s"] = lambda model: _speed(model, "decode")
+        found["first token, s"] = lambda model: (_number(model.speed and model.speed["first_token_seconds"], ".3f"), "")
+    if any(model.speed and "joules_per_token" in model.speed for model in models):
+        found["J per token"] = lambda model: (_number(model.speed and model.speed.get("joules_per_token"), ".2f"), "")
+    if any(model.memory for model in models):
+        found["peak MB"] = lambda model: (_number(model.memory and model.memory["peak_bytes"] / 1e6, ".0f"), _runtime(model))
+        found["load, s"] = lambda model: (_number(model.memory and model.memory["load_seconds"], ".1f"), "")
+    if any(model.compression for model in models):
+        found["compression, s"] = lambda model: (_number(model.compression and model.compression["seconds"], ".0f"), "")
+    return found
+
+
+def markdown(results: Results) -> str:
+    """The table; small print in brackets."""
+    heads = columns(results)
+    lines = ["| model | " + " | ".join(heads) + " |", "|---" + "|---:" * len(heads) + "|"]
+    for model in results.models:
+        cells = [f"{shown} ({small})" if small else shown for shown, small in (cell(model) for cell in heads.values())]
+        lines.append(f"| {model.name.replace('|', chr(92) + '|')} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", *(f"- {note}" for note in stated(results))]) + "\n"
+
+
+def page(results: Results, title: str) -> str:
+    """One HTML file with the table and the pictures in it."""
+    heads = columns(results)
+    rows = []
+    for model in results.models:
+        cells = [f"<td>{html.escape(shown)}{_small(small)}</td>" for shown, small in (cell(model) for cell in heads.values())]
+        rows.append(f"<tr><td>{html.escape(model.name)}</td>{''.join(cells)}</tr>")
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in ("model", *heads))
+    figures = [f'<figure id="{name}">{_svg(figure)}</figure>' for name, figure in pictures(results).items()]
+    notes = "".join(f"<li>{html.escape(note)}</li>" for note in stated(results))
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style></head>\n'
+        f"<body><h1>{html.escape(title)}</h1>\n<table><thead><tr>{head}</tr></thead><tbody>\n" + "\n".join(rows) + "\n</tbody></table>\n"
+        f"<ul>{notes}</ul>\n" + "\n".join(figures) + "\n</body></html>\n"
+    )  # fmt: skip
+
+
+def stated(results: Results) -> list[str]:
+    """The protocol and the machine in sentences."""
+    protocol, machine = results.protocol, results.machine
+    lines = []
+    if protocol["texts"]:
+        windows = protocol["windows"]
+        count = windows["num_windows"] or "all"
+        start = ", BOS before each" if windows["bos"] else ""
+        stride = f", {windows['stride']} tokens apart" if windows["stride"] else ", side by side"
+        lines.append(
+            f"perplexity: {count} windows of {windows['window_length']} tokens{stride}{start}; small: × base ± standard error of the paired difference, KL from the base in nats per token"
+        )
+    if protocol["tasks"]:
+        rows = "all rows" if protocol["limit"] is None else f"the first {protocol['limit']} rows"
+        lines.append(
+            f"tasks: lm-evaluation-harness {results.versions.get('lm_eval')}, {rows} of each; ± is the standard error; small: paired difference to the base, rows with the same answer"
+        )
+    if protocol["speed"]:
+        speed = protocol["speed"]
+        lines.append(
+            f"speed: {speed['prompt_tokens']} tokens of prompt, {speed['new_tokens']} generated, median of {speed['repeats']} turns with the base; small: times as fast as it"
+        )
+    cores = f"{machine['threads']} of {machine['cores']} cores"
+    lines.append(
+        f"{machine.get('accelerator', machine['processor'])}, {cores}, "
+        + ", ".join(f"{name} {version}" for name, version in results.versions.items())
+    )
+    return lines + [f"skipped: {name}: {reason}" for name, reason in results.skipped.items()]
+
+
+def pictures(results: Results) -> dict[str, Figure]:
+    """Bytes against quality, and bars of the tasks with their errors; what can be drawn of these."""
+    texts = list(dict.fromkeys(text for model in results.models for text in model.perplexity))
+    tasks = list(dict.fromkeys(task for model in results.models for task in model.tasks))
+    panels: dict[str, list[tuple[str, float, float]]] = {}
+    for text in texts:
+        found = [(m.name, m.file_bytes / 1e6, m.perplexity[text]["perplexity"]) for m in results.models if text in m.perplexity]
+        panels[f"perplexity on {text}"] = [point for point in found if point[2] is not None and math.isfinite(point[2])]
+    means = [(model.name, model.file_bytes / 1e6, mean_score(model, tasks)) for model in results.models]
+    panels["mean of the tasks"] = [(name, size, value) for name, size, value in means if value is not None]
+    panels = {name: points for name, points in panels.items() if len(points) > 1}
+    found: dict[str, Figure] = {}
+    if panels:
+        figure = found["pareto"] = Figure(figsize=(6 * len(panels), 5), layout="constrained")
+        for axes, (label, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+            draw_front(axes, {"models": points}, label, is_more_better=label == "mean of the tasks")
+    if tasks:
+        found["tasks"] = _bars(results.models, tasks)
+    return found
+
+
+def _bars(models: Sequence[ModelResult], tasks: Sequence[str]) -> Figure:
+    """One panel a task, one bar a model."""
+    figure = Figure(figsize=(2 + 2.6 * len(tasks), 1 + 0.3 * len(models)), layout="constrained")
+    for number, (axes, task) in enumerate(zip(figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0], tasks, strict=True)):
+        having = [(place, model.tasks[task]) for place, model in enumerate(models) if task in model.tasks]
+        metric = main_metric(having[0][1])
+        values = [found["metrics"][metric] for _, found in having]
+        errors = [value["stderr"] or 0.0 for value in values]
+        axes.barh(
+            [place for place, _ in having], [value["value"] for value in values], xerr=errors, capsize=2, color="C0", alpha=0.8
+        )
+        axes.set_title(f"{task}, {metric}", fontsize=10)
+        axes.grid(axis="x", alpha=0.3)
+        if number == 0:
+            axes.set_yticks(range(len(models)), [model.name for model in models])
+            axes.invert_yaxis()
+    return figure
+
+
+def _svg(figure: Figure) -> str:
+    """The figure as an element of a page, its text as text."""
+    stream = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "hf_compact"}):
+        figure.savefig(stream, format="svg", metadata={"Date": None})
+    text = stream.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _small(text: str) -> str:
+    return f"<small>{html.escape(text)}</small>" if text else ""
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else f"{value:{form}}"
+
+
+def _body(model: ModelResult) -> str:
+    return "" if model.body_bits_per_weight is None else f"blocks {model.body_bits_per_weight:.2f}"
+
+
+def _runtime(model: ModelResult) -> str:
+    return f"{model.memory['runtime_bytes'] / 1e6:.0f} before loading" if model.memory and model.memory["runtime_bytes"] else ""
+
+
+def _perplexity(model: ModelResult, text: str) -> Cell:
+    if text not in model.perplexity:
+        return "", ""
+    value = model.perplexity[text]["perplexity"]
+    shown = "not finite" if value is None else f"{value:.3f}"
+    beside = (model.comparison or {"perplexity": {}})["perplexity"].get(text)
+    if beside is None or beside["ratio"] is None:
+        return shown, ""
+    error = beside["nll_difference_stderr"]
+    small = f"× {beside['ratio']:.4f}" + ("" if error is None else f" ± {beside['ratio'] * error:.4f}")
+    return shown, small + (f", KL {beside['kl']:.4f}" if beside.get("kl") is not None else "")
+
+
+def _task(model: ModelResult, task: str) -> Cell:
+    if task not in model.tasks:
+        return "", ""
+    found = model.tasks[task]
+    metric = main_metric(found)
+    value = found["metrics"][metric]
+    beside = (model.comparison or {"tasks": {}})["tasks"].get(task)
+    small = (
+        "" if beside is None else f"{_plus_minus(**beside['metrics'][metric], sign='+')}, {100 * beside['agreement']:.1f} % same"
+    )
+    return _plus_minus(value["value"], value["stderr"]), small
+
+
+def _plus_minus(difference: float, stderr: float | None, sign: str = "") -> str:
+    return f"{difference:{sign}.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
+
+
+def _speed(model: ModelResult, kind: str) -> Cell:
+    if model.speed is None:
+        return "", ""
+    faster = (model.comparison or {}).get("speed")
+    return f"{model.speed[f'{kind}_tokens_per_second']:.1f}", f"× {faster[kind]:.2f}" if faster else ""
+
+
+def main() -> int:
+    """Read, merge, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", type=Path, help="results.json files")
+    parser.add_argument("--output", action="append", type=Path, required=True, help=".html or .md file to write; repeat for both")
+    parser.add_argument("--title", default="Compressed models", help="heading of the page")
+    options = parser.parse_args()
+    for path in options.output:
+        if path.suffix not in (".html", ".md"):
+            parser.error(f"--output must end in .html or .md, got {str(path)!r}")
+    try:
+        results = merge((path.name, Results.read(path)) for path in options.results)
+    except CompactError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for path in options.output:
+        write_text(path, page(results, options.title) if path.suffix == ".html" else markdown(results))
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

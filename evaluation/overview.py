@@ -1,0 +1,228 @@
+r"""Every method that leaves a smaller model, on one model, in one table; goes on where it was stopped.
+
+    python -m evaluation.overview --model SmolLM2-135M-Instruct.Q4_1.gguf --calibration wiki.valid.raw --calibration wiki.utf8 \
+        --calibration technical.utf8 --calibration tiny.utf8 --text wiki.test.raw --text c4.utf8 --task-data rows \
+        --limit 500 --work runs/overview
+
+Every row is a folder in the work folder: the recipes of `configs/recipes`, an adapter trained on top of one of them, a model
+pruned while it was trained, and one converted to ternary weights. Then all of them are scored in one run beside the dense
+model: bytes, perplexity, tasks with their errors, prefill and decoding by turns, peak memory, seconds to compress. Methods
+that leave no model (1-bit Adam, distillation) have measurements of their own. `--row` takes some rows only; a row that cannot
+be made is named with its reason, and the others go on. The table goes to `evaluation/results/08-overview.md`, `.html` and
+`.json`; the rows of the tasks stay in the work folder. `--quick` shows that everything runs: tiny calibration, few tokens.
+"""
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+from transformers import Trainer, TrainingArguments, default_data_collator
+
+from evaluation import compare
+from evaluation.spine import RESULTS
+from hf_compact import DistillationCallback, HessoCallback, Protocol, SpeedConfig, Windows, api, measure
+from hf_compact.calibration import read_texts, sample
+from hf_compact.checkpoint import write_text
+from hf_compact.config import CalibrationConfig
+from hf_compact.results import Results
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
+TASKS = ("arc_easy", "hellaswag", "lambada_openai", "piqa", "winogrande")
+#: What the adapter is trained on top of.
+RECOVERED = "codebook-3bit"
+#: Share of the parameters in blocks that HESSO removes.
+HESSO_TARGET = 0.2
+QUICK_CALIBRATION = {"num_sequences": 4, "sequence_length": 32, "batch_size": 2}
+
+
+def python(*arguments: str, log: Path) -> None:
+    """Run a command of this interpreter with its output in a log.
+
+    Raises:
+        CalledProcessError: it failed; the last line of the log is in its output.
+    """
+    with log.open("w") as stream:
+        done = subprocess.run([sys.executable, *arguments], stdout=stream, stderr=subprocess.STDOUT, check=False)
+    if done.returncode:
+        last = (log.read_text().strip().splitlines() or ["it ended without a word"])[-1]
+        raise subprocess.CalledProcessError(done.returncode, arguments, output=last)
+
+
+def from_recipe(name: str, output: Path, options: argparse.Namespace) -> None:
+    """`hf-compact compress` with a recipe of `configs/recipes`."""
+    recipe = yaml.safe_load((ROOT / "configs" / "recipes" / f"{name}.yaml").read_text())
+    if options.quick:
+        recipe["calibration"] = QUICK_CALIBRATION
+        recipe["distillation"] = recipe["distillation"] and {**recipe["distillation"], "num_sequences": 4}
+    path = options.work / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    texts = [word for text in options.calibration for word in ("--calibration", text)]
+    arguments = ("-m", "hf_compact", "compress", str(dense(options)), "--recipe", str(path), "--output", str(output), *texts)
+    python(*arguments, log=Path(f"{output}.log"))
+
+
+def recovered(name: str, output: Path, options: argparse.Namespace) -> None:
+    """`hf-compact recover`: an adapter that learns the dense model's distributions."""
+    size = ["--num-sequences", "24", "--sequence-length", "32"] if options.quick else []
+    texts = [word for text in options.calibration for word in ("--text", text)]
+    arguments = ("-m", "hf_compact", "recover", str(options.work / RECOVERED), "--teacher", str(dense(options)))
+    python(*arguments, *texts, "--output", str(output), *size, log=Path(f"{output}.log"))
+
+
+def converted(name: str, output: Path, options: argparse.Namespace) -> None:
+    """`scripts/convert_to_ternary.py`: blocks first, then the whole against its teacher."""
+    size = ["--tokens", "128", "--length", "32", "--warm-start-epochs", "1", "--warm-start-tokens", "64"] if options.quick else []
+    arguments = (
+        str(ROOT / "scripts" / "convert_to_ternary.py"),
+        "--model",
+        str(dense(options)),
+        "--output",
+        str(output),
+        "--cpu",
+    )
+    python(*arguments, *size, "--text", *options.calibration, log=Path(f"{output}.log"))
+
+
+def pruned_in_training(name: str, output: Path, options: argparse.Namespace) -> None:
+    """HESSO in a stock Trainer, with the dense model as the teacher; the row's process calls `hesso`."""
+    python("-m", "evaluation.overview", *sys.argv[1:], "--hesso", str(output), log=Path(f"{output}.log"))
+
+
+def hesso(output: Path, options: argparse.Namespace) -> None:
+    """Train and cut; 200 steps of 4 x 512 tokens."""
+    opened = api.open_dense(dense(options), "float32", is_whole=True)
+    teacher = api.open_dense(dense(options), "float32", is_whole=True).model
+    tokenizer = opened.load_tokenizer()
+    steps, length = (4, 32) if options.quick else (200, 512)
+    size = CalibrationConfig(num_sequences=4 * steps, sequence_length=length, batch_size=4)
+    data = sample(tokenizer, read_texts(options.calibration), size, 0, options.calibration)
+    rows = [{"input_ids": row, "labels": row} for batch in data.batches for row in batch["input_ids"]]
+    pruner = HessoCallback(target=HESSO_TARGET, warm_up_steps=steps // 10, pruning_steps=steps // 2, periods=min(10, steps // 2))
+    arguments = TrainingArguments(
+        str(output) + ".trainer", per_device_train_batch_size=4, num_train_epochs=1, learning_rate=5e-5, lr_scheduler_type="cosine",
+        warmup_steps=0.05, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True, seed=0,
+    )  # fmt: skip
+    Trainer(
+        opened.model, arguments, train_dataset=rows, data_collator=default_data_collator,
+        callbacks=[pruner, DistillationCallback(teacher)],
+    ).train()  # fmt: skip
+    opened.model.bfloat16().save_pretrained(output)
+    tokenizer.save_pretrained(output)
+
+
+#: Row -> what makes its folder, in an order in which later ones find what they need.
+ROWS: dict[str, Callable[[str, Path, argparse.Namespace], None]] = {
+    **{path.stem: from_recipe for path in RECIPES},
+    f"{RECOVERED}-adapter": recovered,
+    "hesso-20": pruned_in_training,
+    "ternary": converted,
+}
+
+
+def dense(options: argparse.Namespace) -> Path:
+    """The model as a folder in bfloat16, which every row begins with and is held against."""
+    folder = options.work / "dense"
+    if not folder.exists():
+        opened = api.open_dense(options.model, "bfloat16", is_whole=True)
+        partial = folder.with_name("dense.partial")
+        opened.model.save_pretrained(partial)
+        opened.load_tokenizer().save_pretrained(partial)
+        partial.rename(folder)
+    return folder
+
+
+def make(options: argparse.Namespace, commit: str) -> tuple[list[Path], dict[str, str]]:
+    """Every row that is missing; the folders that are there, and why others are not."""
+    folders, skipped = [], {}
+    for name in options.row or ROWS:
+        folder, kept = options.work / name, options.work / f"{name}.seconds.json"
+        if not kept.exists():
+            started = time.perf_counter()
+            try:
+                ROWS[name](name, folder, options)
+            except subprocess.CalledProcessError as error:
+                skipped[name] = error.output.replace(f"{options.work}/", "")  # where it lay is nobody's business
+                print(f"skipped: {name}: {skipped[name]}", flush=True)
+                continue
+            kept.write_text(json.dumps({"seconds": time.perf_counter() - started, "commit": commit}) + "\n")
+        print(f"made: {name}", flush=True)
+        folders.append(folder)
+    return folders, skipped
+
+
+def finished(results: Results, options: argparse.Namespace) -> Results:
+    """The results with the wall-clock seconds of each row, and without the rows of the tasks."""
+    models = []
+    for model in results.models:
+        kept = options.work / f"{model.name}.seconds.json"
+        found = json.loads(kept.read_text()) if kept.exists() else None
+        models.append(
+            dataclasses.replace(
+                model,
+                compression=None if found is None else {**(model.compression or {}), "seconds": found["seconds"]},
+                provenance={**model.provenance, **({} if found is None else {"compressed_at": found["commit"]})},
+                tasks={task: {**entry, "items": {}} for task, entry in model.tasks.items()},
+            )
+        )
+    return dataclasses.replace(results, models=models)
+
+
+def main() -> int:
+    """Make what is missing, score what is new, write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="dense: folder, Hub id or .gguf file")
+    parser.add_argument(
+        "--calibration", action="append", required=True, help="text to calibrate and train on; repeat for several"
+    )
+    parser.add_argument("--text", action="append", required=True, help="text to score; repeat for several")
+    parser.add_argument("--task", action="append", help=f"task of lm-evaluation-harness; default: {', '.join(TASKS)}")
+    parser.add_argument("--task-data", type=Path, help="folder with their rows; default: from the Hub")
+    parser.add_argument("--limit", type=int, help="rows of each task; default: all")
+    parser.add_argument("--row", action="append", choices=list(ROWS), help="rows to make; all by default")
+    parser.add_argument("--work", type=Path, default=Path("runs/overview"), help="folder of everything that is made")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the tables")
+    parser.add_argument("--quick", action="store_true", help="tiny settings that only show that it runs")
+    parser.add_argument("--hesso", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    if options.hesso:
+        hesso(options.hesso, options)
+        return 0
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    folders, skipped = make(options, commit)
+    timing = SpeedConfig(prompt_tokens=16, new_tokens=3, repeats=1) if options.quick else SpeedConfig()
+    protocol = Protocol(
+        windows=Windows(window_length=64, num_windows=2) if options.quick else Windows(),
+        tasks=tuple(options.task or TASKS), limit=options.limit, speed=timing, dtype="bfloat16",
+    )  # fmt: skip
+    last = ""
+
+    def advance(unit: str, done: int, total: int) -> None:
+        nonlocal last
+        if unit != last:
+            last = unit
+            print(f"scoring: {unit}", flush=True)
+
+    results = measure(
+        folders, options.text, protocol, compare_with=dense(options), task_data=options.task_data,
+        output=options.work / "results.json", provenance={"commit": commit}, progress=advance,
+    )  # fmt: skip
+    results = finished(dataclasses.replace(results, skipped=skipped), options)
+    options.results.mkdir(exist_ok=True)
+    results.write(options.results / "08-overview.json")
+    title = f"Every method on {Path(options.model).name}"
+    write_text(options.results / "08-overview.md", f"# {title}\n\n{compare.markdown(results)}")
+    write_text(options.results / "08-overview.html", compare.page(results, title))
+    print(compare.markdown(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
