@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from evaluation.spine import RESULTS, bar, machine
-from hf_compact import DistillationCallback, HessoCallback, api
+from hf_compact import DistillationCallback, HessoCallback, SpeedConfig, api
 from hf_compact.calibration import read_texts, tokenize, windows
 from hf_compact.footprint import count
 from hf_compact.groups import find_groups
@@ -136,8 +136,9 @@ def trained(options: argparse.Namespace, name: str, target: float | None = None,
 def speed(options: argparse.Namespace) -> dict[str, Any]:
     """Dense and pruned by turns in one process."""
     started = time.perf_counter()
-    settings = {"prompt_length": 16, "num_tokens": 2, "num_rounds": 1} if options.quick else {"num_rounds": 15}
-    found = api.compare(options.model, options.work / "hesso-40", **settings)
+    is_quick = options.quick
+    timed = SpeedConfig(prompt_tokens=16, new_tokens=2, repeats=1) if is_quick else SpeedConfig(prompt_tokens=512, repeats=15)
+    found = api.compare(options.model, options.work / "hesso-40", speed=timed)
     values: dict[str, Any] = {}
     for name, side in (("dense", found.before), ("hesso-40", found.after)):
         values |= {f"prefill {name}": side.prefill_seconds, f"decode {name}": side.decode_seconds}

@@ -48,7 +48,7 @@ from .checkpoint import (
 from .config import CalibrationConfig, DistillationConfig, MethodConfig, Recipe
 from .distillation import distill_
 from .errors import CalibrationError, ConfigError, FormatError, NothingMatched, OutputError, UnsupportedModel, VerificationError
-from .footprint import Comparison, Footprint, count, latencies
+from .footprint import Comparison, Footprint, count
 from .groups import find_groups, settle_
 from .hf.card import model_card, plot_layers
 from .hf.export import save_bitnet, save_dense, save_low_rank
@@ -63,6 +63,7 @@ from .recovery import train_adapter
 from .report import Report, peak_memory_bytes, return_freed_memory
 from .scoring import max_positions, perplexity
 from .select import select_stages
+from .speed import SpeedConfig, alternate, summary
 from .stored import open_linears
 from .version import __version__
 
@@ -324,8 +325,7 @@ def plan_budget(  # noqa: PLR0913 - by keyword
 
 
 def compare(
-    before: str | Path, after: str | Path, *, plot: str | Path | None = None, prompt_length: int = 512, num_tokens: int = 16,
-    num_rounds: int = 7,
+    before: str | Path, after: str | Path, *, plot: str | Path | None = None, speed: SpeedConfig = SpeedConfig()
 ) -> Comparison:  # fmt: skip
     """Two models side by side: parameters, multiply-adds, bytes, measured seconds of a prompt and of a token, removed units.
 
@@ -335,30 +335,27 @@ def compare(
         before: Hub id, folder or `.gguf` file of a causal language model.
         after: likewise; compressed or pruned.
         plot: PNG file to create: what each block has lost.
-        prompt_length: tokens of the prompt.
-        num_tokens: made behind it, one by one.
-        num_rounds: turns; medians are reported.
+        speed: what is timed; medians are reported.
 
     Raises:
         CompactError: a model cannot be opened, a prompt is longer than a model allows, or the file cannot be created.
     """
-    if min(prompt_length, num_tokens, num_rounds) < 1:
-        raise ConfigError(
-            f"prompt_length, num_tokens and num_rounds must be at least 1, got {prompt_length}, {num_tokens} and {num_rounds}"
-        )
     if plot is not None:
         check_new_file(Path(plot))
-    models = [open_for_scoring(name)[0] for name in (before, after)]
-    for name, model in zip((before, after), models, strict=True):
+    models = {side: open_for_scoring(name)[0] for side, name in (("before", before), ("after", after))}
+    wanted = speed.prompt_tokens + speed.new_tokens
+    for name, model in zip((before, after), models.values(), strict=True):
         most = max_positions(model)
-        if most is not None and prompt_length + num_tokens > most:
-            raise ConfigError(f"prompt_length + num_tokens must be at most {most}, the positions of {str(name)!r}")
-    seconds = latencies(models, prompt_length, num_tokens, num_rounds)
-    sides = [
-        replace(count(model), prefill_seconds=prefill, decode_seconds=decode)
-        for model, (prefill, decode) in zip(models, seconds, strict=True)
-    ]
-    found = Comparison(before=sides[0], after=sides[1])
+        if most is not None and wanted > most:
+            raise ConfigError(f"prompt_tokens + new_tokens must be at most {most}, the positions of {str(name)!r}, got {wanted}")
+    vocabulary = min(model.config.get_text_config(decoder=True).vocab_size for model in models.values())
+    ids = (torch.arange(speed.prompt_tokens) % (vocabulary - 4) + 3)[None]
+    sides = {}
+    for side, turns in alternate(models, ids, speed).items():
+        times = summary(turns, speed.prompt_tokens)
+        seconds = {key: times[key] for key in ("prefill_seconds", "decode_seconds")}
+        sides[side] = replace(count(models[side]), **seconds)
+    found = Comparison(**sides)
     if plot is not None:
         with disk_errors(Path(plot).absolute().parent):
             found.plot(Path(plot))

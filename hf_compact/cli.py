@@ -323,19 +323,22 @@ def compare(
     before: ModelArgument,
     after: Annotated[str, typer.Argument(help="Compressed or pruned model.", metavar="SMALLER")],
     plot: Annotated[Path | None, typer.Option(help="Bar chart to create: what each block has lost.", metavar="OUT.png")] = None,
-    prompt_length: Annotated[int, typer.Option(help="Tokens of the prompt, at batch size 1.")] = 512,
-    tokens: Annotated[int, typer.Option(help="Tokens that are made one by one behind it.")] = 16,
-    rounds: Annotated[int, typer.Option(help="Turns of both models; medians are shown.")] = 7,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt, at batch size 1.")] = 256,
+    new_tokens: Annotated[int, typer.Option(help="Tokens that are generated behind it.")] = 32,
+    repeats: Annotated[int, typer.Option(help="Turns of both models; medians are shown.")] = 5,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers here too.", metavar="OUT")] = None,
 ) -> None:
     """Parameters, multiply-adds, bytes and measured speed of MODEL and of a SMALLER one, side by side."""
     with _errors():
         if json_file is not None:
             check_new_file(json_file)
-        found = api.compare(before, after, plot=plot, prompt_length=prompt_length, num_tokens=tokens, num_rounds=rounds)
+        speed = SpeedConfig(prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats)
+        found = api.compare(before, after, plot=plot, speed=speed)
         if json_file is not None:
             _write_json(json_file, found.to_dict())
     out.print(found.to_table(f"{before} → {after}"))
+
+
 def _print_tasks(results: Results) -> None:
     table = Table(title=f"lm-evaluation-harness {results.versions['lm_eval']}")
     for column in ("model", "task", "metric", "value", "- base", "same answer", "rows"):

@@ -1,15 +1,12 @@
 """What a model costs before and after: parameters, multiply-adds, bytes, measured seconds, and what each block has lost."""
 
-import statistics
-import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -150,39 +147,6 @@ def count(model: PreTrainedModel) -> Footprint:
         num_bytes=sum(tensor.nbytes for name, tensor in model.state_dict().items() if name not in tied),
         blocks=blocks,
     )
-
-
-@torch.no_grad()
-def latencies(models: Sequence[PreTrainedModel], prompt_length: int = 512, num_tokens: int = 16, num_rounds: int = 7) -> list[
-    tuple[float, float]
-]:  # fmt: skip
-    """Seconds to read a prompt and to make one more token, of causal language models taken by turns; medians.
-
-    Args:
-        models: on their devices; in evaluation mode.
-        prompt_length: tokens, at batch size 1.
-        num_tokens: made one by one behind it.
-        num_rounds: turns that count; one more comes before them.
-    """
-    times: list[list[tuple[float, float]]] = [[] for _ in models]
-    for turn in range(num_rounds + 1):
-        for model, mine in zip(models, times, strict=True):
-            vocabulary = model.config.get_text_config(decoder=True).vocab_size
-            ids = (torch.arange(prompt_length, device=model.device) % (vocabulary - 4) + 3)[None]
-            started = _now(ids)
-            output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-            middle = _now(ids)
-            for _ in range(num_tokens):
-                output = model(input_ids=ids[:, :1], past_key_values=output.past_key_values, use_cache=True)
-            if turn:
-                mine.append((middle - started, (_now(ids) - middle) / num_tokens))
-    return [tuple(statistics.median(values) for values in zip(*mine, strict=True)) for mine in times]
-
-
-def _now(tensor: Tensor) -> float:
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
-    return time.perf_counter()
 
 
 def _parameters(module: nn.Module, tied: Collection[str] = ()) -> int:
