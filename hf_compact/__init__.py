@@ -3,7 +3,7 @@
 Importing this package registers the `hf_compact` quantization method with transformers and Compacter with PEFT.
 """
 
-from .api import compress, evaluate, export, inspect_folder, plan, plan_budget, profile, recover
+from .api import compress, evaluate, export, inspect_folder, plan, plan_budget, profile, push, recover
 from .config import CalibrationConfig, Recipe
 from .errors import CompactError
 from .hf.quantizer import CompactConfig, set_bits
@@ -46,6 +46,7 @@ __all__ = [
     "plan",
     "plan_budget",
     "profile",
+    "push",
     "recover",
     "set_bits",
 ]

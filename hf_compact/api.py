@@ -49,9 +49,10 @@ from .config import CalibrationConfig, DistillationConfig, MethodConfig, Recipe
 from .distillation import distill_
 from .errors import CalibrationError, ConfigError, FormatError, NothingMatched, OutputError, UnsupportedModel, VerificationError
 from .groups import find_groups, settle_
-from .hf.card import model_card, plot_layers
+from .hf.card import write_card
 from .hf.export import save_bitnet, save_dense, save_low_rank
 from .hf.gguf import save_gguf
+from .hf.hub import push_folder
 from .hf.quantizer import CompactConfig, attach_, expect_, names_in, outermost
 from .measurement import Alternative, ErrorTable, Item, divergence_between, measure, propose
 from .methods import LAYERS, METHODS
@@ -537,6 +538,23 @@ def export(folder: str | Path, output: str | Path, kind: ExportKind = "dense") -
             return
         if tokenizer is not None:
             tokenizer.save_pretrained(output)
+
+
+def push(
+    folder: str | Path, repo_id: str, *, private: bool = True, force: bool = False, overwrite: bool = False,
+    token: str | None = None, commit_message: str | None = None,
+) -> str:  # fmt: skip
+    """Upload a folder to the Hub: weights, config, tokenizer, chat template, recipe, report, plots and card.
+
+    Arguments, result and errors are those of `hf.hub.push_folder`; a compressed folder is checked against its own table first.
+    `model.push_to_hub` does the same for a compressed model in memory.
+    """
+    folder = Path(folder)
+    if not is_adapter(folder) and getattr(_read_config(folder), "quantization_config", None):
+        inspect_folder(folder)
+    return push_folder(
+        folder, repo_id, private=private, force=force, overwrite=overwrite, token=token, commit_message=commit_message
+    )
 
 
 def inspect_folder(folder: str | Path) -> dict[str, Any]:
@@ -1093,10 +1111,8 @@ def _verify(output: Path, calibration: Calibration, logits: torch.Tensor, report
         failure = error
         report.verification = {"verified": False, "reason": str(error)}
     report.peak_memory_bytes = max(report.peak_memory_bytes, peak_memory_bytes())
-    with disk_errors(output):  # the report comes last: where it is, the rest is
-        write_text(output / "README.md", model_card(report))
-        plot_layers(report, output / "layers.png")
-        write_text(output / REPORT_NAME, json.dumps(report.to_dict(), indent=2) + "\n")
+    with disk_errors(output):
+        write_card(report, output)
     if failure is not None:
         raise failure
 

@@ -332,6 +332,29 @@ def export(
     out.print(f"{output}: {to}", highlight=False)
 
 
+@app.command(
+    epilog="Examples:\n\n    hf-compact push ./my-model-4bit me/my-model-4bit\n\n"
+    "    HF_TOKEN=$(cat token.txt) hf-compact push ./my-model-4bit me/my-model-4bit --public --message 'First version'",
+)
+def push(
+    folder: Annotated[Path, typer.Argument(help="A folder of compress, recover or export.", metavar="DIR")],
+    repo_id: Annotated[str, typer.Argument(help="Repository, created if there is none.", metavar="USER/NAME")],
+    public: Annotated[bool, typer.Option("--public", help="Everybody may read it; without, nobody else may.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Although it was not verified, or has changed since.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the repository holds.")] = False,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+) -> None:
+    """Upload a verified folder to the Hub; interrupted, the same command goes on.
+
+    The token is that of `hf auth login` or of the variable HF_TOKEN.
+    """
+    with _errors():
+        address = api.push(
+            folder, repo_id, private=not public, force=force, overwrite=overwrite, commit_message=message
+        )  # fmt: skip
+    out.print(address, highlight=False, soft_wrap=True)
+
+
 @app.command(epilog="Example:\n\n    hf-compact inspect ./my-model-4bit --json")
 def inspect(
     folder: Annotated[Path, typer.Argument(help="A compressed folder.", metavar="DIR")],
