@@ -50,8 +50,8 @@ from .distillation import distill_
 from .errors import CalibrationError, ConfigError, FormatError, NothingMatched, OutputError, UnsupportedModel, VerificationError
 from .groups import find_groups, settle_
 from .hf.card import write_card
-from .hf.export import save_bitnet, save_dense, save_low_rank
-from .hf.gguf import save_gguf
+from .hf.export import save_bitnet, save_compressed_tensors, save_dense, save_low_rank
+from .hf.gguf import GgufKind, save_gguf
 from .hf.hub import push_folder
 from .hf.quantizer import CompactConfig, attach_, expect_, names_in, outermost
 from .measurement import Alternative, ErrorTable, Item, divergence_between, measure, propose
@@ -69,7 +69,11 @@ from .version import __version__
 logger = logging.getLogger(__name__)
 
 #: What a compressed folder can be written as.
-ExportKind = Literal["dense", "low_rank", "bitnet", "tq1_0", "tq2_0"]
+ExportKind = Literal[
+    "dense", "low_rank", "bitnet", "compressed-tensors", "gguf", "f16", "q8_0", "q4_0", "q4_1", "tq1_0", "tq2_0", "onnx"
+]
+#: Kinds of which an ordinary model can be the source too, a pruned one for example.
+GGUF_KINDS = ("gguf", *get_args(GgufKind))
 #: What imports and buffers of the libraries themselves take, beside tensors of the model.
 RUNTIME_BYTES = 400_000_000
 #: Tokens that the planner measures errors on, and how many times more gram matrices are made from.
@@ -514,7 +518,9 @@ def export(folder: str | Path, output: str | Path, kind: ExportKind = "dense") -
         folder: compressed.
         output: folder to create.
         kind: `dense`; `low_rank`: two plain Linears for each low-rank layer, under `trust_remote_code=True`; `bitnet`:
-            transformers' own ternary format; `tq1_0`, `tq2_0`: the ternary formats of llama.cpp, as `model.gguf` in the folder.
+            transformers' own ternary format; `compressed-tensors`: packed int4 and int8. Or `model.gguf` for llama.cpp in
+            the folder: `f16`, `q8_0`, `q4_0`, `q4_1`, `tq1_0`, `tq2_0`, and `gguf` for the smallest that holds the model
+            as it is. `onnx` is refused: the library that writes it does not run with this transformers.
 
     Raises:
         CompactError: the folder is not compressed by this library, or has layers that `kind` cannot say.
@@ -522,7 +528,13 @@ def export(folder: str | Path, output: str | Path, kind: ExportKind = "dense") -
     folder, output = Path(folder), Path(output)
     if kind not in get_args(ExportKind):
         raise ConfigError(f"kind must be one of {', '.join(get_args(ExportKind))}, got {kind!r}")
-    inspect_folder(folder)
+    if kind == "onnx":
+        raise UnsupportedModel(
+            "onnx is written by optimum-onnx, which needs transformers below 4.58: export to dense, and convert that folder in "
+            "an environment of its own"
+        )
+    if kind not in GGUF_KINDS or getattr(_read_config(folder), "quantization_config", None):
+        inspect_folder(folder)
     check_output(output)
     model = verify.load_model(folder)
     with disk_errors(output):
@@ -531,6 +543,8 @@ def export(folder: str | Path, output: str | Path, kind: ExportKind = "dense") -
             save_dense(model, output)
         elif kind == "bitnet":
             save_bitnet(model, output)
+        elif kind == "compressed-tensors":
+            save_compressed_tensors(model, output)
         elif kind == "low_rank":
             save_low_rank(model, output, "AutoModelForCausalLM" if is_causal_lm(model) else "AutoModel")
         else:

@@ -317,13 +317,20 @@ def profile(
     out.print(table)
 
 
-@app.command(epilog="Example:\n\n    hf-compact export ./my-model-small --output ./my-model-plain --to low_rank")
+@app.command(
+    epilog="Examples:\n\n    hf-compact export ./my-model-small --output ./my-model-plain --to low_rank\n\n"
+    "    hf-compact export ./my-model-4bit --output ./my-model-gguf --to gguf\n\n"
+    "    hf-compact export ./my-model-4bit --output ./my-model-int4 --to compressed-tensors"
+)
 def export(
     folder: Annotated[Path, typer.Argument(help="A compressed folder.", metavar="DIR")],
     output: Annotated[Path, typer.Option(help="Folder to create.", metavar="DIR")],
     to: Annotated[
         api.ExportKind,
-        typer.Option(help="Dense; two Linears per low-rank layer; ternary layers for transformers or for llama.cpp."),
+        typer.Option(
+            help="Dense; two Linears per low-rank layer; ternary layers as bitnet; packed int4 or int8 as compressed-tensors; "
+            "a file for llama.cpp: gguf is the smallest that holds the layers as they are, or a type by name."
+        ),
     ] = "dense",
 ) -> None:
     """Write a compressed folder as one that loads without this library."""

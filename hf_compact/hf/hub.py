@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import verify
 from ..checkpoint import REPORT_NAME, Journal, TensorSource, hash_files, write_text
-from ..errors import FormatError, OutputError, VerificationError
+from ..errors import FormatError, OutputError, UnsupportedModel, VerificationError
 from ..report import Report
 from .card import PLACEHOLDER, short_card, write_card
 
@@ -114,18 +114,23 @@ def push_model(  # noqa: PLR0913 - by keyword
 
     Raises:
         VerificationError: the saved model does not give the same logits; nothing is sent.
+        UnsupportedModel: the model does not take token ids, on which it is verified.
         OutputError: as for `push_folder`.
     """
     settings: dict[str, Any] = {
         "private": private, "overwrite": overwrite, "token": token, "commit_message": commit_message
     }  # fmt: skip
-    origin = Path(model.config.name_or_path or "/dev/null")
+    if model.main_input_name != "input_ids":
+        raise UnsupportedModel(
+            f"a {type(model).__name__} takes {model.main_input_name}, and push_to_hub verifies on token ids: push its folder"
+        )
+    origin = Path(model.config.name_or_path) if model.config.name_or_path else None
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         model.save_pretrained(folder, max_shard_size=max_shard_size)
-        if tokenizer is None and report is None and _is_unchanged(origin, folder):
+        if origin is not None and tokenizer is None and report is None and _is_unchanged(origin, folder):
             return push_folder(origin, repo_id, **settings)
-        if tokenizer is None and (origin / "tokenizer_config.json").is_file():
+        if origin is not None and tokenizer is None and (origin / "tokenizer_config.json").is_file():
             tokenizer = AutoTokenizer.from_pretrained(origin)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import hf_compact
-from hf_compact.errors import ConfigError, FormatError, OutputError, VerificationError
+from hf_compact.calibration import from_batches
+from hf_compact.errors import ConfigError, FormatError, OutputError, UnsupportedModel, VerificationError
 from hf_compact.hf import hub as hub_module
 from tests.conftest import tiny_inputs, tiny_model
 from tests.fake_hub import READER, WRITER, check_card, environment, serve
@@ -303,6 +304,14 @@ class TestModelsInMemory:
         sent = hf_compact.Report.from_dict(json.loads(files["compression_report.json"]))
         assert sent.is_verified
         assert sent.file_bytes == len(files["model.safetensors"])
+
+    def test_a_model_of_images_is_pushed_as_a_folder(self):
+        model = tiny_model("vit")
+        hf_compact.compress(
+            model, {"stages": [{"method": "codebook", "rounding": "nearest"}]}, calibration=from_batches([tiny_inputs("vit")])
+        )
+        with pytest.raises(UnsupportedModel, match="takes pixel_values, and push_to_hub verifies on token ids: push its folder"):
+            model.push_to_hub("me/small")
 
     def test_a_model_that_nobody_holds(self, folder):
         with pytest.raises(ConfigError, match="the model of push_to_hub is gone: keep it in a variable"):
