@@ -3,7 +3,7 @@
 Importing this package registers the `hf_compact` quantization method with transformers and Compacter with PEFT.
 """
 
-from .api import compare, compress, export, inspect_folder, plan, plan_budget, profile, recover
+from .api import compare, compress, export, inspect_folder, plan, plan_budget, profile, push, recover
 from .benchmark import Protocol, evaluate, measure
 from .config import CalibrationConfig, Recipe
 from .errors import CompactError
@@ -64,6 +64,7 @@ __all__ = [
     "plan",
     "plan_budget",
     "profile",
+    "push",
     "recover",
     "set_bits",
     "sort_units_",

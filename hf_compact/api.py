@@ -50,9 +50,10 @@ from .distillation import distill_
 from .errors import CalibrationError, ConfigError, FormatError, NothingMatched, OutputError, UnsupportedModel, VerificationError
 from .footprint import Comparison, Footprint, count
 from .groups import find_groups, settle_
-from .hf.card import model_card, plot_layers
-from .hf.export import save_bitnet, save_dense, save_low_rank
-from .hf.gguf import save_gguf
+from .hf.card import write_card
+from .hf.export import save_bitnet, save_compressed_tensors, save_dense, save_low_rank
+from .hf.gguf import GgufKind, save_gguf
+from .hf.hub import push_folder
 from .hf.quantizer import CompactConfig, attach_, expect_, names_in, outermost
 from .measurement import Alternative, ErrorTable, Item, divergence_between, measure, propose
 from .methods import LAYERS, METHODS
@@ -70,7 +71,11 @@ from .version import __version__
 logger = logging.getLogger(__name__)
 
 #: What a compressed folder can be written as.
-ExportKind = Literal["dense", "low_rank", "bitnet", "tq1_0", "tq2_0"]
+ExportKind = Literal[
+    "dense", "low_rank", "bitnet", "compressed-tensors", "gguf", "f16", "q8_0", "q4_0", "q4_1", "tq1_0", "tq2_0", "onnx"
+]
+#: Kinds of which an ordinary model can be the source too, a pruned one for example.
+GGUF_KINDS = ("gguf", *get_args(GgufKind))
 #: What imports and buffers of the libraries themselves take, beside tensors of the model.
 RUNTIME_BYTES = 400_000_000
 #: Tokens that the planner measures errors on, and how many times more gram matrices are made from.
@@ -325,7 +330,7 @@ def plan_budget(  # noqa: PLR0913 - by keyword
 
 
 def compare(
-    before: str | Path, after: str | Path, *, plot: str | Path | None = None, speed: SpeedConfig = SpeedConfig()
+    before: str | Path, after: str | Path, *, plot: str | Path | None = None, speed: SpeedConfig | None = None
 ) -> Comparison:  # fmt: skip
     """Two models side by side: parameters, multiply-adds, bytes, measured seconds of a prompt and of a token, removed units.
 
@@ -335,13 +340,14 @@ def compare(
         before: Hub id, folder or `.gguf` file of a causal language model.
         after: likewise; compressed or pruned.
         plot: PNG file to create: what each block has lost.
-        speed: what is timed; medians are reported.
+        speed: what is timed, by default as it stands there; medians are reported.
 
     Raises:
         CompactError: a model cannot be opened, a prompt is longer than a model allows, or the file cannot be created.
     """
     if plot is not None:
         check_new_file(Path(plot))
+    speed = speed or SpeedConfig()
     models = {side: open_for_scoring(name)[0] for side, name in (("before", before), ("after", after))}
     wanted = speed.prompt_tokens + speed.new_tokens
     for name, model in zip((before, after), models.values(), strict=True):
@@ -517,7 +523,9 @@ def export(folder: str | Path, output: str | Path, kind: ExportKind = "dense") -
         folder: compressed.
         output: folder to create.
         kind: `dense`; `low_rank`: two plain Linears for each low-rank layer, under `trust_remote_code=True`; `bitnet`:
-            transformers' own ternary format; `tq1_0`, `tq2_0`: the ternary formats of llama.cpp, as `model.gguf` in the folder.
+            transformers' own ternary format; `compressed-tensors`: packed int4 and int8. Or `model.gguf` for llama.cpp in
+            the folder: `f16`, `q8_0`, `q4_0`, `q4_1`, `tq1_0`, `tq2_0`, and `gguf` for the smallest that holds the model
+            as it is. `onnx` is refused: the library that writes it does not run with this transformers.
 
     Raises:
         CompactError: the folder is not compressed by this library, or has layers that `kind` cannot say.
@@ -525,7 +533,13 @@ def export(folder: str | Path, output: str | Path, kind: ExportKind = "dense") -
     folder, output = Path(folder), Path(output)
     if kind not in get_args(ExportKind):
         raise ConfigError(f"kind must be one of {', '.join(get_args(ExportKind))}, got {kind!r}")
-    inspect_folder(folder)
+    if kind == "onnx":
+        raise UnsupportedModel(
+            "onnx is written by optimum-onnx, which needs transformers below 4.58: export to dense, and convert that folder in "
+            "an environment of its own"
+        )
+    if kind not in GGUF_KINDS or getattr(_read_config(folder), "quantization_config", None):
+        inspect_folder(folder)
     check_output(output)
     model = verify.load_model(folder)
     with disk_errors(output):
@@ -534,6 +548,8 @@ def export(folder: str | Path, output: str | Path, kind: ExportKind = "dense") -
             save_dense(model, output)
         elif kind == "bitnet":
             save_bitnet(model, output)
+        elif kind == "compressed-tensors":
+            save_compressed_tensors(model, output)
         elif kind == "low_rank":
             save_low_rank(model, output, "AutoModelForCausalLM" if is_causal_lm(model) else "AutoModel")
         else:
@@ -541,6 +557,23 @@ def export(folder: str | Path, output: str | Path, kind: ExportKind = "dense") -
             return
         if tokenizer is not None:
             tokenizer.save_pretrained(output)
+
+
+def push(
+    folder: str | Path, repo_id: str, *, private: bool = True, force: bool = False, overwrite: bool = False,
+    token: str | None = None, commit_message: str | None = None,
+) -> str:  # fmt: skip
+    """Upload a folder to the Hub: weights, config, tokenizer, chat template, recipe, report, plots and card.
+
+    Arguments, result and errors are those of `hf.hub.push_folder`; a compressed folder is checked against its own table first.
+    `model.push_to_hub` does the same for a compressed model in memory.
+    """
+    folder = Path(folder)
+    if not is_adapter(folder) and getattr(_read_config(folder), "quantization_config", None):
+        inspect_folder(folder)
+    return push_folder(
+        folder, repo_id, private=private, force=force, overwrite=overwrite, token=token, commit_message=commit_message
+    )
 
 
 def inspect_folder(folder: str | Path) -> dict[str, Any]:
@@ -1136,12 +1169,8 @@ def _verify(output: Path, calibration: Calibration, logits: torch.Tensor, report
         failure = error
         report.verification = {"verified": False, "reason": str(error)}
     report.peak_memory_bytes = max(report.peak_memory_bytes, peak_memory_bytes())
-    with disk_errors(output):  # the report comes last: where it is, the rest is
-        write_text(output / "README.md", model_card(report))
-        plot_layers(report, output / "layers.png")
-        if report.footprint is not None:
-            Comparison.from_dict(report.footprint).plot(output / "removed.png")
-        write_text(output / REPORT_NAME, json.dumps(report.to_dict(), indent=2) + "\n")
+    with disk_errors(output):
+        write_card(report, output)
     if failure is not None:
         raise failure
 

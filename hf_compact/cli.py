@@ -483,19 +483,49 @@ def profile(
     out.print(table)
 
 
-@app.command(epilog="Example:\n\n    hf-compact export ./my-model-small --output ./my-model-plain --to low_rank")
+@app.command(
+    epilog="Examples:\n\n    hf-compact export ./my-model-small --output ./my-model-plain --to low_rank\n\n"
+    "    hf-compact export ./my-model-4bit --output ./my-model-gguf --to gguf\n\n"
+    "    hf-compact export ./my-model-4bit --output ./my-model-int4 --to compressed-tensors"
+)
 def export(
     folder: Annotated[Path, typer.Argument(help="A compressed folder.", metavar="DIR")],
     output: Annotated[Path, typer.Option(help="Folder to create.", metavar="DIR")],
     to: Annotated[
         api.ExportKind,
-        typer.Option(help="Dense; two Linears per low-rank layer; ternary layers for transformers or for llama.cpp."),
+        typer.Option(
+            help="Dense; two Linears per low-rank layer; ternary layers as bitnet; packed int4 or int8 as compressed-tensors; "
+            "a file for llama.cpp: gguf is the smallest that holds the layers as they are, or a type by name."
+        ),
     ] = "dense",
 ) -> None:
     """Write a compressed folder as one that loads without this library."""
     with _errors():
         api.export(folder, output, to)
     out.print(f"{output}: {to}", highlight=False)
+
+
+@app.command(
+    epilog="Examples:\n\n    hf-compact push ./my-model-4bit me/my-model-4bit\n\n"
+    "    HF_TOKEN=$(cat token.txt) hf-compact push ./my-model-4bit me/my-model-4bit --public --message 'First version'",
+)
+def push(
+    folder: Annotated[Path, typer.Argument(help="A folder of compress, recover or export.", metavar="DIR")],
+    repo_id: Annotated[str, typer.Argument(help="Repository, created if there is none.", metavar="USER/NAME")],
+    public: Annotated[bool, typer.Option("--public", help="Everybody may read it; without, nobody else may.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Although it was not verified, or has changed since.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the repository holds.")] = False,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+) -> None:
+    """Upload a verified folder to the Hub; interrupted, the same command goes on.
+
+    The token is that of `hf auth login` or of the variable HF_TOKEN.
+    """
+    with _errors():
+        address = api.push(
+            folder, repo_id, private=not public, force=force, overwrite=overwrite, commit_message=message
+        )  # fmt: skip
+    out.print(address, highlight=False, soft_wrap=True)
 
 
 @app.command(epilog="Example:\n\n    hf-compact inspect ./my-model-4bit --json")

@@ -5,4 +5,4 @@ source "$(dirname "$0")/env.sh"
 ruff check .
 ruff format --check .
 mypy hf_compact
-codespell hf_compact tests scripts evaluation configs ./*.md
+codespell hf_compact tests scripts evaluation configs docs ./*.md

@@ -21,11 +21,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import hf_compact
-from hf_compact import api, checkpoint, verify
+from hf_compact import checkpoint, verify
 from hf_compact.api import inspect_folder
 from hf_compact.calibration import from_batches
 from hf_compact.checkpoint import Journal, TensorSource
 from hf_compact.errors import FormatError, NumericalError, OutputError, VerificationError
+from hf_compact.hf import card
 from tests.conftest import FAMILIES, tiny_inputs, tiny_model
 
 RECIPE = {
@@ -51,7 +52,7 @@ def in_process_verification(monkeypatch):
         return subprocess.CompletedProcess(command, 0, out.getvalue(), "")
 
     monkeypatch.setattr(verify.subprocess, "run", run)
-    monkeypatch.setattr(api, "plot_layers", lambda report, path: path.write_bytes(b""))  # takes longer than all the rest
+    monkeypatch.setattr(card, "plot_layers", lambda report, path: path.write_bytes(b""))  # takes longer than all the rest
 
 
 def compress(folder: Path, output: Path, text_file: Path, **changes) -> hf_compact.Report:
@@ -628,9 +629,9 @@ def test_a_failed_verification_is_said_everywhere(
     assert report.verification["verified"] is False
     assert not report.is_verified
     assert report.verification["reason"]
-    card = (output / "README.md").read_text()
-    assert "**This folder failed its verification**" in card
-    assert "gave the same logits" not in card
+    text = (output / "README.md").read_text()
+    assert "**This folder failed its verification**" in text
+    assert "gave the same logits" not in text
     assert not (output / JOURNAL).exists()
     if damage is tampered:
         assert inspect_folder(output)["is_verified"] is False
@@ -649,7 +650,7 @@ TRAINED = {
 def trained(dense_folder, text_file, tmp_path_factory) -> Path:
     """An uninterrupted run with sensitivities before the blocks and a distillation behind them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(api, "plot_layers", lambda report, path: path.write_bytes(b""))
+        patch.setattr(card, "plot_layers", lambda report, path: path.write_bytes(b""))
         output = tmp_path_factory.mktemp("trained") / "small"
         hf_compact.compress(dense_folder, TRAINED, output=output, calibration=[text_file])
     return output

@@ -1,18 +1,23 @@
 """The model card and the plot of a compressed folder, made from the measured report."""
 
+import json
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..checkpoint import REPORT_NAME, write_text
 from ..footprint import Comparison
 from ..report import Report, format_bytes
 
+#: What stands for the name of the model until it is published.
+PLACEHOLDER = "path/to/this/folder"
 _USE = """```python
 import hf_compact  # registers the format with transformers
 from transformers import {auto}
 
-model = {auto}.from_pretrained("path/to/this/folder")
+model = {auto}.from_pretrained("{place}")
 ```
 
 Without the import, transformers does not know the format and loading fails with a size mismatch."""
@@ -21,19 +26,21 @@ _USE_PLAIN = """An ordinary model of transformers, no other library is needed:
 ```python
 from transformers import {auto}
 
-model = {auto}.from_pretrained("path/to/this/folder")
+model = {auto}.from_pretrained("{place}")
 ```"""
 
 
 def model_card(report: Report) -> str:
     """Markdown with Hub metadata; every number in it was measured by the run that made the folder."""
     is_local = Path(report.model).exists() or report.model.endswith(".gguf")
+    name = (Path(report.model).resolve() if is_local else Path(report.model)).name
     data = ModelCardData(
+        model_name=f"{name}, compressed",
         base_model=None if is_local else report.model,
         library_name="transformers",
-        tags=["hf_compact", "compressed", *sorted({layer.method for layer in report.layers})],
+        tags=_tags(layer.method for layer in report.layers),
+        eval_results=_results(report),
     )
-    name = (Path(report.model).resolve() if is_local else Path(report.model)).name
     state = (
         "The folder was reloaded in a fresh process, which gave the same logits, before this card was written."
         if report.is_verified
@@ -47,7 +54,7 @@ def model_card(report: Report) -> str:
         "## Measured",
         replace(report, model=name).to_markdown(),
         "## Use",
-        (_USE_PLAIN if report.is_plain else _USE).format(auto=report.auto_class),
+        (_USE_PLAIN if report.is_plain else _USE).format(auto=report.auto_class, place=PLACEHOLDER),
         "## Layers with the largest error",
         "| layer | bits per weight | relative output error |\n|---|---|---|\n"
         + "\n".join(f"| {layer.name} | {layer.bits_per_weight:.2f} | {layer.relative_error:.2e} |" for layer in worst),
@@ -67,6 +74,48 @@ def model_card(report: Report) -> str:
     text = "\n\n".join(parts) + "\n"
     ModelCard(text)  # parses the metadata block, or says what is wrong with it
     return text
+
+
+def short_card(name: str, model_class: str | None, methods: Iterable[str]) -> str:
+    """The card of a model without a report: what it is and how it is loaded, no number.
+
+    >>> short_card("tiny", None, ["codebook"]).splitlines()[1]
+    'library_name: transformers'
+    """
+    data = ModelCardData(library_name="transformers", tags=_tags(methods))
+    is_causal = model_class is None or model_class.endswith(("ForCausalLM", "LMHeadModel"))
+    use = _USE.format(auto="AutoModelForCausalLM" if is_causal else model_class, place=PLACEHOLDER)
+    return f"---\n{data.to_yaml()}\n---\n\n# {name}\n\nNo measured report is part of this model.\n\n## Use\n\n{use}\n"
+
+
+def write_card(report: Report, folder: Path) -> None:
+    """Card, plot and report; the report comes last: where it is, the rest is."""
+    write_text(folder / "README.md", model_card(report))
+    plot_layers(report, folder / "layers.png")
+    if report.footprint is not None:
+        Comparison.from_dict(report.footprint).plot(folder / "removed.png")
+    write_text(folder / REPORT_NAME, json.dumps(report.to_dict(), indent=2) + "\n")
+
+
+def _tags(methods: Iterable[str]) -> list[str]:
+    return ["hf_compact", "compressed", *sorted(set(methods))]
+
+
+def _results(report: Report) -> list[EvalResult] | None:
+    """What the fresh process scored, as the Hub's `model-index` takes it."""
+    perplexity = (report.verification or {}).get("perplexity")
+    if perplexity is None:
+        return None
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="text",
+            dataset_name=f"held-out end of {', '.join(report.calibration['sources'])}",
+            metric_type="perplexity",
+            metric_name="perplexity per token",
+            metric_value=perplexity,
+        )
+    ]
 
 
 def plot_layers(report: Report, path: Path) -> None:

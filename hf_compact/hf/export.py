@@ -1,6 +1,8 @@
-"""Folders that need no plugin: dense, two plain Linears for each low-rank layer, or transformers' own `bitnet` format."""
+"""Folders that need no plugin: dense, two plain Linears for each low-rank layer, `bitnet`, or `compressed-tensors`."""
 
 import copy
+import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ from ..arch import describe
 from ..checkpoint import write_text
 from ..errors import UnsupportedModel
 from ..methods.ternary import TernaryLinear
+from .grid import IntegerGrid, integer_grid
 from .quantizer import names_in, outermost
 
 #: The class has to be the stub's own, see `api`; the buffer makes a load without the stub fail on its shape.
@@ -118,9 +121,7 @@ def ternary_layers(model: PreTrainedModel) -> dict[str, TernaryLinear]:
     Raises:
         UnsupportedModel: one of them is something else, or there is none.
     """
-    blocks = tuple(f"{block}." for block in describe(model).blocks)
-    names = outermost(names_in(model, model.config.quantization_config.modules))
-    layers = {name: model.get_submodule(name) for name in names if name.startswith(blocks)}
+    layers = block_layers(model, compressed_modules(model))
     for name, layer in layers.items():
         if not isinstance(layer, TernaryLinear) or layer.bits != 1.58 or layer.granularity != "tensor":
             raise UnsupportedModel(f"{name} is not ternary with one scale per matrix: export to dense, or keep our own format")
@@ -129,6 +130,85 @@ def ternary_layers(model: PreTrainedModel) -> dict[str, TernaryLinear]:
     if not layers:
         raise UnsupportedModel("the model has no ternary layers in its blocks: export to dense")
     return layers
+
+
+def compressed_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """What stands in the place of dense modules, by name; nothing in an ordinary model, pruned ones among them."""
+    config = getattr(model.config, "quantization_config", None)
+    names = [] if config is None else outermost(names_in(model, config.modules))
+    found = {name: model.get_submodule(name) for name in names}
+    return {name: module for name, module in found.items() if not isinstance(module, nn.Linear)}
+
+
+def block_layers(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Those that are inside the blocks."""
+    blocks = tuple(f"{block}." for block in describe(model).blocks)
+    return {name: module for name, module in modules.items() if name.startswith(blocks)}
+
+
+def save_compressed_tensors(model: PreTrainedModel, folder: Path) -> None:
+    """Write a folder that stock transformers loads with the package `compressed-tensors`, as packed int4 and int8.
+
+    The integers are those of the model; scales are rounded to the model's dtype. Embedding and head are written in that
+    dtype: the format has Linears only. The model itself becomes dense.
+
+    Args:
+        model: its block Linears have equal steps around zero, at most 8 bits, in groups that divide the rows.
+        folder: to create.
+
+    Raises:
+        UnsupportedModel: a layer is something that the format cannot say, or the package is missing; nothing is written.
+    """
+    if importlib.util.find_spec("compressed_tensors") is None:
+        raise UnsupportedModel("this export needs the package compressed-tensors: pip install 'hf_compact[compressed-tensors]'")
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    state: dict[str, Tensor] = {}
+    groups: dict[tuple[int, int | None], list[str]] = {}
+    for name, layer in block_layers(model, compressed_modules(model)).items():
+        grid = integer_grid(layer)
+        _check_packable(name, grid, layer.in_features)
+        bits = 4 if grid.bits <= 4 else 8
+        groups.setdefault((bits, grid.group_size), []).append(name)
+        state[f"{name}.weight_packed"] = pack_to_int32(grid.levels, bits)
+        state[f"{name}.weight_scale"] = grid.scale.to(model.dtype)
+        state[f"{name}.weight_shape"] = torch.tensor(grid.levels.shape)
+    if not groups:
+        raise UnsupportedModel("no Linear in the blocks is compressed: export to dense")
+    packed = {name for names in groups.values() for name in names}
+    model.dequantize()
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    for name in packed:
+        if isinstance(linears[name], Conv1D):
+            raise UnsupportedModel(f"{name} is a Conv1D, which compressed-tensors does not know")
+    state |= {key: tensor for key, tensor in model.state_dict().items() if key.removesuffix(".weight") not in packed}
+    schemes = {
+        f"group_{number}": {
+            "targets": ["Linear"] if len(groups) == 1 else names,
+            "weights": {"num_bits": bits, "type": "int", "symmetric": True, "group_size": group_size,
+                        "strategy": "channel" if group_size is None else "group"},
+        }
+        for number, ((bits, group_size), names) in enumerate(groups.items())
+    }  # fmt: skip
+    settings = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": schemes,
+        "ignore": [name for name in linears if name not in packed],
+    }
+    _save(model, folder, state, quantization_config=settings)
+
+
+def _check_packable(name: str, grid: IntegerGrid | None, width: int) -> None:
+    if grid is None:
+        raise UnsupportedModel(f"{name} has no equal steps of at most 8 bits, which compressed-tensors needs: export to dense")
+    if grid.zero is not None:  # its loader makes room for unpacked offsets and finds packed ones in the file
+        raise UnsupportedModel(f"{name} has an offset, which compressed-tensors does not load: set symmetric: true in the recipe")
+    if grid.activation_bits is not None:
+        raise UnsupportedModel(f"{name} rounds its inputs, which packed weights alone do not say: export to bitnet or dense")
+    if width % (grid.group_size or 1):
+        raise UnsupportedModel(f"{name} has rows of {width}, which groups of {grid.group_size} do not divide: export to dense")
 
 
 def _save(model: PreTrainedModel, folder: Path, state: dict[str, Tensor], **fields: object) -> None:

@@ -29,6 +29,7 @@ from ..errors import ConfigError, FormatError, UnsupportedModel
 from ..methods import LAYERS, METHODS
 from ..select import select_stages
 from ..stored import CodedModule, StoredModule, SwitchableModule
+from .hub import push_model
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +181,7 @@ class CompactQuantizer(HfQuantizer):
             model.set_submodule(name, dense)
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
         model.tie_weights()
-        for name in ("set_bits", "set_rank"):
+        for name in ("set_bits", "set_rank", "push_to_hub"):
             model.__dict__.pop(name, None)
         return model
 
@@ -307,25 +308,36 @@ def set_rank(model: PreTrainedModel, share: float) -> None:
 
 
 def _offer_switches_(model: PreTrainedModel) -> None:
-    """Give the model its own `set_bits` and `set_rank`, where it has layers for them: attributes of this one object."""
+    """Give the model its own `push_to_hub`, and `set_bits` and `set_rank` where it has layers for them.
+
+    They are attributes of this one object.
+    """
+    model.push_to_hub = _Switch("push_to_hub", push_model, model)
     if _switchable(model):
-        model.set_bits = _Switch(set_bits, model)
+        model.set_bits = _Switch("set_bits", set_bits, model)
     if any(hasattr(module, "set_rank") for module in model.modules()):
-        model.set_rank = _Switch(set_rank, model)
+        model.set_rank = _Switch("set_rank", set_rank, model)
 
 
 class _Switch:
     """A function of one model, copied and pickled along with it; a strong reference would keep the model from being freed."""
 
-    def __init__(self, function: Callable[[PreTrainedModel, Any], None], model: PreTrainedModel) -> None:
-        self.function, self.model = function, weakref.ref(model)
+    def __init__(self, name: str, function: Callable[..., Any], model: PreTrainedModel) -> None:
+        self.name, self.function, self.model = name, function, weakref.ref(model)
 
-    def __call__(self, value: Any) -> None:
-        """As the function."""
-        self.function(self.model(), value)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the function.
+
+        Raises:
+            ConfigError: nothing but this call holds the model.
+        """
+        model = self.model()
+        if model is None:
+            raise ConfigError(f"the model of {self.name} is gone: keep it in a variable while its {self.name} is called")
+        return self.function(model, *args, **kwargs)
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
-        return _Switch, (self.function, self.model())
+        return _Switch, (self.name, self.function, self.model())
 
 
 def forget_ties_(model: PreTrainedModel, modules: Mapping[str, Any]) -> None:

@@ -98,7 +98,7 @@ def test_one_level_in_a_block_is_enough_for_its_scale(kind):
         ("bitnet", "llama", {}, {"intermediate_size": 70}, "must have a multiple of 4 rows for bitnet, got 70"),
         ("bitnet", "gpt2", {}, {}, "is a Conv1D"),
         ("tq1_0", "llama", {}, {}, "must have rows of a multiple of 256 weights for tq1_0, got 72"),
-        ("tq2_0", "qwen2", {}, {}, "GGUF export knows llama, mistral, got qwen2"),
+        ("tq2_0", "opt", {}, {}, "GGUF export knows llama, mistral, qwen2, qwen3, got opt"),
     ],
 )
 def test_what_a_format_cannot_say_is_refused(kind, family, stage, overrides, match, tmp_path):

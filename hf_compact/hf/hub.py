@@ -1,0 +1,266 @@
+"""Publishing on the Hub: what readers of a folder need, after a check that it is what was verified.
+
+The transfer is `huggingface_hub`'s own, which retries what fails for a moment and sends no byte twice: an interrupted push
+goes on by running it again. The token is read by `huggingface_hub` and seen by nothing here.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from httpx2 import HTTPError
+from huggingface_hub import HfApi, ModelCard, ModelInfo, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.hf_api import RepoSibling
+from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils.sha import git_hash
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .. import verify
+from ..checkpoint import REPORT_NAME, Journal, TensorSource, hash_files, write_text
+from ..errors import FormatError, OutputError, UnsupportedModel, VerificationError
+from ..report import Report
+from .card import PLACEHOLDER, short_card, write_card
+
+#: What a model's folder is made of; anything else stays at home.
+_ENDINGS = {".safetensors", ".json", ".jinja", ".txt", ".model", ".md", ".png", ".py", ".gguf"}
+_CHAT_TEMPLATES = "additional_chat_templates"
+_WEIGHTS = ["*.safetensors", "*.safetensors.index.json", "*.gguf"]
+_ADAPTER_REPORT = "recovery.json"
+_PROBE_TOKENS = 32
+
+
+def push_folder(
+    folder: Path, repo_id: str, *, private: bool = True, force: bool = False, overwrite: bool = False,
+    token: str | None = None, commit_message: str | None = None,
+) -> str:  # fmt: skip
+    """Upload a folder as a model repository; interrupted, the same call goes on.
+
+    Only the files that make up a model are sent: no hidden ones, no subfolders but further chat templates.
+
+    Args:
+        folder: complete, as `compress`, `recover` or `export` leave it.
+        repo_id: `user/name`; created if it does not exist.
+        private: create it private, and refuse one that is public.
+        force: send a folder that was not verified, or has changed since.
+        overwrite: replace what the repository holds; its history keeps the old files.
+        token: with the right to write; None is the one of `HF_TOKEN` or `hf auth login`.
+        commit_message: of the commit.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        VerificationError: the folder was not verified; nothing is sent.
+        FormatError: the folder is not complete; nothing is sent.
+        OutputError: no token or no right to write, a repository that holds something else, or the Hub failed.
+    """
+    if "/" not in repo_id:
+        raise OutputError(f"repo_id must be user/name, got {repo_id!r}")
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise OutputError(f"repo_id {repo_id!r} is not valid: {error}") from error
+    if token is None and get_token() is None:
+        raise OutputError("pushing needs a token with the right to write: run `hf auth login`, or set HF_TOKEN")
+    if Journal.is_unfinished(folder):
+        raise VerificationError(f"{folder} is the output of a run that has not finished: run the same command again first")
+    reason = _unverified(folder)
+    if reason and not force:
+        raise VerificationError(f"{folder} {reason}: verify it, or force the push")
+    hub = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as scratch, _hub_errors(repo_id):
+        staged = _stage(folder, Path(scratch), repo_id)
+        _check_card(staged / "README.md")
+        info = _existing(hub, repo_id)
+        if info is None:
+            hub.create_repo(repo_id, private=private, exist_ok=True)
+        else:
+            _check_repository(info, staged, private, overwrite)
+        commit = hub.upload_folder(
+            repo_id=repo_id, folder_path=staged, commit_message=commit_message or "Upload compressed model",
+            delete_patterns=_WEIGHTS if overwrite and info is not None else None,
+        )  # fmt: skip
+    return str(commit.commit_url)
+
+
+def push_model(  # noqa: PLR0913 - by keyword
+    model: PreTrainedModel, repo_id: str, *, tokenizer: PreTrainedTokenizerBase | None = None, report: Report | None = None,
+    private: bool = True, overwrite: bool = False, token: str | None = None, commit_message: str | None = None,
+    max_shard_size: int | str = "5GB",
+) -> str:  # fmt: skip
+    """Upload a compressed model in memory, as its `push_to_hub` does.
+
+    A model that still is what it was loaded as is sent as that folder, tokenizer, report and card included. Any other is
+    saved, reloaded in a fresh process and compared before a byte is sent.
+
+    Args:
+        model: compressed by this library; it has this function as `model.push_to_hub(repo_id, ...)`.
+        repo_id: as for `push_folder`, and so the other arguments that it has.
+        tokenizer: to upload with it; None is that of the folder it was loaded from.
+        report: what `compress` returned for this model; the card is made from it.
+        private: as for `push_folder`.
+        overwrite: as for `push_folder`.
+        token: as for `push_folder`.
+        commit_message: as for `push_folder`.
+        max_shard_size: of each file.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        VerificationError: the saved model does not give the same logits; nothing is sent.
+        UnsupportedModel: the model does not take token ids, on which it is verified.
+        OutputError: as for `push_folder`.
+    """
+    settings: dict[str, Any] = {
+        "private": private, "overwrite": overwrite, "token": token, "commit_message": commit_message
+    }  # fmt: skip
+    if model.main_input_name != "input_ids":
+        raise UnsupportedModel(
+            f"a {type(model).__name__} takes {model.main_input_name}, and push_to_hub verifies on token ids: push its folder"
+        )
+    origin = Path(model.config.name_or_path) if model.config.name_or_path else None
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        if origin is not None and tokenizer is None and report is None and _is_unchanged(origin, folder):
+            return push_folder(origin, repo_id, **settings)
+        if origin is not None and tokenizer is None and (origin / "tokenizer_config.json").is_file():
+            tokenizer = AutoTokenizer.from_pretrained(origin)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        verification = _verify(model, folder)
+        file_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        if report is None:
+            methods = sorted({stage["method"] for stage in model.config.quantization_config.stages})
+            write_text(folder / "README.md", short_card(repo_id.rpartition("/")[2], type(model).__name__, methods))
+        else:
+            report.verification = {**(report.verification or {}), **verification}
+            report.file_bytes = file_bytes
+            write_text(folder / "recipe.json", json.dumps(report.recipe, indent=2) + "\n")
+            write_card(report, folder)
+        return push_folder(folder, repo_id, force=report is None, **settings)
+
+
+def _unverified(folder: Path) -> str | None:
+    """Why a folder does not count as verified.
+
+    Raises:
+        FormatError: it is damaged, or holds no model.
+    """
+    if (folder / "adapter_config.json").is_file():
+        weights = folder / "adapter_model.safetensors"
+        if not weights.is_file():
+            raise FormatError(f"{folder} holds no {weights.name}")
+        TensorSource([weights])
+        found = folder / _ADAPTER_REPORT
+        return None if found.is_file() else f"has no {_ADAPTER_REPORT}"
+    if not (folder / "config.json").is_file():
+        raise FormatError(f"{folder} has no config.json: push sends folders of compress, recover or export")
+    if not (folder / REPORT_NAME).is_file():
+        return f"has no {REPORT_NAME}"
+    report = Report.read(folder / REPORT_NAME)
+    if not report.is_verified:
+        return f"failed its verification ({(report.verification or {}).get('reason', 'it was never reloaded')})"
+    size = sum(path.stat().st_size for path in TensorSource.in_folder(folder).files)
+    if size != report.file_bytes:
+        return f"has changed since it was verified (its weights take {size} bytes, then {report.file_bytes})"
+    return None
+
+
+def _stage(folder: Path, scratch: Path, repo_id: str) -> Path:
+    """A folder of links to what is sent, and a card that names the repository."""
+    staged = scratch / "staged"
+    staged.mkdir()
+    files = [path for path in folder.iterdir() if path.suffix in _ENDINGS and path.is_file() and path.name[0] != "."]
+    for path in files + sorted((folder / _CHAT_TEMPLATES).glob("*.jinja")):
+        link = staged / path.relative_to(folder)
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to(path.resolve())
+    card = staged / "README.md"
+    text = card.read_text(encoding="utf-8") if card.exists() else short_card(repo_id.rpartition("/")[2], None, [])
+    card.unlink(missing_ok=True)
+    card.write_text(text.replace(PLACEHOLDER, repo_id), encoding="utf-8")
+    return staged
+
+
+def _check_card(card: Path) -> None:
+    try:
+        ModelCard.load(card).validate(repo_type="model")
+    except ValueError as error:
+        raise OutputError(f"the Hub does not accept the card README.md: {' '.join(str(error).split())}") from error
+
+
+def _existing(hub: HfApi, repo_id: str) -> ModelInfo | None:
+    try:
+        return hub.model_info(repo_id, files_metadata=True)
+    except RepositoryNotFoundError:
+        return None
+
+
+def _check_repository(info: ModelInfo, staged: Path, private: bool, overwrite: bool) -> None:
+    """Raise OutputError where the push would publish what is to be private, or replace what is not its own earlier part."""
+    if private and not info.private:
+        raise OutputError(f"{info.id} exists and is public: say so (--public), or choose another name")
+    files = (other for other in info.siblings or [] if other.rfilename != ".gitattributes")
+    for other in () if overwrite else files:
+        path = staged / other.rfilename
+        if not path.exists() or not _is_same(path, other):
+            raise OutputError(f"{info.id} exists and holds another {other.rfilename}: choose another name, or overwrite it")
+
+
+def _is_same(path: Path, other: RepoSibling) -> bool:
+    if other.lfs is not None:
+        return other.lfs.sha256 == hash_files([path])
+    return other.blob_id == git_hash(path.read_bytes())
+
+
+def _is_unchanged(origin: Path, saved: Path) -> bool:
+    """Whether a model that was saved just now is the verified folder it came from, to the bit."""
+    if not (origin / REPORT_NAME).is_file() or _unverified(origin):
+        return False
+    old, new = TensorSource.in_folder(origin), TensorSource.in_folder(saved)
+    return old.headers() == new.headers() and all(
+        torch.equal(old.read([name])[name], new.read([name])[name]) for name in old.file_of
+    )
+
+
+def _verify(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
+    """Reload what was saved, and compare on random tokens."""
+    size = model.config.get_text_config().vocab_size
+    probe = {"input_ids": torch.randint(size, (1, _PROBE_TOKENS), generator=torch.Generator().manual_seed(0))}
+    if model.config.is_encoder_decoder:
+        probe["decoder_input_ids"] = probe["input_ids"]
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        logits = model(**{name: ids.to(model.device) for name, ids in probe.items()})[0].cpu()
+    model.train(was_training)
+    found = verify.verify(folder, probe, logits, None)
+    return {name: value for name, value in found.items() if name not in ("seconds", "perplexity")}
+
+
+@contextmanager
+def _hub_errors(repo_id: str) -> Iterator[None]:
+    """What the Hub says, in one line with what to do."""
+    try:
+        yield
+    except (HTTPError, ConnectionError, RuntimeError) as error:
+        cause = error.__cause__ if isinstance(error, RuntimeError) else error  # what threads of the upload run into
+        if isinstance(cause, HfHubHTTPError):
+            status = cause.response.status_code
+            advice = {
+                401: "the token is not valid, or may not create it: make one with the right to write, and run `hf auth login`",
+                403: f"the token has no right to write to {repo_id.partition('/')[0]}: make one that has, or choose another user",
+                404: "it does not exist, or the token may not see it",
+            }
+            again = "run the same command again: what has arrived is not sent a second time"
+            raise OutputError(f"the Hub refused {repo_id} with {status}: {advice.get(status, again)}") from error
+        if isinstance(cause, HTTPError | ConnectionError):
+            raise OutputError(f"the connection to the Hub failed ({type(cause).__name__}): run the same command again") from error
+        raise

@@ -1,0 +1,337 @@
+"""Publishing, against a Hub on loopback: what arrives, what is refused before a byte is sent, and what survives a fault."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+import yaml
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import hf_compact
+from hf_compact.calibration import from_batches
+from hf_compact.errors import ConfigError, FormatError, OutputError, UnsupportedModel, VerificationError
+from hf_compact.hf import hub as hub_module
+from tests.conftest import tiny_inputs, tiny_model
+from tests.fake_hub import READER, WRITER, check_card, environment, serve
+
+# How huggingface_hub hands files to its HTTP library.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+RECIPE = {"stages": [{"method": "codebook", "bits": 4}], "calibration": {"num_sequences": 4, "sequence_length": 32}}
+SENT = {
+    ".gitattributes", "README.md", "chat_template.jinja", "compression_report.json", "config.json", "generation_config.json",
+    "layers.png", "recipe.json", "tokenizer.json", "tokenizer_config.json",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(dense_folder, text_file, tmp_path_factory) -> Path:
+    """A verified folder with a chat template, and things that are nobody's business."""
+    dense = tmp_path_factory.mktemp("chat") / "dense"
+    shutil.copytree(dense_folder, dense)
+    (dense / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}", encoding="utf-8")
+    folder = tmp_path_factory.mktemp("hub") / "small"
+    hf_compact.compress(dense, RECIPE, output=folder, calibration=[text_file])
+    (folder / ".env").write_text("SECRET=1", encoding="utf-8")
+    (folder / "notes.bak").write_text("draft", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def folder(finished, tmp_path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "small"))
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """The fake Hub, as the endpoint of this process, with a token that may write below `me`."""
+    with serve() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+        monkeypatch.setenv("HF_TOKEN", WRITER)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        huggingface_hub.utils.disable_progress_bars()
+        huggingface_hub.close_session()
+        yield server
+        huggingface_hub.close_session()
+
+
+LOAD = """
+import sys
+import hf_compact, torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("me/small").eval()
+assert AutoTokenizer.from_pretrained("me/small").chat_template
+with torch.no_grad():
+    save_file({"logits": model(**load_file(sys.argv[1])).logits}, sys.argv[2])
+"""
+
+
+@pytest.mark.cli
+def test_what_is_pushed_is_what_a_stranger_loads(finished, hub, tmp_path):
+    variables = os.environ | environment(hub, str(tmp_path / "home"))
+    command = [sys.executable, "-m", "hf_compact", "push", str(finished), "me/small", "--message", "First version"]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"{hub.url}/me/small" in done.stdout
+    repository = hub.repositories["me/small"]
+    assert repository.private
+    weights = {path.name for path in finished.glob("model*")}
+    assert set(repository.files) == SENT | weights
+    for name in set(repository.files) - {"README.md", ".gitattributes"}:
+        assert repository.files[name] == (finished / name).read_bytes(), name
+    card = repository.files["README.md"].decode()
+    assert 'AutoModelForCausalLM.from_pretrained("me/small")' in card
+    assert "path/to/this/folder" not in card
+    metric = yaml.safe_load(card.split("---")[1])["model-index"][0]["results"][0]["metrics"][0]
+    report = hf_compact.Report.read(finished / "compression_report.json")
+    assert metric == {"type": "perplexity", "value": report.verification["perplexity"], "name": "perplexity per token"}
+
+    save_file(tiny_inputs("llama"), tmp_path / "in.safetensors")
+    arguments = [str(tmp_path / "in.safetensors"), str(tmp_path / "out.safetensors")]
+    subprocess.run([sys.executable, "-c", LOAD, *arguments], env=variables, check=True)
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(finished)(**tiny_inputs("llama")).logits
+    assert torch.equal(load_file(tmp_path / "out.safetensors")["logits"], expected)
+
+    home = [path for path in (tmp_path / "home").rglob("*") if path.is_file()]
+    written = [done.stdout.encode(), done.stderr.encode(), *hub.bodies, *(path.read_bytes() for path in home)]
+    assert len(home) > 5
+    assert not any(WRITER.encode() in text for text in written)
+
+
+@pytest.mark.parametrize("status", [500, 503, 0], ids=["500", "503", "connection_closed"])
+def test_a_fault_that_passes_is_not_noticed(status, folder, hub):
+    hub.fail("PUT", "/lfs/", status)
+    hub_module.push_folder(folder, "me/small")
+    assert set(hub.repositories["me/small"].files) > SENT
+    assert not hub.faults
+
+
+def test_an_interrupted_push_goes_on(folder, hub):
+    hub.fail("POST", "/commit/main", 500)
+    with pytest.raises(OutputError, match="refused me/small with 500: run the same command again: what has arrived is not sent"):
+        hub_module.push_folder(folder, "me/small")
+    sent = hub.count("PUT", "/lfs/")
+    assert sent == len(list(folder.glob("*.safetensors"))) + 1  # and the plot
+    hub_module.push_folder(folder, "me/small")
+    assert hub.count("PUT", "/lfs/") == sent
+    assert set(hub.repositories["me/small"].files) > SENT
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", "/api/models/"), ("PUT", "/lfs/")], ids=["at_first", "while_sending"])
+def test_a_hub_that_stays_down(method, path, folder, hub):
+    hub.fail(method, path, 0, times=100)
+    with pytest.raises(OutputError, match=r"the connection to the Hub failed \(\w+\): run the same command again"):
+        hub_module.push_folder(folder, "me/small")
+
+
+def test_a_server_that_keeps_failing_while_files_are_sent(folder, hub):
+    hub.fail("PUT", "/lfs/", 500, times=100)
+    with pytest.raises(OutputError, match="refused me/small with 500: run the same command again"):
+        hub_module.push_folder(folder, "me/small")
+    hub.faults.clear()
+    hub_module.push_folder(folder, "me/small")
+    assert set(hub.repositories["me/small"].files) > SENT
+
+
+def test_errors_of_our_own_are_not_the_hubs(folder, hub, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", broken)
+    with pytest.raises(RuntimeError, match="a defect"):
+        hub_module.push_folder(folder, "me/small")
+
+
+@pytest.mark.parametrize(
+    ("token", "repo_id", "match"),
+    [
+        (READER, "me/small", "refused me/small with 403: the token has no right to write to me"),
+        (WRITER, "somebody/small", "refused somebody/small with 403: the token has no right to write to somebody"),
+        ("hf_" + "x" * 34, "me/small", "refused me/small with 401: the token is not valid"),
+        ("", "me/small", "pushing needs a token with the right to write: run `hf auth login`, or set HF_TOKEN"),
+        (WRITER, "small", "repo_id must be user/name, got 'small'"),
+        (WRITER, "me/a b", "repo_id 'me/a b' is not valid"),
+    ],
+    ids=["reader", "of_another", "unknown", "none", "no_user", "not_a_name"],
+)
+def test_without_the_right_nothing_is_sent(token, repo_id, match, folder, hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(OutputError, match=match) as failure:
+        hub_module.push_folder(folder, repo_id)
+    assert not hub.repositories
+    assert not hub.objects
+    assert not token or token not in str(failure.value)
+
+
+def test_a_token_that_is_passed_is_the_one_that_is_used(folder, hub, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    hub_module.push_folder(folder, "me/small", token=WRITER)
+    assert "me/small" in hub.repositories
+
+
+def unverified(folder: Path) -> None:
+    report = json.loads((folder / "compression_report.json").read_text())
+    report["verification"] = {"verified": False, "reason": "logits differ"}
+    (folder / "compression_report.json").write_text(json.dumps(report))
+
+
+def changed(folder: Path) -> None:
+    shard = sorted(folder.glob("*.safetensors"))[-1]
+    save_file(load_file(shard) | {"more": torch.zeros(3)}, shard, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "match"),
+    [
+        (unverified, r"small failed its verification \(logits differ\): verify it, or force the push"),
+        (changed, r"small has changed since it was verified \(its weights take \d+ bytes, then \d+\)"),
+        (lambda folder: (folder / "compression_report.json").unlink(), "small has no compression_report.json"),
+    ],
+    ids=["failed", "changed", "no_report"],
+)
+def test_an_unverified_folder_is_refused_unless_forced(damage, match, folder, hub):
+    damage(folder)
+    with pytest.raises(VerificationError, match=match):
+        hub_module.push_folder(folder, "me/small")
+    assert not hub.log
+    hub_module.push_folder(folder, "me/small", force=True)
+    assert "config.json" in hub.repositories["me/small"].files
+
+
+def test_damaged_folders_are_refused_even_if_forced(folder, hub):
+    shard = sorted(folder.glob("*.safetensors"))[-1]
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-3])
+    with pytest.raises(FormatError, match="is not a complete safetensors file"):
+        hf_compact.push(folder, "me/small", force=True)
+    shard.write_bytes(data)
+    changed(folder)
+    with pytest.raises(FormatError, match="more is in the files, but LlamaForCausalLM has no such tensor"):
+        hf_compact.push(folder, "me/small", force=True)
+    (folder / "journal.jsonl").write_text("{}\n")
+    with pytest.raises(VerificationError, match="is the output of a run that has not finished"):
+        hub_module.push_folder(folder, "me/small", force=True)
+    (folder / "journal.jsonl").unlink()
+    (folder / "config.json").unlink()
+    with pytest.raises(FormatError, match=r"has no config.json: push sends folders of compress, recover or export"):
+        hub_module.push_folder(folder, "me/small", force=True)
+    assert not hub.log
+
+
+def test_a_name_that_exists(folder, hub):
+    hub_module.push_folder(folder, "me/small")
+    before = dict(hub.repositories["me/small"].files)
+    hub_module.push_folder(folder, "me/small")  # the same again: nothing is to be done
+    assert len(hub.repositories["me/small"].commits) == 2
+    recipe = folder / "recipe.json"
+    recipe.write_text(recipe.read_text() + "\n")
+    with pytest.raises(OutputError, match=r"me/small exists and holds another recipe.json: choose another name, or overwrite it"):
+        hub_module.push_folder(folder, "me/small")
+    hub.repositories["me/small"].files["model-00009-of-00009.safetensors"] = b"old"
+    with pytest.raises(OutputError, match="exists and holds another"):
+        hub_module.push_folder(folder, "me/small")
+    hub_module.push_folder(folder, "me/small", overwrite=True)
+    after = hub.repositories["me/small"].files
+    assert after["recipe.json"] == recipe.read_bytes()
+    assert after.keys() == before.keys()
+
+
+def test_what_is_public_is_not_pushed_to_by_accident(folder, hub):
+    hub_module.push_folder(folder, "me/small", private=False)
+    assert not hub.repositories["me/small"].private
+    with pytest.raises(OutputError, match=r"me/small exists and is public: say so \(--public\), or choose another name"):
+        hub_module.push_folder(folder, "me/small")
+
+
+def test_a_card_that_the_hub_does_not_take(folder, hub):
+    card = folder / "README.md"
+    card.write_text(card.read_text().replace("  - metrics:", "  - measures:").replace("    metrics:", "    measures:"))
+    with pytest.raises(OutputError, match=r"the Hub does not accept the card README.md: .*metrics"):
+        hub_module.push_folder(folder, "me/small")
+    assert not hub.repositories
+
+
+def test_the_rules_for_cards_are_rules():
+    assert check_card("# no metadata") is None
+    assert "name" in check_card("---\nmodel-index:\n- results: []\n---\n")
+    assert "dataset" in check_card("---\nmodel-index:\n- name: a\n  results:\n  - task: {type: t}\n    metrics: []\n---\n")
+
+
+class TestModelsInMemory:
+    def test_a_model_as_it_was_loaded_is_its_folder(self, folder, hub):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        model.push_to_hub("me/small")
+        assert set(hub.repositories["me/small"].files) > SENT
+        assert b'from_pretrained("me/small")' in hub.repositories["me/small"].files["README.md"]
+
+    def test_a_changed_model_is_verified_anew(self, folder, hub, monkeypatch):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        model.model.norm.weight.data.mul_(2)
+        model.push_to_hub("me/small")
+        files = hub.repositories["me/small"].files
+        assert "compression_report.json" not in files  # its numbers were another model's
+        assert {"tokenizer.json", "chat_template.jinja"} <= files.keys()
+        assert b"No measured report is part of this model." in files["README.md"]
+
+        def fails(folder, *args):
+            raise VerificationError("gives other logits")
+
+        monkeypatch.setattr(hub_module.verify, "verify", fails)
+        with pytest.raises(VerificationError, match="gives other logits"):
+            model.push_to_hub("me/other")
+        assert list(hub.repositories) == ["me/small"]
+
+    def test_with_the_report_of_its_compression(self, hub, text_file, tokenizer, tmp_path):
+        model = tiny_model("llama")
+        report = hf_compact.compress(model, RECIPE, calibration=[text_file], tokenizer=tokenizer)
+        model.push_to_hub("me/small", tokenizer=tokenizer, report=report, private=False)
+        files = hub.repositories["me/small"].files
+        assert {"README.md", "compression_report.json", "layers.png", "recipe.json", "tokenizer.json"} <= files.keys()
+        sent = hf_compact.Report.from_dict(json.loads(files["compression_report.json"]))
+        assert sent.is_verified
+        assert sent.file_bytes == len(files["model.safetensors"])
+
+    def test_a_model_of_images_is_pushed_as_a_folder(self):
+        model = tiny_model("vit")
+        hf_compact.compress(
+            model, {"stages": [{"method": "codebook", "rounding": "nearest"}]}, calibration=from_batches([tiny_inputs("vit")])
+        )
+        with pytest.raises(UnsupportedModel, match="takes pixel_values, and push_to_hub verifies on token ids: push its folder"):
+            model.push_to_hub("me/small")
+
+    def test_a_model_that_nobody_holds(self, folder):
+        with pytest.raises(ConfigError, match="the model of push_to_hub is gone: keep it in a variable"):
+            AutoModelForCausalLM.from_pretrained(folder).push_to_hub("me/small")
+
+    def test_a_dense_model_has_transformers_own(self, folder):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        assert "push_to_hub" in vars(model)
+        assert "push_to_hub" not in vars(model.dequantize())
+
+
+def test_an_adapter_is_pushed_with_its_report(hub, tmp_path):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(FormatError, match=r"holds no adapter_model.safetensors"):
+        hf_compact.push(folder, "me/adapter")
+    save_file({"a": torch.zeros(2)}, folder / "adapter_model.safetensors")
+    with pytest.raises(VerificationError, match=r"has no recovery.json"):
+        hf_compact.push(folder, "me/adapter")
+    (folder / "recovery.json").write_text("{}")
+    hf_compact.push(folder, "me/adapter")
+    assert {"adapter_model.safetensors", "recovery.json"} <= hub.repositories["me/adapter"].files.keys()
