@@ -143,7 +143,7 @@ def test_what_is_not_finite_is_none(tmp_path):
         ("{no", "results .* cannot be read"),
         ("[]", "results must be a mapping, got list"),
         ('{"results_version": 9}', "results_version must be 1, got 9"),
-        ('{"results_version": 1, "models": [{"nam": 1}]}', "results do not fit their schema"),
+        ('{"results_version": 1, "models": [{"title": 1}]}', "results do not fit their schema"),
     ],
 )
 def test_no_results(text, message, tmp_path):
@@ -328,8 +328,10 @@ def test_an_option_that_would_do_nothing(options, message):
 
 
 @pytest.mark.cli
-def test_command(dense_folder, small, text_file, tmp_path):
+def test_command(dense_folder, small, text_file, tmp_path, monkeypatch):
     pytest.importorskip("lm_eval")
+    memory = {"device": "cpu", "load_seconds": 1.25, "runtime_bytes": 1, "loaded_bytes": 2, "peak_bytes": 345e6}
+    monkeypatch.setattr(benchmark, "_memory", lambda path, work: memory)  # fresh processes: test_times_and_memory
     options = ["--text", text_file, "--tasks", "winogrande,piqa", "--task-data", write_tasks(tmp_path), "--limit", 3, "--batch-size", 2,
                "--windows", 2, "--window-length", 32, "--stride", 16, "--bos", "--speed", "--prompt-tokens", 8, "--new-tokens", 2,
                "--repeats", 1, "--output", tmp_path / "results.json", "--json", tmp_path / "rows.json"]  # fmt: skip
@@ -346,4 +348,5 @@ def test_command(dense_folder, small, text_file, tmp_path):
     change = beside["tasks"]["winogrande"]["metrics"]["acc"]
     assert f"{change['difference']:+.4f} ± {change['stderr']:.4f}" in done.stdout
     assert f"{found.models[1].speed['decode_tokens_per_second']:.2f}" in done.stdout
+    assert "345" in done.stdout
     assert str(tmp_path) not in (tmp_path / "results.json").read_text()
