@@ -295,7 +295,7 @@ def plan_budget(  # noqa: PLR0913 - by keyword
     _check_plan(recipe, num_tokens)
     _check_plan_files(files, plot, cache)
     if data_free:
-        _check_data_free(recipe, target, validate)
+        _check_data_free(recipe, target, validate, {"calibration": calibration, "cache": cache})
     dense = open_dense(model, recipe.dtype, is_whole=True)
     _check_model_finite(dense.model)
     arch = describe(dense.model)
@@ -967,11 +967,14 @@ def _check_plan_files(files: Sequence[Path], plot: str | Path | None, cache: str
         check_new_file(path)
 
 
-def _check_data_free(recipe: Recipe, target: Target, validate: bool) -> None:
-    """Raise ConfigError for what cannot be had from the weights alone."""
+def _check_data_free(recipe: Recipe, target: Target, validate: bool, unread: Mapping[str, Any]) -> None:
+    """Raise ConfigError for what cannot be had from the weights alone, or would not be looked at."""
     if validate or target.increase is not None:
         what = "validate" if validate else "max_ppl_increase"
         raise ConfigError(f"data_free proposes from the weights alone: {what} needs a measurement on text")
+    for name, value in unread.items():
+        if value:
+            raise ConfigError(f"data_free proposes from the weights alone: {name} must not be given, got {str(value)[:80]}")
     if any(stage.deals_out_bits for stage in recipe.stages):
         raise ConfigError("data_free proposes from the weights alone: candidates that deal out their bits by gradients need text")
 

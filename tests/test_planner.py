@@ -479,6 +479,8 @@ def test_a_proposal_needs_no_text(folder, tmp_path):
             {"target_bpw": 3.0, "data_free": True, "candidates": "entropy"},
             "candidates that deal out their bits by gradients need",
         ),
+        ({"target_bpw": 3.0, "data_free": True, "calibration": ["a.txt"]}, r"calibration must not be given, got \['a.txt'\]"),
+        ({"target_bpw": 3.0, "data_free": True, "cache": "errors.json"}, "cache must not be given, got errors.json"),
         ({"target_bpw": 3.0, "num_tokens": 0}, "num_tokens must be at least 1, got 0"),
         ({"target_bpw": 3.0, "candidates": "no/such.yaml"}, "recipe 'no/such.yaml' cannot be read"),
     ],
