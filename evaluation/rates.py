@@ -117,10 +117,17 @@ def decode_speed(folder: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     source = TensorSource.in_folder(folder)
     table = json.loads((folder / "config.json").read_text())["quantization_config"]["modules"]
-    names = [f"{name}.weight" for name, spec in table.items() if spec["layer"] == "entropy_linear" and "tied_to" not in spec]
-    streams = [stream.view(torch.uint8) for stream in source.read(names).values()]
+    is_trellis = {
+        f"{name}.weight": spec.get("is_trellis", False)  # not in folders of before there was one
+        for name, spec in table.items()
+        if spec["layer"] == "entropy_linear" and "tied_to" not in spec
+    }
+    streams = source.read(list(is_trellis))
     started = time.perf_counter()
-    weights = sum(values_of(decode(stream)).numel() for stream in streams)
+    weights = 0
+    for name, stream in streams.items():
+        codes = decode(stream.view(torch.uint8))
+        weights += (values_of(codes) if is_trellis[name] else codes).numel()
     seconds = time.perf_counter() - started
     return {"weights": weights, "command_seconds": seconds, "megabytes_per_second": 2 * weights / seconds / 1e6}
 
