@@ -33,7 +33,8 @@ from hf_compact.config import CalibrationConfig
 from hf_compact.results import Results
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
+# Sparsity has settings and no recipe of its own.
+RECIPES = [*sorted((ROOT / "configs" / "recipes").glob("*.yaml")), ROOT / "configs" / "methods" / "sparsity.yaml"]
 TASKS = ("arc_easy", "hellaswag", "lambada_openai", "piqa", "winogrande")
 #: What the adapter is trained on top of.
 RECOVERED = "codebook-3bit"
@@ -56,8 +57,8 @@ def python(*arguments: str, log: Path) -> None:
 
 
 def from_recipe(name: str, output: Path, options: argparse.Namespace) -> None:
-    """`hf-compact compress` with a recipe of `configs/recipes`."""
-    recipe = yaml.safe_load((ROOT / "configs" / "recipes" / f"{name}.yaml").read_text())
+    """`hf-compact compress` with a file of `configs`."""
+    recipe = yaml.safe_load(next(path for path in RECIPES if path.stem == name).read_text())
     if options.quick:
         recipe["calibration"] = QUICK_CALIBRATION
         recipe["distillation"] = recipe["distillation"] and {**recipe["distillation"], "num_sequences": 4}

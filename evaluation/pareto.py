@@ -86,7 +86,7 @@ def draw_front(
 
 
 def our_rows(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """What `evaluation.rates` has kept, in the form of `evaluation.peers`."""
+    """The recipes that `evaluation.rates` has kept, without their controls, in the form of `evaluation.peers`."""
     return [
         {
             "label": name,
@@ -98,7 +98,7 @@ def our_rows(found: dict[str, Any]) -> list[dict[str, Any]]:
             "is_ours": True,
         }
         for name, row in found.items()
-        if name != "dense"
+        if name != "dense" and ", " not in name
     ]
 
 

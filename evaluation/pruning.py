@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from evaluation.spine import RESULTS, bar, machine
-from hf_compact import DistillationCallback, HessoCallback, SpeedConfig, api
+from hf_compact import DistillationCallback, HessoCallback, SpeedConfig, api, evaluate
 from hf_compact.calibration import read_texts, tokenize, windows
 from hf_compact.footprint import count
 from hf_compact.groups import find_groups
@@ -67,7 +67,7 @@ class Windows(Dataset):
 def scored(model: str | Path, options: argparse.Namespace) -> dict[str, float]:
     """Perplexity by text."""
     count_of, length = (2, options.length) if options.quick else (40, 1024)
-    return {Path(row["text"]).name: row["perplexity"] for row in api.evaluate([model], options.text, count_of, length)}
+    return {Path(row["text"]).name: row["perplexity"] for row in evaluate([model], options.text, count_of, length)}
 
 
 def compressed(options: argparse.Namespace, name: str, stage: dict[str, Any] | None = None) -> dict[str, Any]:

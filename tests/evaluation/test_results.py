@@ -187,7 +187,7 @@ def test_rates_are_held_against_their_bars(tmp_path, monkeypatch):
     totals = {"body_bits_per_weight": 3.004, "share_of_fp32": 0.11}
     found = {
         "codebook-3.0bpw": {**kept, "perplexity": {"wiki": 21.8, "c4": 36.0}, "totals": totals},
-        "codebook-3.0bpw, not distilled": {
+        "codebook-2.3bpw, not distilled": {
             **kept,
             "seconds": {"compress": 540.0},
             "perplexity": {"wiki": 23.0, "c4": 38.0},
@@ -211,11 +211,11 @@ def test_rates_are_held_against_their_bars(tmp_path, monkeypatch):
         "codebook-7percent: minutes to compress, distillation apart": (9.0, True),
         "codebook-7percent: file, share of fp32": (0.069, True),
         "codebook-7percent: perplexity on wiki, times dense": (2.85, False),
-        "codebook-3.0bpw, not distilled: minutes to compress": (9.0, True),
+        "codebook-2.3bpw, not distilled: minutes to compress": (9.0, True),
     }
     assert {bar["claim"]: (bar["measured"], bar["held"]) for bar in bars} == expected
     table = (tmp_path / "02-codebook.md").read_text()
-    assert "| codebook-3.0bpw, not distilled | 3.004 | 60.0 | 11.0 % | 1.150 | 1.267 | 9.0 |" in table
+    assert "| codebook-2.3bpw, not distilled | 3.004 | 60.0 | 11.0 % | 1.150 | 1.267 | 9.0 |" in table
 
 
 def test_every_row_names_a_recipe_and_its_fields():

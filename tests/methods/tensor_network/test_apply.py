@@ -358,7 +358,7 @@ def test_exports_that_cannot_be_say_so(tmp_path):
     with pytest.raises(UnsupportedModel, match="is not two plain Linears"):
         hf_compact.export(tmp_path / "small", tmp_path / "plain", "low_rank")
     with pytest.raises(ConfigError, match="kind must be one of"):
-        hf_compact.export(tmp_path / "small", tmp_path / "plain", "gguf")
+        hf_compact.export(tmp_path / "small", tmp_path / "plain", "coreml")
     with pytest.raises(FormatError):
         hf_compact.export(tmp_path, tmp_path / "plain")
     assert not (tmp_path / "plain").exists()
