@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from ...errors import FormatError
 from ...groups import GroupSet
+from ...reorder import Slice
 
 #: In the folder of a checkpoint that was written during a cycle.
 FILE_NAME = "cric.safetensors"
@@ -47,8 +48,8 @@ class Correction:
         """One more point of every group's way: `-g w`, `w` the weights before the cycle, is how fast the loss grows."""
         names: dict[nn.Parameter, str] = {parameter: name for name, parameter in model.named_parameters()}
 
-        def slope(part: object) -> Tensor:
-            parameter: nn.Parameter = part.parameter
+        def slope(part: Slice) -> Tensor:
+            parameter = part.parameter
             if parameter.grad is None:
                 return torch.zeros_like(parameter)
             return -parameter.grad.float() * self.reference[names[parameter]].to(parameter.device)
