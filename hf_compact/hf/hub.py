@@ -158,8 +158,13 @@ def _unverified(folder: Path) -> str | None:
         if not weights.is_file():
             raise FormatError(f"{folder} holds no {weights.name}")
         TensorSource([weights])
-        found = folder / _ADAPTER_REPORT
-        return None if found.is_file() else f"has no {_ADAPTER_REPORT}"
+        if not (folder / _ADAPTER_REPORT).is_file():
+            return f"has no {_ADAPTER_REPORT}"
+        try:
+            found = json.loads((folder / _ADAPTER_REPORT).read_text(encoding="utf-8"))
+            return None if found["verification"]["verified"] else f"failed the verification in its {_ADAPTER_REPORT}"
+        except (ValueError, KeyError, TypeError) as error:
+            raise FormatError(f"{folder / _ADAPTER_REPORT} is no report of recover: {type(error).__name__}") from error
     if not (folder / "config.json").is_file():
         raise FormatError(f"{folder} has no config.json: push sends folders of compress, recover or export")
     if not (folder / REPORT_NAME).is_file():
@@ -174,7 +179,7 @@ def _unverified(folder: Path) -> str | None:
 
 
 def _stage(folder: Path, scratch: Path, repo_id: str) -> Path:
-    """A folder of links to what is sent, and a card that names the repository."""
+    """A folder of links to what is sent, a card that names the repository, and reports without paths of this machine."""
     staged = scratch / "staged"
     staged.mkdir()
     files = [path for path in folder.iterdir() if path.suffix in _ENDINGS and path.is_file() and path.name[0] != "."]
@@ -182,11 +187,22 @@ def _stage(folder: Path, scratch: Path, repo_id: str) -> Path:
         link = staged / path.relative_to(folder)
         link.parent.mkdir(exist_ok=True)
         link.symlink_to(path.resolve())
+    for name in (REPORT_NAME, _ADAPTER_REPORT):
+        if (staged / name).exists():
+            values = _without_places(json.loads((folder / name).read_text(encoding="utf-8")))
+            (staged / name).unlink()
+            write_text(staged / name, json.dumps(values, indent=2) + "\n")
     card = staged / "README.md"
     text = card.read_text(encoding="utf-8") if card.exists() else short_card(repo_id.rpartition("/")[2], None, [])
     card.unlink(missing_ok=True)
     card.write_text(text.replace(PLACEHOLDER, repo_id), encoding="utf-8")
     return staged
+
+
+def _without_places(values: dict[str, Any]) -> dict[str, Any]:
+    """A report that says which models it is about, and not where they lie on this machine."""
+    named = {key: values[key] for key in ("model", "teacher", "output") if isinstance(values.get(key), str)}
+    return values | {key: Path(name).name for key, name in named.items() if Path(name).is_absolute() or Path(name).exists()}
 
 
 def _check_card(card: Path) -> None:

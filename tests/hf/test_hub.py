@@ -90,8 +90,10 @@ def test_what_is_pushed_is_what_a_stranger_loads(finished, hub, tmp_path):
     assert repository.private
     weights = {path.name for path in finished.glob("model*")}
     assert set(repository.files) == SENT | weights
-    for name in set(repository.files) - {"README.md", ".gitattributes"}:
+    for name in set(repository.files) - {"README.md", ".gitattributes", "compression_report.json"}:
         assert repository.files[name] == (finished / name).read_bytes(), name
+    sent = json.loads(repository.files["compression_report.json"])
+    assert sent == json.loads((finished / "compression_report.json").read_text()) | {"model": "dense"}  # not where it lies
     card = repository.files["README.md"].decode()
     assert 'AutoModelForCausalLM.from_pretrained("me/small")' in card
     assert "path/to/this/folder" not in card
@@ -332,6 +334,17 @@ def test_an_adapter_is_pushed_with_its_report(hub, tmp_path):
     save_file({"a": torch.zeros(2)}, folder / "adapter_model.safetensors")
     with pytest.raises(VerificationError, match=r"has no recovery.json"):
         hf_compact.push(folder, "me/adapter")
-    (folder / "recovery.json").write_text("{}")
+    for text in ("{", "{}", "[]"):
+        (folder / "recovery.json").write_text(text)
+        with pytest.raises(FormatError, match=r"recovery.json is no report of recover: \w+Error"):
+            hf_compact.push(folder, "me/adapter")
+    values = {"model": str(tmp_path / "base"), "teacher": None, "output": str(folder), "verification": {"verified": False}}
+    (folder / "recovery.json").write_text(json.dumps(values))
+    with pytest.raises(VerificationError, match=r"failed the verification in its recovery.json"):
+        hf_compact.push(folder, "me/adapter")
+    values["verification"]["verified"] = True
+    (folder / "recovery.json").write_text(json.dumps(values))
     hf_compact.push(folder, "me/adapter")
-    assert {"adapter_model.safetensors", "recovery.json"} <= hub.repositories["me/adapter"].files.keys()
+    sent = hub.repositories["me/adapter"].files
+    assert "adapter_model.safetensors" in sent
+    assert json.loads(sent["recovery.json"]) == values | {"model": "base", "output": "adapter"}
