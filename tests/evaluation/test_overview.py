@@ -49,9 +49,8 @@ def test_quick_form(dense_folder, text_file, tmp_path, monkeypatch, capsys):
     more = [*first, "--row", "hesso-20", "--row", "ternary"]
     (tmp_path / "work" / "ternary").write_text("in the way")
     monkeypatch.setitem(overview.ROWS, "ternary", overview.from_recipe)
-    monkeypatch.setattr(overview, "ROOT", tmp_path)  # where there is no recipe of that name, nor a script
-    (tmp_path / "configs" / "recipes").mkdir(parents=True)
-    (tmp_path / "configs" / "recipes" / "ternary.yaml").write_text("stages: [{method: ternary}]\ndistillation: null\n")
+    (tmp_path / "ternary.yaml").write_text("stages: [{method: ternary}]\ndistillation: null\n")
+    monkeypatch.setattr(overview, "RECIPES", [tmp_path / "ternary.yaml"])
     monkeypatch.setattr(sys, "argv", ["overview", *common, *more])
     assert overview.main() == 0
     output = capsys.readouterr().out
