@@ -159,7 +159,7 @@ def check(name: str, row: dict[str, Any], base: dict[str, float]) -> list[dict[s
     goal = BARS[name]
     if goal.body_bits is not None:
         bits = totals["body_bits_per_weight"]
-        claim("bits per block weight", f"<= {goal.body_bits} + 0.5 %", round(bits, 4), bits <= 1.005 * goal.body_bits)
+        claim("bits per block weight", f"<= {goal.body_bits}", round(bits, 4), bits <= goal.body_bits)
     if goal.share_of_fp32 is not None:
         share = totals["share_of_fp32"]
         claim("file, share of fp32", f"<= {goal.share_of_fp32}", round(share, 4), share <= goal.share_of_fp32)
