@@ -73,7 +73,10 @@ ROWS = {
     "codebook-2.3bpw, one grid, reconstructed, not distilled": Row(
         "codebook-2.3bpw", {**PLAIN, "reconstruction": RECONSTRUCTION}, ONE_GRID
     ),
+    "codebook-7percent, not distilled": Row("codebook-7percent", PLAIN),
+    "codebook-7percent, equal rates, not distilled": Row("codebook-7percent", PLAIN, {"sensitivity": "none"}),
     "jlcm-3bit, not distilled": Row("jlcm-3bit", PLAIN),
+    "jlcm-3bit, codes not learned, not distilled": Row("jlcm-3bit", PLAIN, {"learning": "none"}),
     "jlcm-3bit, equal steps": Row("jlcm-3bit", {}, {"grid": "uniform", "row_order": "given", "learning": "none"}),
 }
 BARS = {
