@@ -1,13 +1,9 @@
 """Two processes give the answer of one, bit for bit the same on both."""
 
-import os
-import time
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
 import hf_compact
@@ -15,6 +11,7 @@ from hf_compact import distributed
 from hf_compact.calibration import Calibration, from_batches
 from hf_compact.errors import ConfigError
 from tests.conftest import tiny_inputs, tiny_model
+from tests.ranks import run_ranks
 
 TIMEOUT_SECONDS = 120
 #: id -> (stage, calibration batches)
@@ -48,14 +45,10 @@ def batches(num_batches: int) -> Calibration:
 
 def work(rank: int, folder: str) -> None:
     """What each of the two processes does; starting them takes longer than all of it, so they start once."""
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     check_collectives(rank, folder)
     for name, (stage, num_batches) in RECIPES.items():
         tensors, _ = compress(stage, num_batches)
         save_file(tensors, Path(folder, f"{name}-{rank}.safetensors"))
-    dist.destroy_process_group()
 
 
 def check_collectives(rank: int, folder: str) -> None:
@@ -80,16 +73,7 @@ def check_collectives(rank: int, folder: str) -> None:
 def two_ranks(tmp_path_factory) -> Path:
     """Folder of what two finished processes wrote; both are ended if they take too long."""
     folder = tmp_path_factory.mktemp("two-ranks")
-    context = mp.start_processes(work, args=(str(folder),), nprocs=2, join=False, start_method="spawn")
-    deadline = time.monotonic() + TIMEOUT_SECONDS
-    try:
-        while not context.join(timeout=1):  # true once all have ended; raises what one of them raised
-            assert time.monotonic() < deadline, f"two processes did not finish within {TIMEOUT_SECONDS} s"
-    finally:
-        for process in context.processes:
-            if process.is_alive():
-                process.kill()
-            process.join()
+    run_ranks(work, str(folder), seconds=TIMEOUT_SECONDS)
     return folder
 
 

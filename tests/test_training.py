@@ -1,13 +1,9 @@
 """Callbacks that change modules: in a stock Trainer, in a plain loop, stopped and resumed, on two ranks."""
 
-import os
-import time
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
@@ -18,6 +14,7 @@ from hf_compact.errors import ConfigError, FormatError
 from hf_compact.methods.tensor_network import TensorNetworkTraining, TensorTrainLinear
 from hf_compact.training import CompactCallback, check_resumed, check_same_on_all_ranks, refuse_sharding
 from tests.conftest import tiny_inputs, tiny_model
+from tests.ranks import run_ranks
 
 SCHEDULES = {
     "heal": {"schedule": "heal"},
@@ -221,9 +218,6 @@ def test_the_base_does_nothing_by_itself(tmp_path):
 
 
 def _worker(rank: int, folder: str, settings: dict) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     model = start(settings)
     train(model, TensorNetworkCallback(**settings), Path(folder) / "run", ddp_backend="gloo")
     from safetensors.torch import save_file
@@ -238,7 +232,6 @@ def _worker(rank: int, folder: str, settings: dict) -> None:
     else:
         with pytest.raises(ConfigError, match="different structure"):
             check_same_on_all_ranks(["that"])
-    dist.destroy_process_group()
 
 
 @pytest.mark.distributed
@@ -246,10 +239,7 @@ def _worker(rank: int, folder: str, settings: dict) -> None:
 def test_two_ranks_end_with_the_same_model(name, tmp_path):
     from safetensors.torch import load_file
 
-    context = mp.start_processes(_worker, (str(tmp_path), SCHEDULES[name]), nprocs=2, join=False, start_method="spawn")
-    deadline = time.monotonic() + 240
-    while not context.join(timeout=5):
-        assert time.monotonic() < deadline, "the ranks wait for each other"
+    run_ranks(_worker, str(tmp_path), SCHEDULES[name], seconds=240)
     first, second = load_file(tmp_path / "0.safetensors"), load_file(tmp_path / "1.safetensors")
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)

@@ -1,19 +1,16 @@
 """Two processes of DDP train the adapter that one process trains on both halves of the batch."""
 
-import os
-import time
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_compact import CompacterConfig
 from tests.conftest import tiny_inputs, tiny_model
+from tests.ranks import run_ranks
 
 TIMEOUT_SECONDS = 240
 STEPS = 3
@@ -39,28 +36,15 @@ def train(model: torch.nn.Module, rows: slice) -> dict[str, torch.Tensor]:
 
 
 def work(rank: int, folder: str) -> None:
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     for is_saving in (False, True):
         found = train(DistributedDataParallel(adapted(is_saving)), slice(2 * rank, 2 * rank + 2))
         save_file(found, Path(folder, f"{is_saving}-{rank}.safetensors"))
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("two-ranks")
-    context = mp.start_processes(work, args=(str(folder),), nprocs=2, join=False, start_method="spawn")
-    deadline = time.monotonic() + TIMEOUT_SECONDS
-    try:
-        while not context.join(timeout=1):  # true once all have ended; raises what one of them raised
-            assert time.monotonic() < deadline, f"two processes did not finish within {TIMEOUT_SECONDS} s"
-    finally:
-        for process in context.processes:
-            if process.is_alive():
-                process.kill()
-            process.join()
+    run_ranks(work, str(folder), seconds=TIMEOUT_SECONDS)
     return folder
 
 

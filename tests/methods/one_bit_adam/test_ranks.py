@@ -2,14 +2,11 @@
 
 import copy
 import json
-import os
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -18,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hf_compact import CommReport, OneBitAdam, OneBitAdamConfig
 from hf_compact.errors import ConfigError, NumericalError, UnsupportedModel, VerificationError
 from hf_compact.methods.one_bit_adam.exchange import CompressedMean
+from tests.ranks import run_ranks
 
 TIMEOUT_SECONDS = 240
 STEPS, FREEZE, WIDTH = 60, 20, 64
@@ -156,11 +154,8 @@ def check_saving(folder: Path) -> None:
     assert local.state_dict()["param_groups"][0]["one_bit_adam"]["frozen_at"] == FREEZE
 
 
-def work(rank: int, world_size: int, folder: str) -> None:
+def work(rank: int, folder: str) -> None:
     """What each process does; starting them takes longer than all of it, so they start once."""
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     for name, settings in SETTINGS.items():
         ddp, optimizer, losses = train(settings)
         optimizer.synchronize()
@@ -172,28 +167,18 @@ def work(rank: int, world_size: int, folder: str) -> None:
         Path(folder, f"{name}-{rank}.json").write_text(json.dumps(row))
     check_error_feedback()
     check_divergence()
-    if world_size == 2:
+    if dist.get_world_size() == 2:
         check_refusals()
         check_overflow()
     check_saving(Path(folder, "errors"))
     Path(folder, f"{rank}.done").touch()
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["two ranks", "four ranks"])
 def ranks(request, tmp_path_factory) -> tuple[int, Path]:
     """How many ranks there were, and the folder of what they wrote; all are ended if they take too long."""
     folder = tmp_path_factory.mktemp(f"{request.param}-ranks")
-    context = mp.start_processes(work, args=(request.param, str(folder)), nprocs=request.param, join=False, start_method="spawn")
-    deadline = time.monotonic() + TIMEOUT_SECONDS
-    try:
-        while not context.join(timeout=1):  # true once all have ended; raises what one of them raised
-            assert time.monotonic() < deadline, f"{request.param} processes did not finish within {TIMEOUT_SECONDS} s"
-    finally:
-        for process in context.processes:
-            if process.is_alive():
-                process.kill()
-            process.join()
+    run_ranks(work, str(folder), seconds=TIMEOUT_SECONDS, count=request.param)
     return request.param, folder
 
 

@@ -1,14 +1,10 @@
 """HESSO in a stock Trainer: the schedule is exact, a stopped run ends alike, ranks agree, the result is ordinary."""
 
 import json
-import os
-import time
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -17,6 +13,7 @@ from hf_compact.errors import ConfigError
 from hf_compact.groups import find_groups
 from hf_compact.methods.pruning.callback import KEPT, PRUNED, SHRINKING
 from tests.conftest import tiny_inputs, tiny_model
+from tests.ranks import run_ranks
 
 SETTINGS = {"target": 0.3, "warm_up_steps": 1, "pruning_steps": 6, "periods": 2, "channel_multiple": 4}
 
@@ -185,22 +182,15 @@ def test_targets_that_cannot_be_met(tmp_path):
 
 
 def _worker(rank: int, folder: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     model = tiny_model("llama")
     train(model, HessoCallback(**SETTINGS), Path(folder) / "run", ddp_backend="gloo")
     state = {k: v.clone().contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
     save_file(state, f"{folder}/{rank}.safetensors")
-    dist.destroy_process_group()
 
 
 @pytest.mark.distributed
 def test_two_ranks_prune_the_same_groups(tmp_path):
-    context = mp.start_processes(_worker, (str(tmp_path),), nprocs=2, join=False, start_method="spawn")
-    deadline = time.monotonic() + 280
-    while not context.join(timeout=5):
-        assert time.monotonic() < deadline, "the ranks wait for each other"
+    run_ranks(_worker, str(tmp_path), seconds=280)
     first, second = load_file(tmp_path / "0.safetensors"), load_file(tmp_path / "1.safetensors")
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)

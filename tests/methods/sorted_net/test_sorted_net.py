@@ -1,13 +1,9 @@
 """Nested sub-models: sorting changes nothing, a sub-model in place is the one that is taken out, and all of them learn."""
 
-import os
-import time
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -16,6 +12,7 @@ from hf_compact.errors import ConfigError, UnsupportedModel
 from hf_compact.groups import find_groups
 from hf_compact.methods.sorted_net import active
 from tests.conftest import tiny_inputs, tiny_model
+from tests.ranks import run_ranks
 
 PAIRS = [(width, depth) for width in (0.5, 0.75, 1.0) for depth in (1 / 3, 2 / 3, 1.0)]
 
@@ -175,21 +172,14 @@ def test_settings_out_of_range(settings, message):
 
 
 def _worker(rank: int, folder: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     model = tiny_model("llama")
     train(model, [SortedNetCallback()], Path(folder) / "run", ddp_backend="gloo", save_strategy="no")
     state = {k: v.clone().contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
     save_file(state, f"{folder}/{rank}.safetensors")
-    dist.destroy_process_group()
 
 
 @pytest.mark.distributed
 def test_two_ranks_train_the_same_parts(tmp_path):
-    context = mp.start_processes(_worker, (str(tmp_path),), nprocs=2, join=False, start_method="spawn")
-    deadline = time.monotonic() + 280
-    while not context.join(timeout=5):
-        assert time.monotonic() < deadline, "the ranks wait for each other"
+    run_ranks(_worker, str(tmp_path), seconds=280)
     first, second = load_file(tmp_path / "0.safetensors"), load_file(tmp_path / "1.safetensors")
     assert all(torch.equal(first[key], second[key]) for key in first)

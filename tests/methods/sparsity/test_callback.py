@@ -1,13 +1,9 @@
 """Masks in a stock Trainer: the schedule is exact, a stopped run ends alike, ranks agree, files hold what stays."""
 
-import os
-import time
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -15,6 +11,7 @@ from hf_compact import MaskCallback, SparsityConfig
 from hf_compact.errors import ConfigError, NothingMatched, UnsupportedModel
 from hf_compact.methods.sparsity.layer import MaskedLinear, SparseLinear
 from tests.conftest import tiny_inputs, tiny_model
+from tests.ranks import run_ranks
 
 SHORT = {"start_share": 0.25, "end_share": 0.75, "interval": 2}
 
@@ -138,23 +135,22 @@ def test_a_run_that_ends_early_is_told_about(tmp_path, caplog):
 
 
 def _worker(rank: int, folder: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     for name, config in (("gradual", SparsityConfig()), ("pattern", SparsityConfig(pattern="2:4"))):
         model = tiny_model("llama")
-        train(model, MaskCallback(config, **SHORT, storage="dense"), Path(folder) / "run", ddp_backend="gloo", save_strategy="no")
+        train(
+            model,
+            MaskCallback(config, **SHORT, storage="dense"),
+            Path(folder) / "run",
+            ddp_backend="gloo",
+            save_strategy="no",
+        )
         state = {k: v.clone().contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
         save_file(state, f"{folder}/{name}-{rank}.safetensors")
-    dist.destroy_process_group()
 
 
 @pytest.mark.distributed
 def test_two_ranks_have_the_same_masks(tmp_path):
-    context = mp.start_processes(_worker, (str(tmp_path),), nprocs=2, join=False, start_method="spawn")
-    deadline = time.monotonic() + 280
-    while not context.join(timeout=5):
-        assert time.monotonic() < deadline, "the ranks wait for each other"
+    run_ranks(_worker, str(tmp_path), seconds=280)
     for name in ("gradual", "pattern"):
         first, second = (load_file(tmp_path / f"{name}-{rank}.safetensors") for rank in (0, 1))
         assert all(torch.equal(first[key], second[key]) for key in first)

@@ -1,13 +1,10 @@
 """Training: in a stock Trainer and a plain loop, stopped and resumed, accumulated, checkpointed, in bfloat16, on two ranks."""
 
-import os
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import hf_compact
@@ -15,6 +12,7 @@ from hf_compact import TernaryCallback, TernaryConfig
 from hf_compact.errors import ConfigError
 from hf_compact.methods.ternary import LatentLinear, TernaryLinear
 from tests.conftest import tiny_inputs, tiny_model
+from tests.ranks import run_ranks
 
 CONFIGS = {
     "ternary": (TernaryConfig(), {}),
@@ -198,24 +196,17 @@ def test_training_learns_what_rounding_loses():
 
 
 def _rank(rank: int, folder: Path) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     model = train("norms", folder / "run", per_device_train_batch_size=2, save_strategy="no", ddp_backend="gloo")
     states = [None, None]
     dist.all_gather_object(states, {name: tensor.float().sum().item() for name, tensor in model.state_dict().items()})
     assert states[0] == states[1]
     if rank == 0:
         model.save_pretrained(folder / "two")
-    dist.destroy_process_group()
 
 
 @pytest.mark.distributed
 def test_two_ranks_train_one_model(tmp_path):
-    context = mp.start_processes(_rank, (tmp_path,), nprocs=2, join=False, start_method="spawn")
-    deadline = time.monotonic() + 280
-    while not context.join(timeout=5):
-        assert time.monotonic() < deadline, "the ranks wait for each other"
+    run_ranks(_rank, tmp_path, seconds=280)
     one = train("norms", tmp_path / "one", save_strategy="no")
     two = AutoModelForCausalLM.from_pretrained(tmp_path / "two")
     name = "model.layers.0.mlp.up_proj"
