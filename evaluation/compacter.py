@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from evaluation.spine import RESULTS, bar, machine
+from evaluation.steps import RESULTS, bar, bar_table, commit, machine
 
 HERE = Path(__file__).parent
 GLUE = HERE.parent / "scripts" / "glue_compacter.py"
@@ -200,11 +200,7 @@ def write(found: dict[str, Any], command: str) -> None:
     result = [{**row, "seed": [0, 1, 2], "machine": machine(), "command": command} for row in bars(found, table)]
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "06-compacter.json").write_text(json.dumps({"bars": result, **found}, indent=2) + "\n")
-    lines = ["| claim | target | measured | held |", "|---|---|---|---|"]
-    lines += [
-        f"| {row['claim']} | {row['target']} | {row['measured']} | {'yes' if row['held'] else '**no**'} |" for row in result
-    ]
-    text = f"# Compacter\n\n{machine()}; the commit of each part is in the JSON.\n\n" + "\n".join(lines) + "\n"
+    text = f"# Compacter\n\n{machine()}; the commit of each part is in the JSON.\n\n" + bar_table(result) + "\n"
     if table:
         script.plot(table, RESULTS / "06-compacter.png")
         text += "\n## GLUE\n\n" + script.markdown(table)
@@ -245,12 +241,12 @@ def main() -> int:
             if getattr(options, name) is None:
                 parser.error(f"--{name} is needed for the part {part}")
     options.work.mkdir(parents=True, exist_ok=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    at = commit()
     for part in parts:
         path = options.work / f"{part}.json"
         if not path.exists():
             value = {"glue": glue, "decode": decode, "instructions": instructions}[part](options)
-            path.write_text(json.dumps({**value, "commit": commit}, indent=2) + "\n")
+            path.write_text(json.dumps({**value, "commit": at}, indent=2) + "\n")
         print(f"done: {part}", flush=True)
     found = {part: json.loads(path.read_text()) for part in PARTS if (path := options.work / f"{part}.json").exists()}
     write(found, " ".join(__doc__.split("\n\n")[1].replace("\\\n", "").split()))

@@ -25,7 +25,7 @@ import yaml
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from evaluation import compare
-from evaluation.spine import RESULTS
+from evaluation.steps import RESULTS, commit
 from hf_compact import DistillationCallback, HessoCallback, Protocol, SpeedConfig, Windows, api, measure
 from hf_compact.calibration import read_texts, sample
 from hf_compact.checkpoint import write_text
@@ -196,8 +196,8 @@ def main() -> int:
     if options.hesso:
         hesso(options.hesso, options)
         return 0
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    folders, skipped = make(options, commit)
+    at = commit()
+    folders, skipped = make(options, at)
     timing = SpeedConfig(prompt_tokens=16, new_tokens=3, repeats=1) if options.quick else SpeedConfig()
     protocol = Protocol(
         windows=Windows(window_length=64, num_windows=2) if options.quick else Windows(),
@@ -213,7 +213,7 @@ def main() -> int:
 
     results = measure(
         folders, options.text, protocol, compare_with=dense(options), task_data=options.task_data,
-        output=options.work / "results.json", provenance={"commit": commit}, progress=advance,
+        output=options.work / "results.json", provenance={"commit": at}, progress=advance,
     )  # fmt: skip
     results = finished(dataclasses.replace(results, skipped=skipped), options)
     options.results.mkdir(exist_ok=True)

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
 from evaluation.peers import markdown, rows
+from evaluation.steps import commit
 from hf_compact.results import Results
 
 HERE = Path(__file__).parent
@@ -113,9 +114,8 @@ def main() -> int:
     )
     options = parser.parse_args()
     found = json.loads((options.ours / "rows.json").read_text())
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     peers = options.ours / "peers.json"
-    command = [sys.executable, str(HERE / "peers.py"), options.model, "--output", str(peers), "--commit", commit]
+    command = [sys.executable, str(HERE / "peers.py"), options.model, "--output", str(peers), "--commit", commit()]
     subprocess.run([*command, *(argument for text in options.text for argument in ("--text", text))], check=True)
     others = [{"is_ours": False} | row for row in rows(Results.read(peers)) if row["label"] not in found]
     dense = next(row for row in others if row["label"] == "dense bf16")["scores"]

@@ -4,7 +4,7 @@ r"""Structured pruning: in one shot, in training against the dense model trained
         --calibration technical.utf8 --calibration tiny.utf8 --text wiki.test.raw --text c4.utf8 --work runs/pruning
 
 `--step` takes some of the steps only; what has not run yet is left out of the tables. All rows that are trained get the same
-400 steps of 1024 tokens from the calibration texts in the same order, the dense control among them; those that are pruned before
+steps of 1024 tokens, 400 by default, from the calibration texts in the same order, the dense control among them; those that are pruned before
 lose as many channels and heads as HESSO takes out. Results go to `evaluation/results/05-pruning.json` and `.md`; `--quick` shows
 that everything runs.
 """
@@ -12,7 +12,6 @@ that everything runs.
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -22,12 +21,11 @@ from typing import Any
 import torch
 import transformers
 import yaml
-from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from evaluation.spine import RESULTS, bar, machine
+from evaluation import steps as stepwise
+from evaluation.steps import RESULTS, bar, machine
 from hf_compact import DistillationCallback, HessoCallback, SpeedConfig, api, evaluate
-from hf_compact.calibration import read_texts, tokenize, windows
 from hf_compact.footprint import count
 from hf_compact.groups import find_groups
 from hf_compact.methods.pruning.callback import group_counts
@@ -46,22 +44,6 @@ STEPS, LENGTH, BATCH, LEARNING_RATE = 400, 512, 2, 1e-4
 HESSO = {"warm_up_steps": 20, "pruning_steps": 200, "periods": 10}
 QUICK = {"warm_up_steps": 1, "pruning_steps": 4, "periods": 2}
 PREFILL_RATIO, DECODE_RATIO, OVERHEAD = 1.3, 1.2, 0.1
-TEXTS = 2
-
-
-class Windows(Dataset):
-    """Windows of the training texts, spread evenly over all of them."""
-
-    def __init__(self, options: argparse.Namespace, tokenizer: Any) -> None:
-        rows = list(windows(tokenize(tokenizer, read_texts(options.calibration)), options.length, None))
-        number = options.steps * BATCH
-        self.rows = [rows[i * len(rows) // number][0] for i in range(number)]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.rows[index], "labels": self.rows[index]}
 
 
 def scored(model: str | Path, options: argparse.Namespace) -> dict[str, float]:
@@ -112,12 +94,13 @@ def trained(options: argparse.Namespace, name: str, target: float | None = None,
         stage = {"channel_sparsity": shares["channels"], "head_sparsity": shares.get("kv_heads", 0.0)}
         compressed(options, pruned.name, BEFORE[pruned.name.split("-")[0]] | stage)
         model = transformers.AutoModelForCausalLM.from_pretrained(pruned, dtype=torch.float32)
+    data = stepwise.TrainingWindows(options.calibration, tokenizer, options.length, options.steps * BATCH)
     arguments = TrainingArguments(
         str(options.work / f"{name}-trainer"), per_device_train_batch_size=BATCH, max_steps=options.steps, bf16=True, use_cpu=True,
         learning_rate=LEARNING_RATE, lr_scheduler_type="cosine", warmup_steps=options.steps // 20, weight_decay=0.0,
         save_steps=50, save_total_limit=1, report_to=[], disable_tqdm=True, logging_steps=20, seed=0,
     )  # fmt: skip
-    trainer = Trainer(model, arguments, train_dataset=Windows(options, tokenizer), callbacks=callbacks)
+    trainer = Trainer(model, arguments, train_dataset=data, callbacks=callbacks)
     trainer.train(resume_from_checkpoint=bool(list(Path(arguments.output_dir).glob("checkpoint-*"))))
     folder = options.work / name
     model.save_pretrained(folder)  # in float32; scoring takes bfloat16
@@ -153,7 +136,8 @@ def overhead(options: argparse.Namespace) -> dict[str, Any]:
     callback = HessoCallback(target=0.2, warm_up_steps=number // 4, pruning_steps=number // 2, periods=2)
     callback.prepare(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
-    ids = torch.stack([Windows(options, opened.load_tokenizer())[i]["input_ids"] for i in range(BATCH)])
+    data = stepwise.TrainingWindows(options.calibration, opened.load_tokenizer(), options.length, BATCH)
+    ids = torch.stack([data[i]["input_ids"] for i in range(BATCH)])
     steps, calls = [], []
     for step in range(number):
         at = time.perf_counter()
@@ -256,41 +240,23 @@ def write(found: dict[str, Any], line: str, folder: Path = RESULTS) -> str:
     text = f"# Structured pruning\n\n{machine()}, seed 0; the commit of each row is in the JSON.\n\n" + "\n".join(lines)
     if "speed" in found:
         text += "\n\n" + ", ".join(f"{key}: {1e3 * value:.1f} ms" for key, value in found["speed"].items() if " " in key)
-    text += "\n\n| claim | target | measured | held |\n|---|---|---|---|\n"
-    text += "\n".join(f"| {b['claim']} | {b['target']} | {b['measured']} | {'yes' if b['held'] else '**no**'} |" for b in held)
-    (folder / "05-pruning.md").write_text(text + "\n")
+    text += f"\n\n{stepwise.bar_table(held)}\n"
+    (folder / "05-pruning.md").write_text(text)
     return text
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure what is missing and write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="SmolLM2-135M-Instruct: folder or .gguf file")
-    parser.add_argument("--calibration", action="append", required=True, help="calibration and training text; repeat for several")
-    parser.add_argument("--text", action="append", required=True, help="two texts to score")
-    parser.add_argument("--step", action="append", help="a step by name; all by default")
-    parser.add_argument("--work", type=Path, default=Path("runs/pruning"))
+    parser = stepwise.parser(__doc__, "runs/pruning")
+    parser.add_argument(
+        "--step", action="append", choices=list(steps(argparse.Namespace())), help="a step by name; all by default"
+    )
+    parser.add_argument("--train-steps", type=int, default=STEPS, help="steps of 1024 tokens of the rows that are trained")
     parser.add_argument("--quick", action="store_true", help="only shows that everything runs; tables go to the work folder")
-    options = parser.parse_args(arguments)
-    if len(options.text) != TEXTS:
-        parser.error(f"--text must be given twice, got {len(options.text)}")
-    options.steps, options.length = (6, 32) if options.quick else (STEPS, LENGTH)
-    options.work.mkdir(parents=True, exist_ok=True)
-    todo = steps(options)
-    unknown = set(options.step or ()) - set(todo)
-    if unknown:
-        parser.error(f"--step must be one of {', '.join(todo)}, got {sorted(unknown)[0]}")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    names = [Path(path).name for path in (options.model, *options.calibration)]
-    line = f"python -m evaluation.pruning --model {names[0]} " + " ".join(f"--calibration {name}" for name in names[1:])
-    line += " " + " ".join(f"--text {Path(text).name}" for text in options.text)
-    kept = options.work / "rows.json"
-    found = json.loads(kept.read_text()) if kept.exists() else {}
-    for name, measure in todo.items():
-        if name not in found and (name == "dense" or not options.step or name in options.step):
-            found[name] = {**measure(), "commit": commit}
-            kept.write_text(json.dumps(found, indent=2) + "\n")
-            print(f"done: {name}", flush=True)
+    options = stepwise.parse(parser, arguments)
+    options.steps, options.length = (6, 32) if options.quick else (options.train_steps, LENGTH)
+    found = stepwise.run(steps(options), options.work / "rows.json", options.step)
+    line = stepwise.command_line("pruning", options) + f" --train-steps {options.steps}"
     print(write(found, line, options.work if options.quick else RESULTS))
     return 0
 

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
-from evaluation.spine import RESULTS, bar, machine
+from evaluation import steps
+from evaluation.steps import RESULTS, bar, machine
 from hf_compact.checkpoint import TensorSource
 from hf_compact.functional.coding import decode
 from hf_compact.functional.trellis import values_of
@@ -173,7 +174,7 @@ def check(name: str, row: dict[str, Any], base: dict[str, float]) -> list[dict[s
     return result
 
 
-def write(found: dict[str, Any], base: dict[str, float], speeds: dict[str, Any], common: dict[str, Any]) -> None:
+def write(found: dict[str, Any], base: dict[str, float], speeds: dict[str, Any], common: dict[str, Any]) -> str:
     """All claims, and a table of all rows."""
     bars = []
     for name, speed in speeds.items():
@@ -203,42 +204,25 @@ def write(found: dict[str, Any], base: dict[str, float], speeds: dict[str, Any],
     rows = [{"name": name, **found[name]} for name in ROWS if name in found]
     (RESULTS / "02-codebook.json").write_text(json.dumps({"bars": [b | common for b in bars], "rows": rows}, indent=2) + "\n")
     text = f"# Codebook recipes\n\n{machine()}; the commit of each row is in the JSON.\n\n" + "\n".join(lines)
-    text += "\n\n| claim | target | measured | held |\n|---|---|---|---|\n"
-    text += "\n".join(f"| {b['claim']} | {b['target']} | {b['measured']} | {'yes' if b['held'] else '**no**'} |" for b in bars)
-    (RESULTS / "02-codebook.md").write_text(text + "\n")
+    text += f"\n\n{steps.bar_table(bars)}\n"
+    (RESULTS / "02-codebook.md").write_text(text)
+    return text
 
 
 def main() -> int:
     """Measure what is missing and write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="SmolLM2-135M-Instruct: folder or .gguf file")
-    parser.add_argument("--calibration", action="append", required=True, help="calibration text; repeat for several")
-    parser.add_argument("--text", action="append", required=True, help="two texts to score")
-    parser.add_argument("--row", action="append", choices=list(ROWS), help="rows to measure; all by default")
-    parser.add_argument("--work", type=Path, default=Path("runs/rates"))
-    options = parser.parse_args()
-    if len(options.text) != 2:
-        parser.error(f"--text must be given twice, got {len(options.text)}")
-    options.work.mkdir(parents=True, exist_ok=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    names = [Path(path).name for path in (options.model, *options.calibration)]
-    command = f"python -m evaluation.rates --model {names[0]} " + " ".join(f"--calibration {name}" for name in names[1:])
-    command += " " + " ".join(f"--text {Path(text).name}" for text in options.text)
-    kept = options.work / "rows.json"
-    found = json.loads(kept.read_text()) if kept.exists() else {}
-    for name in ["dense", *(options.row or ROWS)]:
-        if name not in found:
-            row = dense(options) if name == "dense" else measure(options, name)
-            found[name] = {**row, "commit": commit}
-            kept.write_text(json.dumps(found, indent=2) + "\n")
-        print(f"done: {name}", flush=True)
+    parser = steps.parser(__doc__, "runs/rates")
+    parser.add_argument("--row", action="append", choices=list(ROWS), help="a row by name; all by default")
+    options = steps.parse(parser)
+    todo = {"dense": lambda: dense(options)} | {name: lambda name=name: measure(options, name) for name in ROWS}
+    found = steps.run(todo, options.work / "rows.json", options.row)
     base = found.pop("dense")["perplexity"]
     coded = [
         name for name in found if name in BARS and name.startswith("codebook") and (options.work / found[name]["folder"]).exists()
     ]
-    speeds = {name: decode_speed(options.work / found[name]["folder"]) | {"commit": commit} for name in coded}
-    write(found, base, speeds, {"machine": machine(), "command": command})
-    print((RESULTS / "02-codebook.md").read_text())
+    at = steps.commit()
+    speeds = {name: decode_speed(options.work / found[name]["folder"]) | {"commit": at} for name in coded}
+    print(write(found, base, speeds, {"machine": machine(), "command": steps.command_line("rates", options)}))
     return 0
 
 

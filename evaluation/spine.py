@@ -9,7 +9,6 @@ Steps leave their JSON in the work folder and are skipped when it is there. The 
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import time
@@ -19,10 +18,10 @@ from typing import Any
 import torch
 
 from evaluation.peers import markdown, rows
+from evaluation.steps import RESULTS, bar, bar_table, commit, machine
 from hf_compact.results import Results
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results"
 PEERS = (
     "bitsandbytes nf4 g64", "HQQ 4 bit g64", "HQQ 3 bit g64", "optimum-quanto qint4", "nearest, 3 bit g64 (control)",
     "nearest, 4 bit g64 (control)",
@@ -53,18 +52,7 @@ def calibration_forward(model: str, text: str) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - started, "num_tokens": calibration.num_tokens}
 
 
-def machine() -> str:
-    """Processor, cores and memory."""
-    names = [
-        line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")
-    ]
-    kilobytes = int(Path("/proc/meminfo").read_text().split()[1])
-    return (
-        f"{names[0]}, {len(names)} cores, {kilobytes / 1e6:.0f} GB, torch {torch.__version__}, Python {platform.python_version()}"
-    )
-
-
-def steps(options: argparse.Namespace, commit: str) -> dict[str, Any]:
+def steps(options: argparse.Namespace, at: str) -> dict[str, Any]:
     """Run what is missing; returns everything that was measured."""
     work: Path = options.work
     work.mkdir(parents=True, exist_ok=True)
@@ -73,7 +61,7 @@ def steps(options: argparse.Namespace, commit: str) -> dict[str, Any]:
         path = work / f"{name}.json"
         if not path.exists():
             value = measure()
-            path.write_text(json.dumps({"commit": commit, "value": value}, indent=2) + "\n")
+            path.write_text(json.dumps({"commit": at, "value": value}, indent=2) + "\n")
         print(f"done: {name}", flush=True)
         kept = json.loads(path.read_text())
         return {**kept["value"], "commit": kept["commit"]}
@@ -109,7 +97,7 @@ def steps(options: argparse.Namespace, commit: str) -> dict[str, Any]:
     peers = [python, str(HERE / "peers.py"), options.model, "--output", str(work / "peers.json")]
     peers += [argument for recipe in RECIPES for argument in ("--ours", str(work / recipe))]
     peers += [argument for text in options.text for argument in ("--text", text)]
-    peers += ["--commit", commit, *(argument for peer in PEERS for argument in ("--peer", peer))]
+    peers += ["--commit", at, *(argument for peer in PEERS for argument in ("--peer", peer))]
     run(peers, work / "peers.log")
     found["peers"] = [
         {**row, "label": Path(row["label"]).name} for row in rows(Results.read(work / "peers.json"))
@@ -123,12 +111,6 @@ def bars(found: dict[str, Any], texts: list[str]) -> list[dict[str, Any]]:
     common = {"seed": 0, "machine": machine(), "command": " ".join(command)}
     names = [Path(text).name for text in texts]
     return [row | common for row in (*quality_bars(found["peers"], names), *cost_bars(found))]
-
-
-def bar(claim: str, target: str, measured: Any, held: bool, source: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """One row of the results; `source` is the step that measured it."""
-    row = {"claim": claim, "target": target, "measured": measured, "held": bool(held)}
-    return row | {"seconds": round(seconds, 1), "commit": source["commit"]}
 
 
 def quality_bars(rows: list[dict[str, Any]], texts: list[str]) -> list[dict[str, Any]]:
@@ -212,20 +194,17 @@ def main() -> int:
     options = parser.parse_args()
     if len(options.text) != 2:
         parser.error(f"--text must be given twice, got {len(options.text)}")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    found = steps(options, commit)
+    found = steps(options, commit())
     result = bars(found, options.text)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "01-spine.json").write_text(
         json.dumps({"bars": result, "rows": found["peers"], "encoder": found["encoder"]["rows"]}, indent=2) + "\n"
     )
-    lines = ["| claim | target | measured | held |", "|---|---|---|---|"]
-    lines += [
-        f"| {bar['claim']} | {bar['target']} | {bar['measured']} | {'yes' if bar['held'] else '**no**'} |" for bar in result
-    ]
     table = markdown(found["peers"], options.text)
-    text = f"# Spine and first codebook slice\n\n{machine()}, seed 0; the commit of each row is in the JSON.\n\n" + "\n".join(
-        lines
+    text = (
+        "# Spine and first codebook slice\n\n"
+        + f"{machine()}, seed 0; the commit of each row is in the JSON.\n\n"
+        + bar_table(result)
     )
     text += "\n\n## All rows of the run\n\n" + table
     (RESULTS / "01-spine.md").write_text(text)

@@ -22,9 +22,9 @@ import torch
 import yaml
 from transformers import Trainer, TrainingArguments
 
-from evaluation.spine import RESULTS, bar, machine
+from evaluation import steps as stepwise
+from evaluation.steps import RESULTS, bar, machine
 from hf_compact import TensorNetworkCallback, api, verify
-from hf_compact.calibration import read_texts, tokenize, windows
 
 #: recipe -> most perplexity, times dense, on the two texts without training; None is reported only.
 UNTRAINED = {"20": (2.4, 3.5), "40": (6.0, 12.0), "60": None}
@@ -80,21 +80,6 @@ def recipe(name: str) -> dict[str, Any]:
     return yaml.safe_load(Path(f"configs/recipes/{name}.yaml").read_text())
 
 
-class Windows(torch.utils.data.Dataset):
-    """Windows of the training texts, spread evenly over all of them."""
-
-    def __init__(self, options: argparse.Namespace, tokenizer: Any) -> None:
-        rows = list(windows(tokenize(tokenizer, read_texts(options.calibration)), LENGTH, None))
-        count = min(len(rows), TOKENS // LENGTH)
-        self.rows = [rows[i * len(rows) // count][0] for i in range(count)]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.rows[index], "labels": self.rows[index]}
-
-
 def healed(options: argparse.Namespace, name: str) -> dict[str, Any]:
     """Train the factors of a decomposed model, or the dense model as it is, on the same tokens; then score."""
     is_dense = name == "dense"
@@ -104,7 +89,7 @@ def healed(options: argparse.Namespace, name: str) -> dict[str, Any]:
     started = time.perf_counter()
     if not is_dense:
         model = verify.load_model(options.work / f"tensor-network-{name}", dtype=torch.float32)
-    data = Windows(options, tokenizer)
+    data = stepwise.TrainingWindows(options.calibration, tokenizer, LENGTH, options.tokens // LENGTH)
     arguments = TrainingArguments(
         str(options.work / f"healing-{name}"), per_device_train_batch_size=BATCH, num_train_epochs=1, bf16=True, use_cpu=True,
         learning_rate=1e-4, lr_scheduler_type="cosine", warmup_steps=len(data) // BATCH // 30, weight_decay=0.0,
@@ -237,7 +222,7 @@ def relative_bars(found: dict[str, Any], add: Add) -> None:
             add(f"{name}: perplexity on {text}, times {control}", f"<= {limit}", ratio, ratio <= limit, found[name])
 
 
-def write(found: dict[str, Any], line: str) -> None:
+def write(found: dict[str, Any], line: str) -> str:
     """The JSON, and a table of all rows and of the bars."""
     base = found["dense"]["perplexity"]
     held = bars(found)
@@ -262,40 +247,21 @@ def write(found: dict[str, Any], line: str) -> None:
     text = f"# Tensor networks\n\n{machine()}, seed 0; the commit of each row is in the JSON.\n\n" + "\n".join(lines)
     if "speed" in found:
         text += "\n\n" + ", ".join(f"{key}: {1e3 * value:.1f} ms" for key, value in found["speed"].items() if " " in key)
-    text += "\n\n| claim | target | measured | held |\n|---|---|---|---|\n"
-    text += "\n".join(f"| {b['claim']} | {b['target']} | {b['measured']} | {'yes' if b['held'] else '**no**'} |" for b in held)
-    (RESULTS / "03-tensor-network.md").write_text(text + "\n")
+    text += f"\n\n{stepwise.bar_table(held)}\n"
+    (RESULTS / "03-tensor-network.md").write_text(text)
+    return text
 
 
 def main() -> int:
     """Measure what is missing and write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="SmolLM2-135M-Instruct: folder or .gguf file")
-    parser.add_argument("--calibration", action="append", required=True, help="calibration and training text; repeat for several")
-    parser.add_argument("--text", action="append", required=True, help="two texts to score")
-    parser.add_argument("--step", action="append", help="a step by name; all by default")
-    parser.add_argument("--work", type=Path, default=Path("runs/tensor"))
-    options = parser.parse_args()
-    if len(options.text) != 2:
-        parser.error(f"--text must be given twice, got {len(options.text)}")
-    options.work.mkdir(parents=True, exist_ok=True)
-    todo = steps(options)
-    unknown = set(options.step or ()) - set(todo)
-    if unknown:
-        parser.error(f"--step must be one of {', '.join(todo)}, got {sorted(unknown)[0]}")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    names = [Path(path).name for path in (options.model, *options.calibration)]
-    line = f"python -m evaluation.tensor_network --model {names[0]} " + " ".join(f"--calibration {name}" for name in names[1:])
-    line += " " + " ".join(f"--text {Path(text).name}" for text in options.text)
-    kept = options.work / "rows.json"
-    found = json.loads(kept.read_text()) if kept.exists() else {}
-    for name, measure in todo.items():
-        if name not in found and (name == "dense" or not options.step or name in options.step):
-            found[name] = {**measure(), "commit": commit}
-            kept.write_text(json.dumps(found, indent=2) + "\n")
-            print(f"done: {name}", flush=True)
-    write(found, line)
-    print((RESULTS / "03-tensor-network.md").read_text())
+    parser = stepwise.parser(__doc__, "runs/tensor")
+    parser.add_argument(
+        "--step", action="append", choices=list(steps(argparse.Namespace())), help="a step by name; all by default"
+    )
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="to heal on, and to train the dense control on")
+    options = stepwise.parse(parser)
+    found = stepwise.run(steps(options), options.work / "rows.json", options.step)
+    print(write(found, stepwise.command_line("tensor_network", options) + f" --tokens {options.tokens}"))
     return 0
 
 

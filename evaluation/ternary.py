@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import yaml
 
-from evaluation.spine import RESULTS, bar, machine
+from evaluation.steps import RESULTS, bar, bar_table, commit, machine
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 PARTS = ("scratch", "steps", "distillation", "conversion")
@@ -256,8 +256,7 @@ def write(found: dict[str, Any], common: dict[str, Any], folder: Path) -> str:
         lines += [
             f"| {row['kind']} | {row['text']} | {row['ratio']:.3f} | {row['file_bytes'] / 1e6:.1f} |" for row in part["rows"]
         ]
-    lines += ["", "| claim | target | measured | held |", "|---|---|---|---|"]
-    lines += [f"| {b['claim']} | {b['target']} | {b['measured']} | {'yes' if b['held'] else '**no**'} |" for b in bars]
+    lines += ["", bar_table(bars)]
     text = "\n".join(lines) + "\n"
     (folder / "04-ternary.json").write_text(json.dumps({"bars": [b | common for b in bars], **found}, indent=2) + "\n")
     (folder / "04-ternary.md").write_text(text)
@@ -279,12 +278,12 @@ def main() -> int:
     if "conversion" in parts and (options.model is None or not options.text):
         parser.error("--model and --text are needed for the part conversion")
     options.work.mkdir(parents=True, exist_ok=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    at = commit()
     runs = {"scratch": scratch, "steps": steps, "distillation": distillation, "conversion": conversion}
     for part in parts:
         path = options.work / f"{part}.json"
         if not path.exists():
-            path.write_text(json.dumps({**runs[part](options), "commit": commit}, indent=2) + "\n")
+            path.write_text(json.dumps({**runs[part](options), "commit": at}, indent=2) + "\n")
         print(f"done: {part}", flush=True)
     found = {part: json.loads(path.read_text()) for part in PARTS if (path := options.work / f"{part}.json").exists()}
     command = " ".join(__doc__.split("\n\n")[1].replace("\\\n", "").split())

@@ -270,7 +270,7 @@ def interface_bytes() -> int:
 
 def bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Claim by claim: target, measured, held; claims whose rows have not run are left out."""
-    from evaluation.spine import bar
+    from evaluation.steps import bar
 
     by_name = {(row["kind"], row["rate"], row["processes"], row["method"]): row for row in rows if row["kind"] != "convergence"}
     result = []
@@ -354,7 +354,7 @@ def bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def write(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """Tables and plot of what has run."""
     sys.path.insert(0, str(ROOT))
-    from evaluation.spine import machine
+    from evaluation.steps import bar_table, machine
 
     folder = options.work if options.quick else RESULTS
     command = "python scripts/bench_one_bit_adam.py" + (f" --text {options.text.name}" if options.text else "")
@@ -366,8 +366,7 @@ def write(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     lines = [
         f"# 1-bit Adam\n\n{machine()}; the commit of each row is in the JSON. Speed: {large / 1e6:.1f}M parameters, seed 0, sum of what all processes send limited to the rate.\n"
     ]
-    lines += ["| claim | target | measured | held |", "|---|---|---|---|"]
-    lines += [f"| {b['claim']} | {b['target']} | {b['measured']} | {'yes' if b['held'] else '**no**'} |" for b in result]
+    lines += [bar_table(result)]
     lines += [
         "",
         "| loopback | processes | method | tokens/s | s per step | MB on the wire per process and step |",
