@@ -11,7 +11,7 @@ by group, so that the inputs of `down_proj` already come through the compressed 
 import copy
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -781,6 +781,32 @@ def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, _
         return args[0], _Call(args[1:], dict(kwargs))
     rest = dict(kwargs)
     return rest.pop("hidden_states"), _Call((), rest)
+
+
+@torch.no_grad()
+def mean_input_squares(
+    model: PreTrainedModel, modules: Iterable[nn.Module], batches: Sequence[Mapping[str, Tensor]]
+) -> dict[nn.Module, Tensor]:
+    """Mean square of every input of some modules over all tokens of the batches, in float64; modules that never ran are left out."""
+    sums: dict[nn.Module, Tensor] = {}
+    counts = dict.fromkeys(modules, 0)
+
+    def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        rows = args[0].flatten(0, -2).double()
+        sums[module] = sums.get(module, 0) + rows.square().sum(0)
+        counts[module] += len(rows)
+
+    was_training = model.training
+    handles = [module.register_forward_pre_hook(note) for module in counts]
+    try:
+        with without_cache(model):
+            for batch in batches:
+                model.eval()(**{name: value.to(model.device) for name, value in batch.items()})
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    return {module: total / counts[module] for module, total in sums.items()}
 
 
 @contextmanager

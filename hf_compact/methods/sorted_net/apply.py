@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ...arch import describe
-from ...capture import without_cache
+from ...capture import mean_input_squares
 from ...errors import ConfigError, UnsupportedModel
 from ...groups import GroupSet, drop_layers_, find_groups, says_heads, settle_
 from ...reorder import Slice, permute_
@@ -51,7 +51,7 @@ def sort_units_(
     """
     kept = [kind for kind in kinds if kind != "kv_heads" or says_heads(describe(model))]
     sets = find_groups(model, kept or kinds)
-    energies = _input_energy(model, [_reader(group_set) for group_set in sets], batches)
+    energies = mean_input_squares(model, {_reader(group_set).module for group_set in sets}, batches)
     for group_set in sets:
         reader = _reader(group_set)
         energy = energies.get(reader.module)
@@ -170,26 +170,3 @@ def _narrowing(width: int) -> Any:
         return (F.pad(args[0][..., :width], (0, args[0].shape[-1] - width)), *args[1:])
 
     return hook
-
-
-def _input_energy(
-    model: PreTrainedModel, readers: Sequence[Slice], batches: Sequence[Mapping[str, Tensor]]
-) -> dict[nn.Module, Tensor]:
-    """Sum of squares of every input of the readers, over all batches."""
-    sums: dict[nn.Module, Tensor] = {}
-
-    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        energy = args[0].float().square().flatten(0, -2).sum(0)
-        sums[module] = sums.get(module, torch.zeros_like(energy)) + energy
-
-    was_training = model.training
-    handles = [module.register_forward_pre_hook(hook) for module in {reader.module for reader in readers}]
-    try:
-        with without_cache(model):
-            for batch in batches:
-                model.eval()(**{name: value.to(model.device) for name, value in batch.items()})
-    finally:
-        model.train(was_training)
-        for handle in handles:
-            handle.remove()
-    return sums

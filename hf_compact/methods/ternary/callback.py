@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
 from ...arch import Architecture, describe
-from ...capture import compress_outside_, without_cache
+from ...capture import compress_outside_, mean_input_squares
 from ...errors import ConfigError
 from ...select import replace_modules, select_names
 from ...training import CompactCallback
@@ -64,10 +64,12 @@ class TernaryCallback(CompactCallback):
         self.arch = describe(model)
         self.names = select_names(self.arch.roles, self.config.include, self.config.exclude)
         normed = {name for name in self.names if self.training.is_sub_norm and self.arch.roles[name] in ("o", "down")}
-        gains = input_rms(model, sorted(normed), self.calibration) if self.calibration and normed else {}
+        inputs = {name: model.get_submodule(name) for name in sorted(normed)}
+        squares = mean_input_squares(model, inputs.values(), self.calibration) if self.calibration and normed else {}
         replace_modules(model, self.names, lambda name, module: LatentLinear(module, self.config, name in normed))
-        for name, gain in gains.items():
-            nn.init.constant_(model.get_submodule(name).sub_norm, gain)
+        for name, dense in inputs.items():
+            if dense in squares:
+                nn.init.constant_(model.get_submodule(name).sub_norm, squares[dense].mean().sqrt().item())
 
     def strength(self, step: int) -> float:
         """The strength of the quantization in a step, counted from 0.
@@ -126,28 +128,3 @@ class TernaryCallback(CompactCallback):
         if self.names and self.strength(state.global_step) < 1:
             logger.warning("training ended at step %d, before the quantization had its full strength", state.global_step)
         super().on_train_end(args, state, control, **kwargs)
-
-
-@torch.no_grad()
-def input_rms(model: PreTrainedModel, names: Sequence[str], batches: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
-    """Root mean square of the inputs of Linears, over all batches."""
-    sums = dict.fromkeys(names, (0.0, 0))
-
-    def note(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            energy, count = sums[name]
-            sums[name] = energy + args[0].double().square().sum().item(), count + args[0].numel()
-
-        return hook
-
-    was_training = model.training
-    handles = [model.get_submodule(name).register_forward_pre_hook(note(name)) for name in names]
-    try:
-        with without_cache(model):
-            for batch in batches:
-                model.eval()(**{name: value.to(model.device) for name, value in batch.items()})
-    finally:
-        model.train(was_training)
-        for handle in handles:
-            handle.remove()
-    return {name: math.sqrt(energy / max(count, 1)) for name, (energy, count) in sums.items()}
