@@ -14,6 +14,7 @@ Every row is written when it is done, to `--work`; results go to `evaluation/res
 """
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -45,6 +46,8 @@ def main() -> int:
         "--quick", action="store_true", help="a tiny model and few steps: shows that everything runs; results stay in --work"
     )
     parser.add_argument("--only", choices=["speed", "convergence"], help="one half; the tables hold what has run")
+    parser.add_argument("--rate", action="append", choices=list(RATES), help="of the speed rows; all by default")
+    parser.add_argument("--steps", type=int, default=1200, help="of a convergence row")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -89,7 +92,7 @@ def plan(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     )
     jobs: dict[str, dict[str, Any]] = {}
     if options.only != "convergence":
-        for rate in reversed(RATES):
+        for rate in options.rate or reversed(RATES):
             for processes in (2, 4):
                 for method in METHODS:
                     # Enough steps for a mean, few enough that 100 Mbit/s ends: there a step of Adam takes 40 s.
@@ -108,7 +111,7 @@ def plan(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
             for method in ("adam", "one-bit", "naive"):
                 jobs[f"convergence {method} {seed}"] = {
                     "kind": "convergence", "rate": "unlimited", "processes": 2, "method": method, "model": small,
-                    "steps": 60 if options.quick else 1200, "seed": seed, "batch": 8, "length": 128,
+                    "steps": 60 if options.quick else options.steps, "seed": seed, "batch": 8, "length": 128,
                 }  # fmt: skip
     return jobs
 
@@ -151,7 +154,19 @@ def measure(job: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
 
 
 def work(rank: int, job: dict[str, Any]) -> None:
-    """One process: train, and let rank 0 write the row."""
+    """One process of a group."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{job['folder']}/rendezvous", rank=rank, world_size=job["processes"])
+    train(rank, job)
+    gc.collect()  # a model that outlives its group can wait for the group's thread, which waits for Python's lock
+    dist.destroy_process_group()
+
+
+def train(rank: int, job: dict[str, Any]) -> None:
+    """Train, and let rank 0 write the row."""
     import torch
     import torch.distributed as dist
     import transformers
@@ -160,8 +175,6 @@ def work(rank: int, job: dict[str, Any]) -> None:
     from hf_compact import OneBitAdam, OneBitAdamConfig
     from hf_compact.calibration import builtin_text
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{job['folder']}/rendezvous", rank=rank, world_size=job["processes"])
     torch.manual_seed(job["seed"])
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=256, tie_word_embeddings=True, **job["model"]))
     steps, method = job["steps"], job["method"]
@@ -179,12 +192,12 @@ def work(rank: int, job: dict[str, Any]) -> None:
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, round(0.05 * steps), steps)
     text = Path(job["text"]).read_bytes() if job["text"] else builtin_text("calibration").encode()
     ids = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
-    train, held_out = ids[: -len(ids) // 10], ids[-len(ids) // 10 :]
+    shown, held_out = ids[: -len(ids) // 10], ids[-len(ids) // 10 :]
     generator = torch.Generator().manual_seed(1000 * job["seed"] + rank)
 
     def step() -> float:
-        starts = torch.randint(len(train) - job["length"], (job["batch"],), generator=generator)
-        rows = torch.stack([train[start : start + job["length"]] for start in starts])
+        starts = torch.randint(len(shown) - job["length"], (job["batch"],), generator=generator)
+        rows = torch.stack([shown[start : start + job["length"]] for start in starts])
         loss = ddp(input_ids=rows, labels=rows).loss
         optimizer.zero_grad()
         loss.backward()
@@ -224,7 +237,6 @@ def work(rank: int, job: dict[str, Any]) -> None:
     )
     if rank == 0:
         Path(job["folder"], "row.json").write_text(json.dumps(row))
-    dist.destroy_process_group()
 
 
 class Naive:
