@@ -117,17 +117,16 @@ def select_by_residual(weight: Tensor, gram: Tensor, index: Tensor, num_removed:
     return torch.tensor(removed, dtype=torch.long)
 
 
-def refit_columns(weight: Tensor, gram: Tensor, kept: Tensor, damp: float, cross: Tensor | None = None) -> Tensor:
+def refit_columns(weight: Tensor, gram: Tensor, kept: Tensor, damp: float) -> Tensor:
     """Columns that stay, refitted by least squares to the output of all: `W C_:K (G_KK + damp)^-1`.
 
-    Without `cross` the error is the Schur complement, `W_P (G_PP - G_PK G_KK^-1 G_KP) W_P^T`.
+    The error is the Schur complement, `W_P (G_PP - G_PK G_KK^-1 G_KP) W_P^T`.
 
     Args:
         weight: `[out, in]`. Not written to.
         gram: `[in, in]` second moment of the inputs that are given.
         kept: columns, ascending.
         damp: ridge towards the columns as they are, as a fraction of the mean diagonal.
-        cross: `[in, in]` moments of the dense model's inputs with those; None is `gram`.
 
     Returns:
         `[out, kept]` in `weight.dtype`.
@@ -138,7 +137,7 @@ def refit_columns(weight: Tensor, gram: Tensor, kept: Tensor, damp: float, cross
     [[3.0]]
     """
     w = weight.double()
-    target = w @ (gram if cross is None else cross).double()[:, kept]
+    target = w @ gram.double()[:, kept]
     inner = gram.double()[kept][:, kept]
     ridge = ridged(inner, damp) - inner if damp or not inner.diagonal().any() else torch.zeros_like(inner)
     solved = torch.linalg.lstsq((inner + ridge).T, (target + w[:, kept] @ ridge).T).solution.T
