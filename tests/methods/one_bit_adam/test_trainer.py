@@ -45,10 +45,22 @@ def runs(tmp_path_factory) -> Path:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ["straight", "plain", "killed", "forgetful", "bf16"])
+@pytest.mark.parametrize("name", ["straight", "plain", "killed", "forgetful", "bf16", "ternary", "pruned"])
 def test_ranks_end_with_the_same_parameters(runs, name):
     first, second = (load_file(runs / f"{name}-rank{rank}.safetensors") for rank in (0, 1))
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.distributed
+def test_other_callbacks_finish_their_work(runs):
+    """Weights are packed and channels cut in the phase in which the ranks send bits."""
+    name = "model.layers.0.mlp.up_proj"
+    ternary, pruned = (load_file(runs / f"{run}-rank0.safetensors") for run in ("ternary", "pruned"))
+    assert any(key.startswith(name) and tensor.dtype == torch.uint8 for key, tensor in ternary.items())
+    assert pruned[f"{name}.weight"].shape == (48, 32)
+    for run in ("ternary", "pruned"):
+        phases = json.loads((runs / f"{run}.json").read_text())["report"]["num_steps"]
+        assert phases == {"warm-up": 8, "compression": train.STEPS - 8}
 
 
 @pytest.mark.distributed

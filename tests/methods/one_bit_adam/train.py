@@ -13,11 +13,12 @@ import torch.distributed as dist
 import transformers
 from safetensors.torch import save_file
 
-from hf_compact import OneBitAdamCallback, OneBitAdamConfig
+from hf_compact import HessoCallback, OneBitAdamCallback, OneBitAdamConfig, TernaryCallback
 from hf_compact.errors import UnsupportedModel
 from tests.conftest import tiny_model
 
 STEPS, SAVED = 24, 12
+PRUNING = {"target": 0.3, "warm_up_steps": 10, "pruning_steps": 8, "periods": 2}
 CONFIG = OneBitAdamConfig(freeze=8, min_numel=1024, check_every=5)
 
 
@@ -110,6 +111,8 @@ def main() -> None:
             bf16=True,
             config=OneBitAdamConfig(freeze="auto", min_numel=1024, local_steps=4, local_steps_double_every=3),
         )
+        train(folder, "ternary", callbacks=[TernaryCallback(ramp_share=0.5)])
+        train(folder, "pruned", callbacks=[HessoCallback(**PRUNING)])
         with pytest.raises(UnsupportedModel, match="FSDP shards them"):
             train(folder, "fsdp", fsdp="full_shard")
         (folder / f"all-{dist.get_rank()}.done").touch()
