@@ -111,7 +111,11 @@ def plan(  # noqa: PLR0913 - the options
         Path | None, typer.Option(help="Dry run of this recipe: layers, bytes, memory, minutes.", metavar="FILE.yaml")
     ] = None,
     target_size: Annotated[
-        str | None, typer.Option(help="Whole file at most: 40MB, 38e6, 36MiB; landed on within half a per cent.", metavar="SIZE")
+        str | None,
+        typer.Option(
+            help="Whole file at most: 40MB, 38e6, 36MiB; a note says so if the candidates come no nearer than 0.5 %.",
+            metavar="SIZE",
+        ),
     ] = None,
     target_bpw: Annotated[float | None, typer.Option(help="Bits per block weight at most, scales and tables counted.")] = None,
     max_ppl_increase: Annotated[
