@@ -10,7 +10,10 @@ from .errors import CompactError
 from .hf.quantizer import CompactConfig, set_bits
 from .methods.codebook import CodebookConfig
 from .methods.compacter import CompacterConfig, CompacterModel
+from .methods.correction import CorrectionConfig
 from .methods.distillation import DistillationCallback
+from .methods.entropy import EntropyConfig
+from .methods.nested import NestedConfig
 from .methods.one_bit_adam import OneBitAdam, OneBitAdamCallback, OneBitAdamConfig
 from .methods.pruning import HessoCallback, HessoConfig, PruningConfig
 from .methods.sorted_net import SortedNetCallback, SortedNetConfig, extract, sort_units_
@@ -31,11 +34,14 @@ __all__ = [
     "CompactError",
     "CompacterConfig",
     "CompacterModel",
+    "CorrectionConfig",
     "DistillationCallback",
+    "EntropyConfig",
     "HessoCallback",
     "HessoConfig",
     "MaskCallback",
     "MaskTraining",
+    "NestedConfig",
     "OneBitAdam",
     "OneBitAdamCallback",
     "OneBitAdamConfig",

@@ -266,12 +266,12 @@ def plan_budget(  # noqa: PLR0913 - by keyword
 
     Args:
         model: Hub id, folder or `.gguf` file of a dense model.
-        target_size: bytes of the whole folder's safetensors files, a number or a text like `"40MB"`; landed on from below.
-        target_bpw: bits per compressed weight inside the blocks, scales and tables counted. The embedding takes the choice
-            with the least error.
+        target_size: bytes of the whole folder's safetensors files, at most: a number or a text like `"40MB"`.
+        target_bpw: bits per compressed weight inside the blocks at most, scales and tables counted. The embedding takes the
+            choice with the least error.
         max_ppl_increase: a fraction, or a text like `"10%"`; the smallest file with that forecast.
         candidates: a recipe whose stages are alternatives, as a `Recipe`, its dict or a YAML file; or `"codebook"` or
-            `"entropy"`, which come with the library.
+            `"entropy"`, which come with the library. A stage with `include: []` is one for embedding and head only.
         calibration: text files, or ready batches; without any, the documentation text that Python ships.
         output: YAML file to create for the recipe.
         plot: PNG file to create for the front.
@@ -283,7 +283,8 @@ def plan_budget(  # noqa: PLR0913 - by keyword
         progress: called with the unit, finished and all units.
 
     Returns:
-        The recipe, its forecast, the front, and what was measured.
+        The recipe, its forecast, the front, and what was measured. The recipe comes as near to a size as the candidates
+        allow; where that is more than 0.5 % below, `notes` says by how much and what the next size above is.
 
     Raises:
         CompactError: bad input or a target that these candidates cannot meet, before anything is written; for
@@ -316,8 +317,9 @@ def plan_budget(  # noqa: PLR0913 - by keyword
     chosen = programme.solve(target)
     front = tuple(programme.point(table) for table in programme.tables())
     found = BudgetPlan(
-        replace(recipe, stages=programme.stages(chosen)), programme.point(chosen), front, (), _error_unit(dense.model, data_free)
-    )
+        replace(recipe, stages=programme.stages(chosen)), programme.point(chosen), front, (), _error_unit(dense.model, data_free),
+        target, programme.next_size(chosen, target),
+    )  # fmt: skip
     if validate:
         found = replace(found, measured=_validated(dense.model, arch, programme, chosen, prepared, num_tokens, progress))
     for path in files:
@@ -948,10 +950,15 @@ def _check_plan(recipe: Recipe, num_tokens: int) -> None:
         raise ConfigError(f"num_tokens must be at least 1, got {num_tokens}")
     if distributed.world_size() > 1:
         raise ConfigError("planning runs in one process, not under torchrun")
-    for stage in recipe.stages:
+    for position, stage in enumerate(recipe.stages):
         if METHODS[stage.method].cut_block is not None:
             raise ConfigError(
                 f"candidates must compress Linears one by one, which {stage.method} does not: prune first, then plan"
+            )
+        if METHODS[stage.method].finish is not None:
+            raise ConfigError(
+                f"candidates: stages[{position}].method must store a Linear by itself, which {stage.method} leaves to a later "
+                "stage: plan without it, and put it before the stages that are found"
             )
 
 

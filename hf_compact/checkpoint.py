@@ -407,15 +407,28 @@ def check_output(output: Path) -> None:
         raise OutputError(f"output {str(output)!r} cannot be created: {parent} is not a folder that can be written")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small file so that it is either complete or absent."""
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A name to write to, whose file takes the path at the end: what lies there is the old file, or the new one, or none."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        yield temporary
         _sync(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file so that it is either complete or absent."""
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_plot(path: Path, figure: Any) -> None:
+    """Write a figure of matplotlib, as the kind of picture that the path's ending says, so that it is complete or absent."""
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=120, format=path.suffix[1:] or "png")
 
 
 @contextmanager
@@ -462,14 +475,9 @@ def _complete_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """By atomic rename, so that the file is the old one, or the new one, or none."""
-    temporary = path.with_suffix(".tmp")
-    try:
+    """Write a safetensors file so that it is the old one, or the new one, or none."""
+    with whole_file(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
-        _sync(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

@@ -33,8 +33,16 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="Compress transformers models to smaller folders that `from_pretrained` loads and that were scored before success is reported.",
 )
-out = Console()
-err = Console(stderr=True)
+
+
+def out() -> Console:
+    """Standard output as it is now: rich reads COLUMNS when a console is made, and never again."""
+    return Console()
+
+
+def err() -> Console:
+    """Standard error as it is now."""
+    return Console(stderr=True)
 
 
 class SeveralValues(TyperCommand):
@@ -83,8 +91,8 @@ def compress(
     with _errors(), progress_bar("compressing") as advance:
         report = api.compress(model, recipe, output=output, calibration=calibration or (), seed=seed, progress=advance)
     for note in report.notes:
-        err.print(f"note: {note}", highlight=False)
-    out.print(report.to_table(f"{output}"))
+        err().print(f"note: {note}", highlight=False)
+    out().print(report.to_table(f"{output}"))
 
 
 @app.command(
@@ -103,7 +111,11 @@ def plan(  # noqa: PLR0913 - the options
         Path | None, typer.Option(help="Dry run of this recipe: layers, bytes, memory, minutes.", metavar="FILE.yaml")
     ] = None,
     target_size: Annotated[
-        str | None, typer.Option(help="Whole file at most: 40MB, 38e6, 36MiB; landed on within half a per cent.", metavar="SIZE")
+        str | None,
+        typer.Option(
+            help="Whole file at most: 40MB, 38e6, 36MiB; a note says so if the candidates come no nearer than 0.5 %.",
+            metavar="SIZE",
+        ),
     ] = None,
     target_bpw: Annotated[float | None, typer.Option(help="Bits per block weight at most, scales and tables counted.")] = None,
     max_ppl_increase: Annotated[
@@ -167,13 +179,13 @@ def _print_budget_plan(found: BudgetPlan, output: Path) -> None:
         size = f"{point.file_bytes / 1e6:.3f} MB"
         factor = f"{point.ppl_factor:.4f}" if found.unit == "divergence" else ""
         table.add_row(label, size, f"{point.body_bits:.3f}", f"{point.error:.4g}", factor)
-    out.print(table)
+    out().print(table)
     for stage in found.recipe.to_dict()["stages"]:
         setting = f"{stage['bits']:g} bits" if "bits" in stage else "as in the recipe"
         what = f"{setting}: {', '.join(stage['include'])}" if stage["include"] else "embedding only"
-        out.print(f"{stage['method']}, {what}", highlight=False)
+        out().print(f"{stage['method']}, {what}", highlight=False)
     for note in found.notes:
-        err.print(f"note: {note}", highlight=False)
+        err().print(f"note: {note}", highlight=False)
 
 
 def _print_plan(found: dict[str, Any]) -> None:
@@ -184,17 +196,17 @@ def _print_plan(found: dict[str, Any]) -> None:
         shape = "×".join(map(str, layer["shape"]))
         sizes = (format_bytes(layer["dense_bytes"]), format_bytes(layer["compressed_bytes"]))
         table.add_row(layer["name"], layer["role"], shape, layer["method"], *sizes)
-    out.print(table)
+    out().print(table)
     for entry in found["skipped"]:
-        out.print(f"skipped: {entry['name']} ({entry['reason']})", highlight=False)
+        out().print(f"skipped: {entry['name']} ({entry['reason']})", highlight=False)
     if not found["is_known_family"]:
-        out.print(f"note: model_type {found['family']} is not in the table of families; blocks were found by structure")
+        out().print(f"note: model_type {found['family']} is not in the table of families; blocks were found by structure")
     before, after = found["bytes_before"], found["bytes_after"]
-    out.print(f"bytes: {format_bytes(before)} → {format_bytes(after)} ({100 * after / before:.1f} %)", highlight=False)
-    out.print(f"body: {found['body_bits_per_weight']:.3f} bits per weight", highlight=False)
+    out().print(f"bytes: {format_bytes(before)} → {format_bytes(after)} ({100 * after / before:.1f} %)", highlight=False)
+    out().print(f"body: {found['body_bits_per_weight']:.3f} bits per weight", highlight=False)
     how = "read block by block" if found["is_streamed"] else "loaded whole"
-    out.print(f"peak memory: about {format_bytes(found['peak_memory_bytes'])} ({how})", highlight=False)
-    out.print(f"time: about {found['minutes']:.1f} minutes on this machine", highlight=False)
+    out().print(f"peak memory: about {format_bytes(found['peak_memory_bytes'])} ({how})", highlight=False)
+    out().print(f"time: about {found['minutes']:.1f} minutes on this machine", highlight=False)
 
 
 @app.command(
@@ -315,7 +327,7 @@ def _print_perplexities(rows: list[dict[str, Any]], results: Results) -> None:
             beside = [f"{found['kl']:.4f}", f"{100 * found['top1_agreement']:.1f} %"]
         numbers = (f"{row['perplexity']:.3f}", f"{row['ratio']:.4f}", *beside, f"{row['file_bytes'] / 1e6:.1f}")
         table.add_row(row["model"], Path(row["text"]).name, *numbers, str(row["num_tokens"]), f"{row['seconds']:.1f}")
-    out.print(table)
+    out().print(table)
 
 
 @app.command(epilog="Example:\n\n    hf-compact compare ./my-model ./my-model-pruned --plot removed.png")
@@ -336,7 +348,7 @@ def compare(
         found = api.compare(before, after, plot=plot, speed=speed)
         if json_file is not None:
             _write_json(json_file, found.to_dict())
-    out.print(found.to_table(f"{before} → {after}"))
+    out().print(found.to_table(f"{before} → {after}"))
 
 
 def _print_tasks(results: Results) -> None:
@@ -351,7 +363,7 @@ def _print_tasks(results: Results) -> None:
                 agreement = "" if beside is None else f"{100 * beside['agreement']:.1f} %"
                 cells = (_with_error(found["value"], found["stderr"]), "" if change is None else _with_error(**change, sign="+"))
                 table.add_row(model.name, task, metric, *cells, agreement, str(result["num_items"]))
-    out.print(table)
+    out().print(table)
 
 
 def _with_error(difference: float, stderr: float | None, sign: str = "") -> str:
@@ -376,7 +388,7 @@ def _print_speed(results: Results) -> None:
         joules = f"{found['joules_per_token']:.2f}" if "joules_per_token" in found else ""
         rest = (f"{memory['load_seconds']:.1f}", f"{memory['peak_bytes'] / 1e6:.0f}", joules)
         table.add_row(model.name, times[0], ratio[0], times[1], times[2], ratio[1], *rest)
-    out.print(table)
+    out().print(table)
 
 
 @app.command(
@@ -427,15 +439,15 @@ def recover(  # noqa: PLR0913 - one argument per option
             sequence_length=sequence_length, seed=seed, progress=advance,
         )  # fmt: skip
     before, after = found["perplexity_before"], found["perplexity_after"]
-    out.print(f"held-out perplexity: {before:.3f} → {after:.3f} ({found['held_out_tokens']} tokens)", highlight=False)
+    out().print(f"held-out perplexity: {before:.3f} → {after:.3f} ({found['held_out_tokens']} tokens)", highlight=False)
     if after >= before:
-        err.print("note: the adapter did not help: give more text, more epochs or another learning rate", highlight=False)
-    out.print(
+        err().print("note: the adapter did not help: give more text, more epochs or another learning rate", highlight=False)
+    out().print(
         f"adapter: {found['output']}, {format_bytes(found['adapter_bytes'])}, {found['trainable_parameters']} trained parameters",
         highlight=False,
         soft_wrap=True,
     )
-    out.print(
+    out().print(
         f"load it: AutoPeftModelForCausalLM.from_pretrained({found['output']!r}) after `import hf_compact`",
         highlight=False,
         soft_wrap=True,
@@ -480,7 +492,7 @@ def profile(
         rows = [curve for other, curve in curves if other == role]
         means = [sum(curve[share]["divergence"] for curve in rows) / len(rows) for share in ratios]
         table.add_row(role, *(f"{mean:.4f}" for mean in means))
-    out.print(table)
+    out().print(table)
 
 
 @app.command(
@@ -502,7 +514,7 @@ def export(
     """Write a compressed folder as one that loads without this library."""
     with _errors():
         api.export(folder, output, to)
-    out.print(f"{output}: {to}", highlight=False)
+    out().print(f"{output}: {to}", highlight=False)
 
 
 @app.command(
@@ -525,7 +537,7 @@ def push(
         address = api.push(
             folder, repo_id, private=not public, force=force, overwrite=overwrite, commit_message=message
         )  # fmt: skip
-    out.print(address, highlight=False, soft_wrap=True)
+    out().print(address, highlight=False, soft_wrap=True)
 
 
 @app.command(epilog="Example:\n\n    hf-compact inspect ./my-model-4bit --json")
@@ -546,14 +558,14 @@ def inspect(
         kind = " ".join(str(part) for part in (layer["layer"], _bits(layer), layer.get("grid"), _rank(layer)) if part)
         shape = "×".join(map(str, layer["shape"]))
         table.add_row(layer["name"], kind, shape, f"{layer['bytes'] / 1e3:.1f}", f"{layer['bits_per_weight']:.3f}")
-    out.print(table)
-    out.print(f"body: {found['body_bits_per_weight']:.3f} bits per weight", highlight=False)
-    out.print(
+    out().print(table)
+    out().print(f"body: {found['body_bits_per_weight']:.3f} bits per weight", highlight=False)
+    out().print(
         f"whole file: {format_bytes(found['file_bytes'])}, {found['file_bits_per_weight']:.3f} bits per weight, "
         f"{100 * found['share_of_fp32']:.1f} % of fp32, {100 * found['share_of_bf16']:.1f} % of bf16",
         highlight=False,
     )
-    out.print(f"verified: {'yes' if found['is_verified'] else 'no'}", highlight=False)
+    out().print(f"verified: {'yes' if found['is_verified'] else 'no'}", highlight=False)
 
 
 def _bits(layer: dict[str, Any]) -> str:
@@ -571,26 +583,27 @@ def _errors() -> Iterator[None]:
     try:
         yield
     except CompactError as error:
-        err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        err().print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
 
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[str, int, int], None]]:
     """A bar with the time left on a terminal; on anything else one line per tenth."""
-    if not err.is_terminal:
+    console = err()
+    if not console.is_terminal:
         last = -1
 
         def report(unit: str, done: int, total: int) -> None:
             nonlocal last
             if 10 * done // total != last:
                 last = 10 * done // total
-                err.print(f"{title}: {done}/{total} {unit}", highlight=False)
+                console.print(f"{title}: {done}/{total} {unit}", highlight=False)
 
         yield report
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err) as bar:
+    with Progress(*columns, console=console) as bar:
         task = bar.add_task(title, total=None)
 
         def advance(unit: str, done: int, total: int) -> None:

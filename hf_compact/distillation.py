@@ -45,7 +45,9 @@ def distill_(
             target = teacher.eval()(**batch)
         loss = divergence if "logits" in target else relative_error
         mask = batch.get("decoder_attention_mask" if "decoder_input_ids" in batch else "attention_mask")
-        kept = mask.bool() if mask is not None and mask.shape == target[0].shape[:2] else slice(None)
+        # Classes, words or features are on the last axis: what a mask can speak of are the others, of which a classifier of
+        # whole sequences has one.
+        kept = mask.bool() if mask is not None and mask.shape == target[0].shape[:-1] else slice(None)
         return loss(call(**batch)[0][kept], target[0][kept])
 
     with without_cache(model), without_cache(teacher):

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .arch import describe
+from .checkpoint import write_plot
 from .groups import shape_of
 from .stored import StoredLinear, StoredModule
 
@@ -117,7 +118,7 @@ class Comparison:
         axes.grid(alpha=0.3, axis="y")
         gone = 1 - self.after.parameters / self.before.parameters
         axes.set_title(f"{100 * gone:.1f} % of {self.before.parameters / 1e6:.1f} million parameters removed")
-        figure.savefig(path, dpi=120)
+        write_plot(path, figure)
 
 
 def count(model: PreTrainedModel) -> Footprint:

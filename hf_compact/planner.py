@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from .arch import Architecture, dense_shape, on_meta
 from .budget import Choice, allocate, allocate_within, front, totals
 from .capture import Method, stored_tensors
-from .checkpoint import SHARD_BYTES, header_bytes
+from .checkpoint import SHARD_BYTES, header_bytes, write_plot
 from .config import MethodConfig, Recipe
 from .errors import ConfigError
 from .measurement import Alternative, Item
@@ -35,6 +35,7 @@ _FORECAST_MARGIN = 0.0015  # of the target, where sizes are forecasts: a search 
 _SIZE = re.compile(r"([0-9]+\.?[0-9]*(?:[eE][+-]?[0-9]+)?)\s*([kMGT]?)(i?)(B?)")
 _PERCENT = re.compile(r"([0-9]+\.?[0-9]*)\s*%")
 _ADDITIVE_UNTIL = 0.3  # nats
+_NEAR = 0.005  # of the target: a plan that stays further below says why
 _LABELS = {
     "divergence": "divergence from the dense model, nats per token",
     "cosine": "one minus the cosine between outputs",
@@ -52,6 +53,14 @@ class Target:
     """Bits per compressed weight inside the blocks, every scale and table counted."""
     increase: float | None = None
     """Of the perplexity, as a fraction of the dense model's."""
+
+    def text(self, value: float) -> str:
+        """A size in the unit of the target.
+
+        >>> Target(file_bytes=40_000_000).text(39_871_234), Target(body_bits=3.0).text(2.9612)
+        ('39.871 MB', '2.961 bits')
+        """
+        return f"{value:.3f} bits" if self.file_bytes is None else f"{value / 1e6:.3f} MB"
 
     @classmethod
     def parse(
@@ -142,6 +151,18 @@ class BudgetPlan:
     unit: Literal["divergence", "cosine", "histogram"]
     """Of all errors: nats per token between distributions of the next token; one minus the cosine between outputs, for a
     model without such a distribution; or, of a proposal from the weights alone, nats between their histograms."""
+    target: Target
+    """What was asked for."""
+    next_size: tuple[str, float] | None
+    """The nearest size above in the target's unit, and the modules whose next better choice gives it; None if there is
+    no better choice, or the target is no size."""
+
+    @property
+    def shortfall(self) -> float:
+        """How far the size stays below that of the target, as a fraction; 0 if the target is no size."""
+        if self.target.file_bytes is not None:
+            return 1 - self.point.file_bytes / self.target.file_bytes
+        return 0.0 if self.target.body_bits is None else 1 - self.point.body_bits / self.target.body_bits
 
     @property
     def is_proposal(self) -> bool:
@@ -160,14 +181,29 @@ class BudgetPlan:
     @property
     def notes(self) -> list[str]:
         """What a reader has to know."""
+        notes = []
         if self.is_proposal:
-            return ["a data-free proposal: errors are divergences of weight histograms and predict no perplexity"]
+            notes.append("a data-free proposal: errors are divergences of weight histograms and predict no perplexity")
         if self.unit == "divergence" and self.point.error > _ADDITIVE_UNTIL:
-            return [
+            notes.append(
                 f"the forecast adds up errors of single layers, which holds up to about {_ADDITIVE_UNTIL} nats per token, "
                 f"and this one is {self.point.error:.2f}: measure it with --validate"
-            ]
-        return []
+            )
+        if self.shortfall > _NEAR:
+            name, wanted, reached = (
+                ("target_bpw", self.target.body_bits, self.point.body_bits)
+                if self.target.file_bytes is None
+                else ("target_size", self.target.file_bytes, self.point.file_bytes)
+            )
+            why = (
+                "no larger choice loses less"
+                if self.next_size is None
+                else f"the nearest candidates above, those of {self.next_size[0]}, make it {self.target.text(self.next_size[1])}"
+            )
+            notes.append(
+                f"{name} {self.target.text(wanted)}, reached {self.target.text(reached)}, {100 * self.shortfall:.1f} % below: {why}"
+            )
+        return notes
 
     def to_yaml(self, name: str) -> str:
         """The recipe as a file of this name, with the forecast in its header."""
@@ -182,10 +218,13 @@ def find_items(model: PreTrainedModel, arch: Architecture, stages: Sequence[tupl
     """What is to be chosen for, with the sizes of all alternatives.
 
     Raises:
-        NothingMatched: a stage selects nothing.
-        ConfigError: stages that deal out bits themselves stand beside others, or differ in more than their rates.
+        NothingMatched: a glob of a stage matches nothing.
+        ConfigError: no stage includes a Linear, or stages that deal out bits themselves stand beside others, or differ in
+            more than their rates.
     """
-    targets = [set(select_names(arch.roles, config.include, config.exclude)) for _, config in stages]
+    targets = [set(select_names(arch.roles, config.include, config.exclude)) if config.include else set() for _, config in stages]
+    if not any(targets):
+        raise ConfigError("candidates: one stage at least must include Linears of the blocks, got include [] in all of them")
     items = []
     outside = tuple(name for name in (arch.embedding, arch.head) if name is not None)
     found: dict[str, Alternative] = {}
@@ -196,9 +235,11 @@ def find_items(model: PreTrainedModel, arch: Architecture, stages: Sequence[tupl
             found.setdefault(kind, _alternative(method, config, made))
     if found:
         items.append(Item("embeddings", outside, None, _by_size(found.values())))
-    if any(config.deals_out_bits for _, config in stages):
-        _check_rates([config for _, config in stages])
-        groups: dict[tuple[str, str | None], list[str]] = {("blocks", None): [name for name in arch.roles if name in targets[0]]}
+    inside = [config for _, config in stages if config.include]
+    if any(config.deals_out_bits for config in inside):
+        _check_rates(inside)
+        taken = next(filter(None, targets))
+        groups: dict[tuple[str, str | None], list[str]] = {("blocks", None): [name for name in arch.roles if name in taken]}
     else:
         groups = _groups(arch, targets)
     for (name, block), names in groups.items():
@@ -385,6 +426,23 @@ class Programme:
         whole = totals(self.by_file, table)
         return Point(self.fixed_bytes + whole.num_bytes, 8 * body / self.num_weights, whole.error)
 
+    def next_size(self, table: Sequence[int], target: Target) -> tuple[str, float] | None:
+        """The item and the size, in the target's unit, of the smallest step up from a table that loses less."""
+        if target.increase is not None:
+            return None
+        choices, least = (self.by_file, 1.0) if target.file_bytes is not None else (self.by_body, 8 / self.num_weights)
+        steps = [
+            (other.num_bytes - options[index].num_bytes, item.name)
+            for item, options, index in zip(self.items, choices, table, strict=True)
+            for other in options
+            if other.error < options[index].error and other.num_bytes > options[index].num_bytes
+        ]
+        if not steps:
+            return None
+        step, name = min(steps)
+        here = self.point(table)
+        return name, least * step + (here.body_bits if target.file_bytes is None else here.file_bytes)
+
     def tables(self) -> list[list[int]]:
         """The convex front."""
         return list(front(self.by_file))
@@ -479,4 +537,4 @@ def plot_front(plan: BudgetPlan, name: str, path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     axes.set_title(f"{Path(name).name}: {format_bytes(plan.point.file_bytes)}, {plan.point.body_bits:.2f} bits per block weight")
-    figure.savefig(path, dpi=120)
+    write_plot(path, figure)

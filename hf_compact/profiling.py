@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from .arch import as_linear, describe
 from .capture import Method, patched_forwards, without_cache
-from .checkpoint import disk_errors, write_text
+from .checkpoint import disk_errors, write_plot, write_text
 from .config import MethodConfig
 from .distillation import divergence
 from .errors import OutputError
@@ -104,7 +104,7 @@ def plot_profile(found: Mapping[str, Any], path: Path) -> None:
         axes.set_yticks(range(len(roles)), roles)
         axes.set_xlabel("block")
     figure.colorbar(shown, ax=figure.axes, label="divergence, nats per token")
-    figure.savefig(path, dpi=120)
+    write_plot(path, figure)
 
 
 def _at(config: Any, ratio: float) -> MethodConfig:

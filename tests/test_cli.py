@@ -1,6 +1,7 @@
 """The command line: the forms that are documented, and one clear line for whatever cannot work."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -120,6 +121,15 @@ def test_inspect_says_what_the_report_says(compressed):
     assert f"body: {report.body_bits_per_weight:.3f} bits per weight" in table
     assert "verified: yes" in table
     assert "model.layers.2.mlp.down_proj" in table
+
+
+def test_a_table_is_as_wide_as_the_terminal_is_now(compressed):
+    """GNU readline, which pytest imports, exports COLUMNS=80 to the processes it starts: an import must not read it."""
+    code = "import os\nfrom hf_compact import cli\nos.environ['COLUMNS'] = '300'\ncli.app()"
+    command = [sys.executable, "-c", code, "inspect", str(compressed[0])]
+    done = subprocess.run(command, env={**os.environ, "COLUMNS": "80"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "model.layers.2.mlp.down_proj" in done.stdout
 
 
 def test_plan_says_what_is_written(compressed, dense_folder, recipe):

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification
 
 import hf_compact
 from hf_compact.calibration import from_batches
@@ -13,7 +13,7 @@ from hf_compact.checkpoint import Journal
 from hf_compact.config import DistillationConfig, Recipe
 from hf_compact.distillation import distill_, divergence
 from hf_compact.errors import ConfigError, NumericalError
-from tests.conftest import tiny_inputs, tiny_model
+from tests.conftest import FAMILIES, tiny_inputs, tiny_model
 
 STAGE = {"method": "entropy", "bits": 2.0, "sensitivity": "none"}
 
@@ -173,6 +173,19 @@ def test_padding_is_not_distilled():
         hf_compact.compress(model, {"stages": [STAGE]}, calibration=from_batches([tiny_inputs("bert")]))
         losses += distill_(model, teacher, [inputs], DistillationConfig())
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_as_many_classes_as_tokens_are_classes():
+    inputs = tiny_inputs("bert")
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["attention_mask"][:, -5:] = 0
+    settings = FAMILIES["bert"][2] | {"num_labels": inputs["input_ids"].shape[1]}
+    teacher = BertForSequenceClassification(BertConfig(**settings)).eval()
+    model = copy.deepcopy(teacher)
+    with torch.no_grad():
+        model.classifier.weight.mul_(-3)
+        expected = divergence(model(**inputs).logits, teacher(**inputs).logits).item()
+    assert distill_(model, teacher, [inputs], DistillationConfig())[0] == pytest.approx(expected)
 
 
 def test_a_journal_without_units_does_not_block_another_recipe(tmp_path):

@@ -1,17 +1,22 @@
 """The planner: its table of errors, what it makes of a budget, and the file that its recipe really gives."""
 
+import errno
 import json
 import math
+import os
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 import hf_compact
-from hf_compact import api, distributed, measurement
+from hf_compact import api, cli, distributed, measurement
 from hf_compact.arch import describe
 from hf_compact.calibration import builtin_text, from_batches
 from hf_compact.checkpoint import SHARD_BYTES, header_bytes
@@ -21,7 +26,18 @@ from hf_compact.errors import ConfigError, NumericalError, OutputError, Unsuppor
 from hf_compact.functional.histogram import histogram_divergence
 from hf_compact.measurement import ErrorTable, measure, propose
 from hf_compact.methods import METHODS
-from hf_compact.planner import Programme, Target, compact_globs, files_bytes, find_items, kept_tensors, parse_increase, parse_size
+from hf_compact.planner import (
+    BudgetPlan,
+    Point,
+    Programme,
+    Target,
+    compact_globs,
+    files_bytes,
+    find_items,
+    kept_tensors,
+    parse_increase,
+    parse_size,
+)
 from hf_compact.select import select_names, select_stages
 from tests.conftest import tiny_inputs, tiny_model, train_tokenizer
 
@@ -196,6 +212,19 @@ def test_stages_that_match_some_only():
     assert len(items["model.layers.0.self_attn.q_proj + model.layers.0.self_attn.k_proj"].alternatives) == 2
     assert [a.config.bits for a in items["model.layers.0.self_attn.v_proj"].alternatives] == [8]
     assert [a.config.bits for a in items["model.layers.0.mlp.down_proj"].alternatives] == [4]
+
+
+def test_a_stage_may_be_for_the_embedding_only():
+    model = tiny_model("llama")
+    arch = describe(model)
+    outside = {**FAST, "include": [], "embedding_bits": 4, "embedding_group_size": 32}
+    items = find_items(model, arch, pairs([{**FAST, "bits": 3}, outside]))
+    assert [a.config.embedding_bits for a in items[0].alternatives] == [4, 8]
+    assert [len(item.alternatives) for item in items[1:]] == [1] * 12
+    rates = find_items(model, arch, pairs([{**RATES["stages"][0], "include": []}, *RATES["stages"]]))
+    assert [(item.name, len(item.alternatives)) for item in rates] == [("embeddings", 2), ("blocks", 2)]
+    with pytest.raises(ConfigError, match=r"one stage at least must include Linears of the blocks, got include \[\] in all"):
+        find_items(model, arch, pairs([outside]))
 
 
 def test_untouched_tensors_count():
@@ -374,6 +403,50 @@ def test_the_file_has_the_size(planned, folder, text, tmp_path):
     assert planned.cache.exists()
 
 
+@pytest.mark.parametrize(
+    ("target", "name", "unit"),
+    [({"target_size": 693_500}, "target_size", "MB"), ({"target_bpw": 5.0}, "target_bpw", "bits")],
+    ids=["size", "bits"],
+)
+def test_coarse_candidates_say_how_near_they_come(target, name, unit, folder, tmp_path):
+    """Two items of two sizes: four plans, and the one above is as large as the note says."""
+    few = {"include": ["model.layers.0.mlp.*"], "embedding_bits": None}
+    stages = [{**stage, **few} for stage in (CANDIDATES["stages"][0], CANDIDATES["stages"][3])]
+    for stage in stages:
+        stage.pop("embedding_group_size", None)
+    (tmp_path / "few.yaml").write_text(yaml.safe_dump({"stages": stages}))
+    options = {"candidates": tmp_path / "few.yaml", "data_free": True}
+    found = hf_compact.plan_budget(folder, **target, **options)
+    (wanted,) = target.values()
+    reached = found.point.file_bytes if name == "target_size" else found.point.body_bits
+    assert found.shortfall == pytest.approx(1 - reached / wanted)
+    assert found.shortfall > 0.005
+    modules, size = found.next_size
+    assert size > wanted
+    assert found.notes[-1] == (
+        f"{name} {found.target.text(wanted)}, reached {found.target.text(reached)}, {100 * found.shortfall:.1f} % below: "
+        f"the nearest candidates above, those of {modules}, make it {found.target.text(size)}"
+    )
+    assert found.target.text(size).endswith(unit)
+    above = hf_compact.plan_budget(folder, **{name: size}, **options)
+    assert (above.point.file_bytes if name == "target_size" else above.point.body_bits) == pytest.approx(size)
+    arguments = ["plan", folder, f"--{name.replace('_', '-')}", wanted, "--candidates", tmp_path / "few.yaml", "--data-free",
+                 "--output", tmp_path / "recipe.yaml"]  # fmt: skip
+    done = CliRunner(env={"COLUMNS": "300", "TERM": "dumb"}).invoke(cli.app, [str(argument) for argument in arguments])
+    assert done.exit_code == 0, done.stderr
+    assert f"note: {found.notes[-1]}" in done.stderr
+
+
+def test_nothing_above_that_would_lose_less():
+    recipe = Recipe.from_dict({"stages": [FAST]})
+    target = Target(body_bits=4.0)
+    found = BudgetPlan(recipe, Point(10**6, 3.9, 0.1), (), (), "divergence", target, None)
+    assert found.notes == ["target_bpw 4.000 bits, reached 3.900 bits, 2.5 % below: no larger choice loses less"]
+    assert BudgetPlan(recipe, Point(10**6, 3.99, 0.1), (), (), "divergence", target, None).notes == []
+    increase = BudgetPlan(recipe, Point(10**6, 3.9, 0.1), (), (), "divergence", Target(increase=0.2), None)
+    assert increase.notes == []
+
+
 @pytest.mark.parametrize("bits", [3.0, 4.5])
 def test_bits_are_landed_on(bits, planned):
     found = planned(target_bpw=bits)
@@ -470,6 +543,17 @@ def test_a_proposal_needs_no_text(folder, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["front.png", "recipe.yaml"]
 
 
+def test_a_plot_that_cannot_be_finished_leaves_nothing(planned, tmp_path, monkeypatch):
+    def savefig(self, path, **settings):
+        Path(path).write_bytes(b"half of a picture")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    with pytest.raises(OutputError, match="disk full while writing"):
+        planned(target_size=120_000, plot=tmp_path / "front.png")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -483,6 +567,10 @@ def test_a_proposal_needs_no_text(folder, tmp_path):
         ({"target_bpw": 3.0, "data_free": True, "cache": "errors.json"}, "cache must not be given, got errors.json"),
         ({"target_bpw": 3.0, "num_tokens": 0}, "num_tokens must be at least 1, got 0"),
         ({"target_bpw": 3.0, "candidates": "no/such.yaml"}, "recipe 'no/such.yaml' cannot be read"),
+        (
+            {"target_bpw": 3.0, "candidates": {"stages": [FAST, {"method": "correction"}]}},
+            r"candidates: stages\[1\].method must store a Linear by itself, which correction leaves to a later stage",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_named(options, message, folder):

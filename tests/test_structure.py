@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import hf_compact
 from hf_compact.config import MethodConfig, Recipe
 from hf_compact.methods import METHODS
 
@@ -25,7 +26,6 @@ ORDER = [
     "arch",
     "reorder",
     "groups",
-    "footprint",
     "calibration",
     "scoring",
     "distributed",
@@ -33,6 +33,7 @@ ORDER = [
     "report",
     "sensitivity",
     "checkpoint",
+    "footprint",
     "capture",
     "results",
     "speed",
@@ -153,6 +154,10 @@ def test_everything_public_has_a_docstring(path):
         for node in owner.body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
                 assert ast.get_docstring(node), f"{relative(path)}:{node.lineno} {node.name} has no docstring"
+
+
+def test_every_config_of_a_stage_is_a_name_of_the_package():
+    assert {method.config.__name__ for method in METHODS.values()} <= set(hf_compact.__all__)
 
 
 def test_every_method_has_a_config_file():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..checkpoint import REPORT_NAME, write_text
+from ..checkpoint import REPORT_NAME, write_plot, write_text
 from ..footprint import Comparison
 from ..report import Report, format_bytes
 
@@ -138,4 +138,4 @@ def plot_layers(report: Report, path: Path) -> None:
     sizes.set_xlabel("compressed module, in the order of the model")
     total = "" if report.file_bytes is None else f", {format_bytes(report.file_bytes)} on disk"
     errors.set_title(f"{Path(report.model).name}: {report.body_bits_per_weight:.2f} bits per block weight{total}")
-    figure.savefig(path, dpi=120)
+    write_plot(path, figure)
