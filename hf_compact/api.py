@@ -31,7 +31,7 @@ from transformers import (
 from . import distributed, verify
 from .arch import Architecture, dense_shape, describe, on_meta
 from .calibration import Calibration, builtin_text, from_batches, read_texts, sample, windows
-from .capture import BlockRunner, Method, Progress, compress_outside_, probe_inputs, stored_bytes
+from .capture import BlockRunner, Method, Progress, arrange_, compress_outside_, probe_inputs, stored_bytes
 from .checkpoint import (
     FORMAT_VERSION,
     QUANT_METHOD,
@@ -223,13 +223,20 @@ def plan(model: str | Path, recipe: Recipe | Mapping[str, Any] | str | Path, see
             find_groups(cut)
             for block in arch.blocks:
                 method.cut_block(cut, arch, block, names, stage, None)
+    arranged = arrange_(cut, arch, arch.blocks, stages, chosen, solve=False)
     for name, role in arch.roles.items():
         old = dense.model.get_submodule(name)
-        mine = [stage for stage, names in zip(stages, chosen, strict=True) if name in names]
+        mine = [(*stage, rows) for stage, rows, names in zip(stages, arranged, chosen, strict=True) if name in names]
         if not mine:
             skipped.append({"name": name, "reason": "excluded by the recipe"})
             continue
-        add(name, role, "+".join(config.method for _, config in mine), old, _empty(on_meta(cut.get_submodule(name)), mine))
+        add(
+            name,
+            role,
+            "+".join(config.method for _, config, _ in mine),
+            old,
+            _empty(name, on_meta(cut.get_submodule(name)), mine),
+        )
     handled = {layer["name"] for layer in layers} | {entry["name"] for entry in skipped} | set(arch.tied)
     rest = [name for name in parameters if name.rpartition(".")[0] not in handled]
     skipped += [{"name": name, "reason": "not a Linear of a block: stays in the model's dtype"} for name in rest]
@@ -1269,12 +1276,17 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     return AutoTokenizer.from_pretrained(folder) if any((folder / name).exists() for name in names) else None
 
 
-def _empty(linear: torch.nn.Linear, stages: Sequence[tuple[Method, MethodConfig]]) -> torch.nn.Module:
-    """What the stages make of a Linear, without its values; those that come later take what it is built of."""
-    (method, config), *rest = stages
-    module = method.compress_linear(linear, None, config, solve=False)
-    for name in open_linears(module) if rest else ():
-        module.set_submodule(name, _empty(module.get_submodule(name), rest))
+def _empty(name: str, linear: torch.nn.Linear, stages: Sequence[tuple[Method, MethodConfig, set[str]]]) -> torch.nn.Module:
+    """What the stages, each with the names whose rows it finds in order, make of a Linear, without its values.
+
+    Those that come later take what it is built of, or the Linear where it is still one.
+    """
+    (method, config, arranged), *rest = stages
+    module = method.empty(name, linear, config, arranged)
+    if module is linear and rest:
+        return _empty(name, linear, rest)
+    for part in open_linears(module) if rest else ():
+        module.set_submodule(part, _empty(f"{name}.{part}", module.get_submodule(part), rest))
     return module
 
 

@@ -11,7 +11,7 @@ by group, so that the inputs of `down_proj` already come through the compressed 
 import copy
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -66,8 +66,8 @@ class Method:
     tied_layer: str
     """Name in `layers` of the Linear that shares the tensors of a compressed embedding."""
     arrange: Callable[..., set[str]] | None = None
-    """`(model, arch, block, names, config) -> arranged names`, run on a dense block before its Linears are compressed: it may
-    reorder hidden units. `compress_linear` then gets `is_arranged=`."""
+    """`(model, arch, block, names, config, solve=True) -> arranged names`, run on a dense block before any of its Linears are
+    compressed: it may reorder hidden units. `compress_linear` then gets `is_arranged=`. With `solve=False` it only names."""
     prepare: Callable[..., Guide | None] | None = None
     """`(model, arch, names, batches, config, progress) -> guide`, run on the dense model before anything is compressed."""
     is_dealt: bool = True
@@ -83,6 +83,11 @@ class Method:
     share; without moments it cuts to size only."""
     shorten: Callable[..., list[str]] | None = None
     """`(model, arch, batches, config) -> names`: takes whole blocks out of a dense model, before anything else."""
+
+    def empty(self, name: str, linear: nn.Linear, config: MethodConfig, arranged: Collection[str]) -> nn.Module:
+        """What a Linear becomes, without its values; `arranged` are those whose rows are in order."""
+        hints = {"is_arranged": name in arranged} if self.arrange else {}
+        return self.compress_linear(linear, None, config, solve=False, **hints)
 
     def table_entry(self, module: nn.Module) -> dict[str, Any]:
         """The modules-table entry of a module that this method made."""
@@ -334,15 +339,17 @@ class BlockRunner:
         self.built = {}
         if self.reconstruction is not None:
             targets_of = [self._run_block(module, number, call) for number, call in enumerate(calls[:-1])]
-        for (method, config), targets, guide in zip(self.stages, self.targets, self.guides, strict=True):
+        arranged: list[set[str]] | None = None
+        for position, ((method, config), targets, guide) in enumerate(zip(self.stages, self.targets, self.guides, strict=True)):
             names = [part for name in self.arch.targets(block) if name in targets for part in self._linears(name)]
             for name in names:
                 check_finite(name + ".weight", self.model.get_submodule(name).weight)
             if names and method.cut_block is not None:
                 found |= self._cut_block(method, config, guide, block, names, calls)
             elif names:
-                arranged = method.arrange(self.model, self.arch, block, names, config) if method.arrange else set()
-                self._run_stage(_Stage(method, config, guide, arranged), block, names, calls, dense, found)
+                if arranged is None:
+                    arranged = arrange_(self.model, self.arch, [block], self.stages, self.targets)
+                self._run_stage(_Stage(method, config, guide, arranged[position]), block, names, calls, dense, found)
         if self.reconstruction is not None and found:
             self.settled = {}
             self._reconstruct(block, module, calls, targets_of)
@@ -673,6 +680,35 @@ class BlockRunner:
     def _probe_output(self) -> Tensor:
         with patched_forwards(self._replay(len(self.batches) - 1)):
             return self.model(**self.batches[-1])[0].cpu()
+
+
+def arrange_(
+    model: PreTrainedModel, arch: Architecture, blocks: Sequence[str], stages: Sequence[tuple[Method, MethodConfig]],
+    targets: Sequence[Collection[str]], solve: bool = True,
+) -> list[set[str]]:  # fmt: skip
+    """Put rows in order, for all stages at once: only what is dense can be permuted.
+
+    Args:
+        model: the blocks are dense.
+        arch: its roles.
+        blocks: which.
+        stages: methods with their configs, in order.
+        targets: the names that each selects.
+        solve: with False nothing is moved and no weight is read, also on meta.
+
+    Returns:
+        By stage, names of the Linears whose rows are in order.
+    """
+    found: list[set[str]] = [set() for _ in stages]
+    for block in blocks:
+        taken: set[str] = set()
+        for arranged, (method, config), names in zip(found, stages, targets, strict=True):
+            here = [name for name in arch.targets(block) if name in names and name not in taken]
+            if here and method.arrange is not None:
+                arranged |= method.arrange(model, arch, block, here, config, solve=solve)
+            if method.cut_block is None:
+                taken.update(here)
+    return found
 
 
 class Outside(NamedTuple):

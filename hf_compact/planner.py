@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from .arch import Architecture, dense_shape, on_meta
 from .budget import Choice, allocate, allocate_within, front, totals
-from .capture import Method, stored_tensors
+from .capture import Method, arrange_, stored_tensors
 from .checkpoint import SHARD_BYTES, header_bytes, write_plot
 from .config import MethodConfig, Recipe
 from .errors import ConfigError
@@ -242,15 +242,18 @@ def find_items(model: PreTrainedModel, arch: Architecture, stages: Sequence[tupl
         groups: dict[tuple[str, str | None], list[str]] = {("blocks", None): [name for name in arch.roles if name in taken]}
     else:
         groups = _groups(arch, targets)
+    arranged = [
+        arrange_(model, arch, arch.blocks, [stage], [here], solve=False)[0] for stage, here in zip(stages, targets, strict=True)
+    ]
     for (name, block), names in groups.items():
         olds = {name: on_meta(model.get_submodule(name)) for name in names}
         alternatives = [
             _alternative(
                 method,
                 config,
-                {name: method.compress_linear(old, None, config, solve=False) for name, old in olds.items()},
+                {name: method.empty(name, old, config, in_order) for name, old in olds.items()},
             )
-            for (method, config), chosen in zip(stages, targets, strict=True)
+            for (method, config), chosen, in_order in zip(stages, targets, arranged, strict=True)
             if names[0] in chosen
         ]
         items.append(Item(name, tuple(names), block, _by_size(alternatives)))

@@ -70,7 +70,9 @@ def compress_linear(
     return module.load_quantized_(Quantized(found.codes[back], found.scale[back], zero, found.levels), tables=tables)
 
 
-def arrange_(model: PreTrainedModel, arch: Architecture, block: str, names: Collection[str], config: CodebookConfig) -> set[str]:
+def arrange_(
+    model: PreTrainedModel, arch: Architecture, block: str, names: Collection[str], config: CodebookConfig, solve: bool = True
+) -> set[str]:  # fmt: skip
     """Put rows of like distribution next to each other wherever a permutation of hidden units does it for nothing.
 
     Args:
@@ -79,6 +81,7 @@ def arrange_(model: PreTrainedModel, arch: Architecture, block: str, names: Coll
         block: whose Linears.
         names: those that the stage compresses.
         config: nothing happens unless `row_order` is `similar`.
+        solve: with False nothing is moved and no weight is read, also on meta.
 
     Returns:
         Names of the Linears whose rows need no table of their own any more.
@@ -87,19 +90,24 @@ def arrange_(model: PreTrainedModel, arch: Architecture, block: str, names: Coll
         return set()
     arranged: list[nn.Module] = []
     for linears in block_linears(model, arch, block):
-        rows = {role: as_linear(module).weight.detach().float().cpu() for role, module in linears.items()}
-        if {"up", "down"} <= rows.keys():
-            makers = [role for role in ("up", "gate") if role in rows]
-            permute_channels_(linears, similarity(torch.cat([rows[role] for role in makers], 1)).argsort(stable=True))
-            arranged += [linears[role] for role in makers]
-        if {"q", "k", "v", "o"} <= rows.keys():
-            num_heads, num_kv, width = attention_shape(model, linears)
-            score = similarity(rows["v"]).view(num_kv, width)
-            permute_values_(linears, score.argsort(dim=1, stable=True), num_heads)
-            if arch.family != "t5":  # whose position bias belongs to a head
-                permute_heads_(linears, score.mean(1).argsort(stable=True))
+        if {"up", "down"} <= linears.keys():
+            makers = [linears[role] for role in ("up", "gate") if role in linears]
+            if solve:
+                permute_channels_(linears, similarity(torch.cat([_rows(module) for module in makers], 1)).argsort(stable=True))
+            arranged += makers
+        if {"q", "k", "v", "o"} <= linears.keys():
+            if solve:
+                num_heads, num_kv, width = attention_shape(model, linears)
+                score = similarity(_rows(linears["v"])).view(num_kv, width)
+                permute_values_(linears, score.argsort(dim=1, stable=True), num_heads)
+                if arch.family != "t5":  # whose position bias belongs to a head
+                    permute_heads_(linears, score.mean(1).argsort(stable=True))
             arranged.append(linears["v"])
     return {name for name in names if any(model.get_submodule(name) is module for module in arranged)}
+
+
+def _rows(module: nn.Module) -> Tensor:
+    return as_linear(module).weight.detach().float().cpu()
 
 
 def compress_embedding(

@@ -5,12 +5,15 @@ import torch
 from torch import nn
 
 import hf_compact
-from hf_compact import CodebookConfig
+from hf_compact import CodebookConfig, api
+from hf_compact.arch import describe
 from hf_compact.calibration import from_batches
 from hf_compact.functional.gram import output_energy
+from hf_compact.methods import METHODS
 from hf_compact.methods.codebook.apply import compress_linear, quantize
 from hf_compact.methods.codebook.functional import dequantize
 from hf_compact.methods.codebook.joint import learn_codes, similarity
+from hf_compact.planner import Programme, find_items
 from tests.conftest import tiny_inputs, tiny_model
 from tests.methods.codebook.test_apply import correlated_gram, normal
 
@@ -109,3 +112,41 @@ def test_a_model_is_arranged_and_labelled(tmp_path):
     again = type(model).from_pretrained(tmp_path / "small")
     with torch.no_grad():
         torch.testing.assert_close(again(**tiny_inputs("llama"))[0], expected, rtol=0, atol=0)
+
+
+SIMILAR = {"method": "codebook", "row_order": "similar", "rounding": "nearest", **START}
+UNIFORM = {"method": "codebook", "rounding": "nearest", "shrink_steps": 2, "include": ["*.down_proj", "*.q_proj"]}
+
+
+@pytest.mark.parametrize(
+    ("family", "stages"),
+    [
+        ("llama", [SIMILAR]),
+        ("gpt2", [SIMILAR]),
+        ("opt", [SIMILAR]),
+        ("llama", [UNIFORM, {**SIMILAR, "exclude": UNIFORM["include"]}]),
+        ("llama", [{"method": "correction", "rank": 2}, SIMILAR]),
+        ("llama", [{"method": "pruning", "channel_sparsity": 0.25}, SIMILAR]),
+    ],
+    ids=["llama", "gpt2", "opt", "after others", "corrected", "pruned"],
+)
+def test_a_forecast_knows_which_rows_are_put_in_order(family, stages, tmp_path):
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path)
+    planned = hf_compact.plan(tmp_path, {"stages": stages})
+    report = hf_compact.compress(model, {"stages": stages}, calibration=from_batches([tiny_inputs(family)]))
+    made = {layer.name: layer.compressed_bytes for layer in report.layers}
+    assert {layer["name"]: layer["compressed_bytes"] for layer in planned["layers"]} == made
+    labelled = [name for name in made if getattr(model.get_submodule(name), "is_labelled", False)]
+    assert not any(name.endswith(("up_proj", "gate_proj", "v_proj", "c_fc", "fc1")) for name in labelled)
+
+
+def test_the_planner_counts_tables_of_rows_that_stay():
+    model = tiny_model("llama")
+    arch = describe(model)
+    stages = [(METHODS["codebook"], CodebookConfig(row_order="similar", rounding="nearest", **START))]
+    programme = Programme(model, arch, find_items(model, arch, stages))
+    table = [0] * len(programme.items)
+    batches = from_batches([tiny_inputs("llama")])
+    found = api._measured_point(api._compressed_copy(model, arch, stages, batches), model, arch, batches.batches)
+    assert programme.point(table).body_bits == pytest.approx(found.body_bits, rel=1e-6)
