@@ -6,7 +6,7 @@ operations than the matrix that it stands for; then the matrix is rebuilt for th
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
 import torch
@@ -43,6 +43,7 @@ class TensorTrainLinear(nn.Module):
         ranks: `d - 1` bond dimensions.
         is_pivoted: see above.
         is_sorted: see above.
+        ties: cores that are another module's -> its full name in the model, which the modules' owner ties.
         device: of everything.
         dtype: of the cores.
 
@@ -62,18 +63,21 @@ class TensorTrainLinear(nn.Module):
 
     def __init__(
         self, out_factors: Sequence[int], in_factors: Sequence[int], ranks: Sequence[int], *, is_pivoted: bool = False,
-        is_sorted: bool = False, device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+        is_sorted: bool = False, ties: Mapping[str, str] | None = None, device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         """Allocate cores, on meta if asked to."""
         super().__init__()
         self.out_factors, self.in_factors, self.ranks = list(out_factors), list(in_factors), list(ranks)
         self.out_features, self.in_features = math.prod(out_factors), math.prod(in_factors)
-        self.is_pivoted, self.is_sorted = is_pivoted, is_sorted
+        self.is_pivoted, self.is_sorted, self.ties = is_pivoted, is_sorted, dict(ties or {})
         check_factors((self.out_features, self.in_features), self.out_factors, self.in_factors, self.ranks)
         if is_pivoted and (not self.is_low_rank or is_sorted):
             raise ValueError(
                 f"is_pivoted is for two cores with the factors (O, 1) and (1, I), got {out_factors} and {in_factors}"
             )
+        if not self.ties.keys() <= {*self.linears}:
+            raise ValueError(f"ties must name cores, {', '.join(self.linears)}, got {', '.join(self.ties)}")
         bonds = [1, *self.ranks, 1]
         for k, (o, i) in enumerate(zip(self.out_factors, self.in_factors, strict=True)):
             rows = o - bonds[1] if is_pivoted and k == 0 else bonds[k] * o
@@ -88,11 +92,11 @@ class TensorTrainLinear(nn.Module):
     @classmethod
     def empty_like(
         cls, linear: nn.Linear, *, out_factors: Sequence[int], in_factors: Sequence[int], ranks: Sequence[int],
-        is_pivoted: bool = False, is_sorted: bool = False,
+        is_pivoted: bool = False, is_sorted: bool = False, ties: Mapping[str, str] | None = None,
     ) -> Self:  # fmt: skip
         """An empty module of the Linear's shape on its device (also meta), in its dtype; takes over the bias."""
         check_factors(linear.weight.shape, out_factors, in_factors, ranks)
-        kept = {"is_pivoted": is_pivoted, "is_sorted": is_sorted}
+        kept = {"is_pivoted": is_pivoted, "is_sorted": is_sorted, "ties": ties}
         new = cls(out_factors, in_factors, ranks, **kept, device=linear.weight.device, dtype=linear.weight.dtype)
         new.register_parameter("bias", linear.bias)
         return new
@@ -100,7 +104,13 @@ class TensorTrainLinear(nn.Module):
     def spec(self) -> dict[str, Any]:
         """The settings that rebuild the empty module, as stored in the modules table."""
         flags = {name: True for name in ("is_pivoted", "is_sorted") if getattr(self, name)}
-        return {"out_factors": self.out_factors, "in_factors": self.in_factors, "ranks": self.ranks, **flags}
+        ties = {"ties": self.ties} if self.ties else {}
+        return {"out_factors": self.out_factors, "in_factors": self.in_factors, "ranks": self.ranks, **flags, **ties}
+
+    @property
+    def _tied_weights_keys(self) -> dict[str, str]:
+        """Where `save_pretrained` looks for what is not to be stored twice."""
+        return {f"{core}.weight": f"{source}.weight" for core, source in self.ties.items()}
 
     @property
     def cores(self) -> list[nn.Module]:
@@ -206,11 +216,15 @@ class TensorTrainLinear(nn.Module):
         """
         if not self.is_low_rank:
             raise ValueError(f"only two cores with the factors (O, 1) and (1, I) are two factors, got {self.extra_repr()}")
-        up, down = (_weight(core, torch.float32).detach() for core in self.cores)
+        up, down = _weight(self.core0, torch.float32).detach(), self.basis(torch.float32)
         if self.is_pivoted:
             up = torch.cat([torch.eye(len(down), device=up.device), up])[self.out_order]
         dtype = next(self.parameters()).dtype
         return up.to(dtype), down.to(dtype)
+
+    def basis(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Plain low rank: the rows `[r, in]` that every output is a combination of."""
+        return _weight(self.core1, dtype).detach()
 
     def dense_module(self, dtype: torch.dtype) -> nn.Linear:
         """An ordinary Linear with the same values."""
