@@ -72,6 +72,8 @@ class TensorTrainLinear(nn.Module):
         self.out_features, self.in_features = math.prod(out_factors), math.prod(in_factors)
         self.is_pivoted, self.is_sorted, self.ties = is_pivoted, is_sorted, dict(ties or {})
         check_factors((self.out_features, self.in_features), self.out_factors, self.in_factors, self.ranks)
+        #: Whether this is a plain product of two matrices.
+        self.is_low_rank = len(self.ranks) == 1 and self.out_factors[1] == 1 and self.in_factors[0] == 1
         if is_pivoted and (not self.is_low_rank or is_sorted):
             raise ValueError(
                 f"is_pivoted is for two cores with the factors (O, 1) and (1, I), got {out_factors} and {in_factors}"
@@ -88,6 +90,7 @@ class TensorTrainLinear(nn.Module):
         if is_sorted:
             self.register_buffer("in_order", torch.arange(self.in_features, dtype=torch.int32, device=device))
         self.register_parameter("bias", None)
+        self._most_factored = self._break_even()
 
     @classmethod
     def empty_like(
@@ -121,11 +124,6 @@ class TensorTrainLinear(nn.Module):
     def linears(self) -> list[str]:
         """Names of the cores, which other methods may compress."""
         return [f"core{k}" for k in range(len(self.ranks) + 1)]
-
-    @property
-    def is_low_rank(self) -> bool:
-        """Whether this is a plain product of two matrices."""
-        return len(self.ranks) == 1 and self.out_factors[1] == 1 and self.in_factors[0] == 1
 
     @property
     def is_ordered(self) -> bool:
@@ -183,6 +181,7 @@ class TensorTrainLinear(nn.Module):
         self.core1.weight = nn.Parameter(self.core1.weight[:rank].clone(), requires_grad=self.core1.weight.requires_grad)
         self.core0.in_features = self.core1.out_features = rank
         self.ranks = [rank]
+        self._most_factored = self._break_even()
 
     def load_orders_(self, rows: Tensor, columns: Tensor) -> None:
         """What row and column of the matrix stand at each place of the train."""
@@ -193,8 +192,7 @@ class TensorTrainLinear(nn.Module):
         """Map `[..., in]` to `[..., out]`."""
         if self.is_sorted:
             x = _reordered(x, self.in_order)
-        tokens = x.shape[:-1].numel()
-        y = F.linear(x, self._matrix(x.dtype)) if self._is_rebuilt(tokens) else self._factored(x)
+        y = F.linear(x, self._matrix(x.dtype)) if self._is_rebuilt(x) else self._factored(x)
         if self.is_pivoted or self.is_sorted:
             y = _reordered(y, self.out_order)
         return y if self.bias is None else y + self.bias
@@ -237,14 +235,17 @@ class TensorTrainLinear(nn.Module):
         """Shape and settings, for `print(model)`."""
         return f"{self.in_features}, {self.out_features}, " + ", ".join(f"{k}={v}" for k, v in self.spec().items())
 
-    def _is_rebuilt(self, tokens: int) -> bool:
+    def _break_even(self) -> float:
+        """Tokens of a call above which rebuilding the matrix takes fewer operations; kept, as decoding asks at every token."""
+        excess = self.num_multiply_adds - self.out_features * self.in_features
+        return rebuild_multiply_adds(self.out_factors, self.in_factors, self.ranks) / excess if excess > 0 else math.inf
+
+    def _is_rebuilt(self, x: Tensor) -> bool:
         if self.mode != "auto":
             return self.mode == "dense"
-        if self._is_watched or self.active_rank is not None:
+        if self._most_factored == math.inf or x.shape[:-1].numel() <= self._most_factored:
             return False
-        dense = self.out_features * self.in_features
-        rebuild = rebuild_multiply_adds(self.out_factors, self.in_factors, self.ranks)
-        return tokens * self.num_multiply_adds > tokens * dense + rebuild
+        return self.active_rank is None and not self._is_watched
 
     @property
     def _is_watched(self) -> bool:
@@ -287,8 +288,10 @@ class TensorTrainLinear(nn.Module):
 
 
 def _reordered(x: Tensor, order: Tensor) -> Tensor:
-    """The last axis in another order; on the CPU a gather takes a third of what `index_select` does there."""
-    return x.gather(-1, order.long().expand_as(x))
+    """The last axis in another order; on the CPU a gather of many tokens takes a third of what `index_select` does there."""
+    if x.numel() == x.shape[-1]:
+        return x.index_select(-1, order)
+    return x.gather(-1, order.long().expand(*x.shape[:-1], -1))
 
 
 def _weight(core: Any, dtype: torch.dtype) -> Tensor:
