@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from ...functional.factor import coefficients, spectrum
 from .allocation import Share, metrics
 from .config import TensorNetworkConfig
-from .functional import candidate_factors, decompose, low_rank_for, ranks_for, regression_target
+from .functional import candidate_factors, fit_train, low_rank_for, ranks_for, regression_target
 from .layer import TensorTrainLinear
 
 _SPLITS = 3  # pairs of factorisations that are tried
+_SWEEPS = 3  # through the cores of the best of them
 
 
 def compress_linear(
@@ -48,15 +49,15 @@ def compress_linear(
     right, left = metrics(gram, None if guide is None or is_shared else guide.outputs, config)
     if is_shared:
         return _share(linear, weight, right, guide)
-    made = []
-    if config.format != "tensor_train":
-        made.append(_low_rank(linear, rank, config).load_factors_(*spectrum(weight, right, left).truncate(rank)))
-    if config.format != "low_rank":
-        made += [_solve_train(train, weight, gram) for train in _trains(linear, num_values, config)]
-    if not made:  # a side is a prime number
-        made.append(_low_rank(linear, rank, config).load_factors_(*spectrum(weight, right, left).truncate(rank)))
-    if len(made) == 1:
-        return made[0]
+    trains = [] if config.format == "low_rank" else [*_trains(linear, num_values, config)]
+    low_rank = (
+        [] if trains and config.format == "tensor_train" else [_low_rank(linear, rank, config)]
+    )  # a prime side has no train
+    made = [module.load_factors_(*spectrum(weight, right, left).truncate(rank)) for module in low_rank]
+    if trains:
+        started = [_solve_train(train, weight, right, left) for train in trains]
+        best = min(started, key=lambda train: _weighted_error(weight - train.to_dense(torch.float64), right, left))
+        made.append(_solve_train(best, weight, right, left, num_sweeps=_SWEEPS))
     return min(made, key=lambda module: _weighted_error(weight - module.to_dense(torch.float64), right, left))
 
 
@@ -91,13 +92,17 @@ def _trains(linear: nn.Linear, num_values: int, config: TensorNetworkConfig) -> 
             )
 
 
-def _solve_train(train: TensorTrainLinear, weight: Tensor, gram: Tensor | None) -> TensorTrainLinear:
+def _solve_train(
+    train: TensorTrainLinear, weight: Tensor, right: Tensor | None, left: Tensor | None, num_sweeps: int = 0
+) -> TensorTrainLinear:  # fmt: skip
     """Fill a train; sorting puts rows and columns of like energy beside each other."""
     if train.is_sorted:
-        energy = weight.square() if gram is None else weight.square() * gram.diagonal()
-        train.load_orders_(energy.sum(1).argsort(), energy.sum(0).argsort())
-        weight = weight[energy.sum(1).argsort()][:, energy.sum(0).argsort()]
-    return train.load_cores_(decompose(weight, train.out_factors, train.in_factors, train.ranks))
+        energy = weight.square() if right is None else weight.square() * right.square().sum(1)
+        rows, columns = energy.sum(1).argsort(), energy.sum(0).argsort()
+        train.load_orders_(rows, columns)
+        weight = weight[rows][:, columns]
+        right, left = None if right is None else right[columns], None if left is None else left[rows]
+    return train.load_cores_(fit_train(weight, train.out_factors, train.in_factors, train.ranks, right, left, num_sweeps))
 
 
 def _weighted_error(error: Tensor, right: Tensor | None, left: Tensor | None) -> float:
