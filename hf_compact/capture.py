@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from . import distributed
 from .arch import Architecture, as_linear, dense_shape
 from .calibration import Calibration
-from .checkpoint import Journal, TensorSource, check_finite, rebuild_, share_buffers_
+from .checkpoint import Journal, TensorSource, check_finite, rebuild_, share_buffers_, tie_parts_
 from .config import MethodConfig, ReconstructionConfig
 from .errors import NumericalError, UnsupportedModel
 from .fitting import fit_, patched_forwards, relative_error
@@ -33,7 +33,7 @@ from .functional.gram import add_gram_, centered, output_energy
 from .groups import linear_spec
 from .report import LayerReport, Report, peak_memory_bytes, return_freed_memory
 from .select import replace_modules, select_stages
-from .stored import open_linears
+from .stored import open_linears, tied_parts
 
 logger = logging.getLogger(__name__)
 
@@ -308,10 +308,16 @@ class BlockRunner:
         self.journal.append(unit, self._tensors(names), record)
 
     def _tensors(self, names: list[str]) -> dict[str, Tensor]:
-        """State of the named tensors, each storage once: the embedding's name wins over names tied to it."""
+        """State of the named tensors, each storage once: the embedding's name wins over names tied to it.
+
+        A part that is another module's is stored there, maybe in another unit.
+        """
         first = self.arch.embedding or ""
+        tied = tuple(f"{name}.{part}." for name, module in self.model.named_modules() for part in tied_parts(module))
         seen, kept = set(), {}
         for name in sorted(names, key=lambda name: not name.startswith(first + ".")):
+            if name.startswith(tied):
+                continue
             tensor = self.model.get_parameter_or_buffer(name).data
             key = (tensor.data_ptr(), tensor.shape)
             if key not in seen:
@@ -479,9 +485,26 @@ class BlockRunner:
             found[name] = report if name == outer else None
             if open_linears(made):
                 self.built[name] = _Built(method, config, linear, moments)
-        if new:
-            replace_modules(self.model, new, lambda name, _: new[name])
-        return found
+        return found | dict.fromkeys(self._put(new))
+
+    def _put(self, new: Mapping[str, nn.Module]) -> list[str]:
+        """Put new modules in their places; their tied parts share what they name, or what a later stage has made of it.
+
+        Returns:
+            The names of such parts, which have table entries of their own.
+        """
+        if not new:
+            return []
+        replace_modules(self.model, new, lambda name, _: new[name])
+        twins = {
+            f"{name}.{part}": {**self.table[source], "tied_to": source}
+            for name, module in new.items() for part, source in tied_parts(module).items() if source in self.table
+        }  # fmt: skip
+        rebuild_(self.model, twins, self.layers)
+        self.table |= twins
+        for name in new:
+            tie_parts_(self.model, name)
+        return [*twins]
 
     def _hints(self, name: str, stage: _Stage, known: Sequence[LayerReport], total: Tensor | None) -> dict[str, Any]:
         """What the stage has prepared for one Linear."""
@@ -790,8 +813,9 @@ def correct_bias_(module: nn.Module, weight: Tensor, total: Tensor) -> None:
 
 
 def stored_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a compressed module in a file, its bias left out."""
-    return {name: tensor for name, tensor in module.state_dict().items() if name != "bias"}
+    """The tensors of a compressed module in a file, its bias and what is another module's left out."""
+    tied = tuple(f"{part}." for part in tied_parts(module))
+    return {name: tensor for name, tensor in module.state_dict().items() if name != "bias" and not name.startswith(tied)}
 
 
 def stored_bytes(module: nn.Module) -> int:

@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .arch import as_linear
 from .errors import FormatError, NumericalError, OutputError
+from .stored import tied_parts
 
 logger = logging.getLogger(__name__)
 
@@ -230,6 +231,29 @@ def rebuild_(model: nn.Module, specs: Mapping[str, Mapping[str, Any]], layers: M
         model.set_submodule(name, new)
         for key, value in getattr(new, "owner_attributes", {}).items():
             setattr(model.get_submodule(name.rpartition(".")[0]), key, value)
+    for name, spec in specs.items():  # what they share is there by now
+        try:
+            tie_parts_(model, name)
+        except (AttributeError, ValueError) as error:
+            raise FormatError(f"modules[{name!r}] = {dict(spec)} does not fit the model: {error}") from error
+
+
+def tie_parts_(model: nn.Module, name: str) -> None:
+    """Make the tied parts of a module hold the very parameters they name, as transformers ties a head to an embedding.
+
+    A part that a later stage has compressed is in the table itself, with `tied_to`.
+
+    Raises:
+        AttributeError: a tie names no module of the model.
+        ValueError: the shapes differ.
+    """
+    module = model.get_submodule(name)
+    for part, source in tied_parts(module).items():
+        mine, theirs = module.get_submodule(part), model.get_submodule(source)
+        if isinstance(mine, nn.Linear) and isinstance(theirs, nn.Linear):
+            if mine.weight.shape != theirs.weight.shape:
+                raise ValueError(f"{part} is {list(mine.weight.shape)}, {source} is {list(theirs.weight.shape)}")
+            mine.weight = theirs.weight
 
 
 def share_buffers_(target: nn.Module, source: nn.Module) -> None:

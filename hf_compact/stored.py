@@ -45,9 +45,14 @@ class StoredModule(nn.Module, ABC):
 
 
 def open_linears(module: nn.Module) -> list[str]:
-    """Names, below a compressed module, of the Linears it is built of that may be compressed in turn."""
-    names = getattr(module, "linears", ())
+    """Names, below a compressed module, of the Linears it is built of that may be compressed in turn; tied ones are another's."""
+    names = [name for name in getattr(module, "linears", ()) if name not in tied_parts(module)]
     return [name for name in names if isinstance(module.get_submodule(name), nn.Linear)]
+
+
+def tied_parts(module: nn.Module) -> dict[str, str]:
+    """Names, below a compressed module, of the Linears that are another module's -> their full names there."""
+    return getattr(module, "ties", {})
 
 
 class CodedModule(StoredModule):

@@ -106,6 +106,24 @@ def energies(weight: Tensor, right: Tensor | None = None, left: Tensor | None = 
     return torch.linalg.eigvalsh(small).flip(0).clamp_min(0)
 
 
+def coefficients(weight: Tensor, basis: Tensor, right: Tensor | None = None) -> Tensor:
+    """The matrix `[out, r]` whose product with a given basis comes closest to `weight`: `||(W - U B) L||_F` is least.
+
+    Weights of the outputs would change nothing: every row has its own optimum.
+
+    Args:
+        weight: `[out, in]`, any float dtype; solved in float64. Not written to.
+        basis: `[r, in]` of full rank.
+        right: `[in, in]` invertible, see `whitening_factor`; None for the identity.
+
+    >>> coefficients(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 0.0]])).tolist()
+    [[3.0]]
+    """
+    rows = _seen(basis, right, None)
+    axes, triangle = torch.linalg.qr(rows.T)
+    return torch.linalg.solve_triangular(triangle.T, _seen(weight, right, None) @ axes, upper=False, left=False)
+
+
 def _seen(weight: Tensor, right: Tensor | None, left: Tensor | None) -> Tensor:
     seen = weight.double() if right is None else weight.double() @ right.double()
     return seen if left is None else left.double().T @ seen

@@ -50,7 +50,8 @@ def save_dense(model: PreTrainedModel, folder: Path) -> None:
 def save_low_rank(model: PreTrainedModel, folder: Path, auto_class: str) -> None:
     """Write a folder that loads under `trust_remote_code=True` without this library.
 
-    A pivoted layer becomes an unpivoted one of the same values, which takes `r^2` values more.
+    A pivoted layer becomes an unpivoted one of the same values, which takes `r^2` values more; a shared basis is written for
+    every layer that has it.
 
     Args:
         model: every compressed module is plain low rank, its cores not quantized.
@@ -68,6 +69,7 @@ def save_low_rank(model: PreTrainedModel, folder: Path, auto_class: str) -> None
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(tuple(f"{n}." for n in trains))}
     for name, train in trains.items():
         up, down = train.factors()
+        down = down.clone() if train.ties else down
         state |= {f"{name}.0.weight": down, f"{name}.1.weight": up, f"{name}.weight": train.weight}
         if train.bias is not None:
             state[f"{name}.1.bias"] = train.bias

@@ -23,12 +23,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..arch import as_linear, describe
 from ..capture import Method, compress_outside_
-from ..checkpoint import DTYPES, FORMAT_VERSION, QUANT_METHOD, TensorSource, rebuild_, share_buffers_
+from ..checkpoint import DTYPES, FORMAT_VERSION, QUANT_METHOD, TensorSource, rebuild_, share_buffers_, tie_parts_
 from ..config import MethodConfig, Recipe
 from ..errors import ConfigError, FormatError, UnsupportedModel
 from ..methods import LAYERS, METHODS
 from ..select import select_stages
-from ..stored import CodedModule, StoredModule, SwitchableModule
+from ..stored import CodedModule, StoredModule, SwitchableModule, tied_parts
 from .hub import push_model
 
 logger = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ class CompactQuantizer(HfQuantizer):
                 model.set_submodule(name, new)
                 self.pending[f"{name}.weight"] = _Pending(method, stage, old, False)
         self.quantization_config.modules = table
-        forget_ties_(model, table)
+        set_ties_(model, table)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Whether a dense weight from the checkpoint has to be quantized on its way in."""
@@ -191,7 +191,7 @@ class CompactQuantizer(HfQuantizer):
         model.hf_quantizer = self
         model.quantization_method = QUANT_METHOD
         model.is_quantized = True
-        forget_ties_(model, self.quantization_config.modules)
+        set_ties_(model, self.quantization_config.modules)
         _offer_switches_(model)
 
     def is_serializable(self) -> bool:
@@ -305,6 +305,9 @@ def set_rank(model: PreTrainedModel, share: float) -> None:
     for name, module in cut.items():
         module.set_rank(max(1, round(share * module.ranks[0])))
         table[name] |= module.spec()
+    for name, module in model.named_modules():
+        if module in cut.values():
+            tie_parts_(model, name)
 
 
 def _offer_switches_(model: PreTrainedModel) -> None:
@@ -340,10 +343,15 @@ class _Switch:
         return _Switch, (self.name, self.function, self.model())
 
 
-def forget_ties_(model: PreTrainedModel, modules: Mapping[str, Any]) -> None:
-    """Take compressed tied modules out of transformers' own tying, which knows parameters called `weight` only."""
+def set_ties_(model: PreTrainedModel, modules: Mapping[str, Any]) -> None:
+    """Take compressed tied modules out of transformers' own tying, which knows parameters only; put shared parameters in."""
     ours = {f"{name}.weight" for name, spec in modules.items() if "tied_to" in spec}
-    model.all_tied_weights_keys = {key: value for key, value in model.all_tied_weights_keys.items() if key not in ours}
+    ties = {key: value for key, value in model.all_tied_weights_keys.items() if key not in ours}
+    for name, module in model.named_modules():
+        for part, source in tied_parts(module).items():
+            if isinstance(module.get_submodule(part), nn.Linear) and isinstance(model.get_submodule(source), nn.Linear):
+                ties[f"{name}.{part}.weight"] = f"{source}.weight"
+    model.all_tied_weights_keys = ties
 
 
 def expect_(model: PreTrainedModel, table: Mapping[str, Any], files: Sequence[Path]) -> None:
@@ -356,7 +364,7 @@ def expect_(model: PreTrainedModel, table: Mapping[str, Any], files: Sequence[Pa
     if not modules:
         raise FormatError("quantization_config.modules must name the compressed modules, got none that the model has")
     rebuild_(model, modules, LAYERS)
-    forget_ties_(model, modules)
+    set_ties_(model, modules)
     if files:
         check_files(model, modules, files)
 
@@ -396,10 +404,12 @@ def names_in(model: PreTrainedModel, modules: Mapping[str, Any]) -> dict[str, An
         spec, new = modules[name], rename(name)
         if new in known or any(new.startswith(f"{built}.") for built in renamed):
             tied = {"tied_to": rename(spec["tied_to"])} if "tied_to" in spec else {}
-            if tied and tied["tied_to"] not in known:
+            if tied and not (tied["tied_to"] in known or any(tied["tied_to"].startswith(f"{built}.") for built in renamed)):
                 raise FormatError(
                     f"modules[{name!r}].tied_to names {spec['tied_to']!r}, which {type(model).__name__} does not have"
                 )
+            if isinstance(spec.get("ties"), Mapping):
+                tied["ties"] = {part: rename(str(source)) for part, source in spec["ties"].items()}
             renamed[new] = {**spec, **tied}
         elif name.startswith(prefix) or (not is_base and "tied_to" not in spec):
             raise FormatError(f"modules[{name!r}] does not exist in {type(model).__name__}")

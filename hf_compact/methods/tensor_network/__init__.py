@@ -1,7 +1,8 @@
 """Tensor-network decomposition: block Linears as trains of small ones, plain low rank among them."""
 
 from ...capture import Method
-from .apply import compress_embedding, compress_linear, prepare
+from .allocation import prepare
+from .apply import compress_embedding, compress_linear
 from .callback import TensorNetworkCallback
 from .config import TensorNetworkConfig, TensorNetworkTraining
 from .layer import TensorTrainLinear

@@ -67,6 +67,10 @@ class TensorNetworkCallback(CompactCallback):
         if trains:
             if self.training.schedule == "trp" or not all(model.get_submodule(name).is_ordered for name in trains):
                 raise ConfigError(f"training.schedule {self.training.schedule} starts from a dense model, {trains[0]} is a train")
+            if tied := [name for name in trains if model.get_submodule(name).ties]:
+                raise ConfigError(
+                    f"training.schedule {self.training.schedule} cuts every train alone, {tied[0]} shares its basis"
+                )
             self.names = trains
             return
         roles = describe(model).roles

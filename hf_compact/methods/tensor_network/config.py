@@ -37,6 +37,10 @@ class TensorNetworkConfig(MethodConfig):
     """Allocation `profile` only: the JSON file."""
     rank_multiple: int = 8
     """Ranks are multiples of it, where the matrix is not kept dense."""
+    basis_group: int = 1
+    """Linears of one kind that read the residual stream (q, k, v, gate, up) in so many adjacent blocks may share the right
+    factor of a plain product, which is stored once; each has its own left factor. They do where the allocation finds it
+    cheaper, so it has to be `fisher`. 1: none does."""
     protected: tuple[str, ...] = ()
     """Whole-name globs of Linears that keep at least `protected_ratio` of their parameters."""
     protected_ratio: float = 0.8
@@ -48,6 +52,18 @@ class TensorNetworkConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         """Check ranges, then combinations."""
+        self._check_ranges()
+        if self.basis_group > 1 and self.allocation != "fisher":
+            raise ConfigError(
+                f"tensor_network.basis_group above 1 belongs to allocation fisher, which decides who shares, "
+                f"got {self.basis_group} and allocation {self.allocation}"
+            )
+        if (self.allocation == "profile") != (self.profile is not None):
+            raise ConfigError(
+                f"tensor_network.profile belongs to allocation profile, got allocation {self.allocation} and profile {self.profile}"
+            )
+
+    def _check_ranges(self) -> None:
         choices = {"format": ("low_rank", "tensor_train", "auto"), "solver": ("svd", "whitened", "regression"),
                    "allocation": ("uniform", "fisher", "profile")}  # fmt: skip
         for name, allowed in choices.items():
@@ -61,12 +77,9 @@ class TensorNetworkConfig(MethodConfig):
                 raise ConfigError(f"tensor_network.{name} must be in [0, 1], got {getattr(self, name)}")
         if not 2 <= self.num_cores <= 6:
             raise ConfigError(f"tensor_network.num_cores must be in [2, 6], got {self.num_cores}")
-        if self.rank_multiple < 1:
-            raise ConfigError(f"tensor_network.rank_multiple must be at least 1, got {self.rank_multiple}")
-        if (self.allocation == "profile") != (self.profile is not None):
-            raise ConfigError(
-                f"tensor_network.profile belongs to allocation profile, got allocation {self.allocation} and profile {self.profile}"
-            )
+        for name in ("rank_multiple", "basis_group"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"tensor_network.{name} must be at least 1, got {getattr(self, name)}")
 
     @property
     def needs_calibration(self) -> bool:

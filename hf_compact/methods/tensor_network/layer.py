@@ -6,7 +6,7 @@ operations than the matrix that it stands for; then the matrix is rebuilt for th
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
 import torch
@@ -43,6 +43,7 @@ class TensorTrainLinear(nn.Module):
         ranks: `d - 1` bond dimensions.
         is_pivoted: see above.
         is_sorted: see above.
+        ties: cores that are another module's -> its full name in the model, which the modules' owner ties.
         device: of everything.
         dtype: of the cores.
 
@@ -62,18 +63,23 @@ class TensorTrainLinear(nn.Module):
 
     def __init__(
         self, out_factors: Sequence[int], in_factors: Sequence[int], ranks: Sequence[int], *, is_pivoted: bool = False,
-        is_sorted: bool = False, device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+        is_sorted: bool = False, ties: Mapping[str, str] | None = None, device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         """Allocate cores, on meta if asked to."""
         super().__init__()
         self.out_factors, self.in_factors, self.ranks = list(out_factors), list(in_factors), list(ranks)
         self.out_features, self.in_features = math.prod(out_factors), math.prod(in_factors)
-        self.is_pivoted, self.is_sorted = is_pivoted, is_sorted
+        self.is_pivoted, self.is_sorted, self.ties = is_pivoted, is_sorted, dict(ties or {})
         check_factors((self.out_features, self.in_features), self.out_factors, self.in_factors, self.ranks)
+        #: Whether this is a plain product of two matrices.
+        self.is_low_rank = len(self.ranks) == 1 and self.out_factors[1] == 1 and self.in_factors[0] == 1
         if is_pivoted and (not self.is_low_rank or is_sorted):
             raise ValueError(
                 f"is_pivoted is for two cores with the factors (O, 1) and (1, I), got {out_factors} and {in_factors}"
             )
+        if not self.ties.keys() <= {*self.linears}:
+            raise ValueError(f"ties must name cores, {', '.join(self.linears)}, got {', '.join(self.ties)}")
         bonds = [1, *self.ranks, 1]
         for k, (o, i) in enumerate(zip(self.out_factors, self.in_factors, strict=True)):
             rows = o - bonds[1] if is_pivoted and k == 0 else bonds[k] * o
@@ -84,15 +90,16 @@ class TensorTrainLinear(nn.Module):
         if is_sorted:
             self.register_buffer("in_order", torch.arange(self.in_features, dtype=torch.int32, device=device))
         self.register_parameter("bias", None)
+        self._most_factored = self._break_even()
 
     @classmethod
     def empty_like(
         cls, linear: nn.Linear, *, out_factors: Sequence[int], in_factors: Sequence[int], ranks: Sequence[int],
-        is_pivoted: bool = False, is_sorted: bool = False,
+        is_pivoted: bool = False, is_sorted: bool = False, ties: Mapping[str, str] | None = None,
     ) -> Self:  # fmt: skip
         """An empty module of the Linear's shape on its device (also meta), in its dtype; takes over the bias."""
         check_factors(linear.weight.shape, out_factors, in_factors, ranks)
-        kept = {"is_pivoted": is_pivoted, "is_sorted": is_sorted}
+        kept = {"is_pivoted": is_pivoted, "is_sorted": is_sorted, "ties": ties}
         new = cls(out_factors, in_factors, ranks, **kept, device=linear.weight.device, dtype=linear.weight.dtype)
         new.register_parameter("bias", linear.bias)
         return new
@@ -100,7 +107,13 @@ class TensorTrainLinear(nn.Module):
     def spec(self) -> dict[str, Any]:
         """The settings that rebuild the empty module, as stored in the modules table."""
         flags = {name: True for name in ("is_pivoted", "is_sorted") if getattr(self, name)}
-        return {"out_factors": self.out_factors, "in_factors": self.in_factors, "ranks": self.ranks, **flags}
+        ties = {"ties": self.ties} if self.ties else {}
+        return {"out_factors": self.out_factors, "in_factors": self.in_factors, "ranks": self.ranks, **flags, **ties}
+
+    @property
+    def _tied_weights_keys(self) -> dict[str, str]:
+        """Where `save_pretrained` looks for what is not to be stored twice."""
+        return {f"{core}.weight": f"{source}.weight" for core, source in self.ties.items()}
 
     @property
     def cores(self) -> list[nn.Module]:
@@ -111,11 +124,6 @@ class TensorTrainLinear(nn.Module):
     def linears(self) -> list[str]:
         """Names of the cores, which other methods may compress."""
         return [f"core{k}" for k in range(len(self.ranks) + 1)]
-
-    @property
-    def is_low_rank(self) -> bool:
-        """Whether this is a plain product of two matrices."""
-        return len(self.ranks) == 1 and self.out_factors[1] == 1 and self.in_factors[0] == 1
 
     @property
     def is_ordered(self) -> bool:
@@ -173,6 +181,7 @@ class TensorTrainLinear(nn.Module):
         self.core1.weight = nn.Parameter(self.core1.weight[:rank].clone(), requires_grad=self.core1.weight.requires_grad)
         self.core0.in_features = self.core1.out_features = rank
         self.ranks = [rank]
+        self._most_factored = self._break_even()
 
     def load_orders_(self, rows: Tensor, columns: Tensor) -> None:
         """What row and column of the matrix stand at each place of the train."""
@@ -183,8 +192,7 @@ class TensorTrainLinear(nn.Module):
         """Map `[..., in]` to `[..., out]`."""
         if self.is_sorted:
             x = _reordered(x, self.in_order)
-        tokens = x.shape[:-1].numel()
-        y = F.linear(x, self._matrix(x.dtype)) if self._is_rebuilt(tokens) else self._factored(x)
+        y = F.linear(x, self._matrix(x.dtype)) if self._is_rebuilt(x) else self._factored(x)
         if self.is_pivoted or self.is_sorted:
             y = _reordered(y, self.out_order)
         return y if self.bias is None else y + self.bias
@@ -206,11 +214,15 @@ class TensorTrainLinear(nn.Module):
         """
         if not self.is_low_rank:
             raise ValueError(f"only two cores with the factors (O, 1) and (1, I) are two factors, got {self.extra_repr()}")
-        up, down = (_weight(core, torch.float32).detach() for core in self.cores)
+        up, down = _weight(self.core0, torch.float32).detach(), self.basis(torch.float32)
         if self.is_pivoted:
             up = torch.cat([torch.eye(len(down), device=up.device), up])[self.out_order]
         dtype = next(self.parameters()).dtype
         return up.to(dtype), down.to(dtype)
+
+    def basis(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Plain low rank: the rows `[r, in]` that every output is a combination of."""
+        return _weight(self.core1, dtype).detach()
 
     def dense_module(self, dtype: torch.dtype) -> nn.Linear:
         """An ordinary Linear with the same values."""
@@ -223,14 +235,17 @@ class TensorTrainLinear(nn.Module):
         """Shape and settings, for `print(model)`."""
         return f"{self.in_features}, {self.out_features}, " + ", ".join(f"{k}={v}" for k, v in self.spec().items())
 
-    def _is_rebuilt(self, tokens: int) -> bool:
+    def _break_even(self) -> float:
+        """Tokens of a call above which rebuilding the matrix takes fewer operations; kept, as decoding asks at every token."""
+        excess = self.num_multiply_adds - self.out_features * self.in_features
+        return rebuild_multiply_adds(self.out_factors, self.in_factors, self.ranks) / excess if excess > 0 else math.inf
+
+    def _is_rebuilt(self, x: Tensor) -> bool:
         if self.mode != "auto":
             return self.mode == "dense"
-        if self._is_watched or self.active_rank is not None:
+        if self._most_factored == math.inf or x.shape[:-1].numel() <= self._most_factored:
             return False
-        dense = self.out_features * self.in_features
-        rebuild = rebuild_multiply_adds(self.out_factors, self.in_factors, self.ranks)
-        return tokens * self.num_multiply_adds > tokens * dense + rebuild
+        return self.active_rank is None and not self._is_watched
 
     @property
     def _is_watched(self) -> bool:
@@ -273,8 +288,10 @@ class TensorTrainLinear(nn.Module):
 
 
 def _reordered(x: Tensor, order: Tensor) -> Tensor:
-    """The last axis in another order; on the CPU a gather takes a third of what `index_select` does there."""
-    return x.gather(-1, order.long().expand_as(x))
+    """The last axis in another order; on the CPU a gather of many tokens takes a third of what `index_select` does there."""
+    if x.numel() == x.shape[-1]:
+        return x.index_select(-1, order)
+    return x.gather(-1, order.long().expand(*x.shape[:-1], -1))
 
 
 def _weight(core: Any, dtype: torch.dtype) -> Tensor:

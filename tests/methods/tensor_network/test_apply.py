@@ -15,7 +15,8 @@ from hf_compact.calibration import from_batches
 from hf_compact.errors import ConfigError, FormatError, NothingMatched, NumericalError, UnsupportedModel
 from hf_compact.functional.gram import output_energy
 from hf_compact.methods.tensor_network import TensorNetworkConfig, TensorTrainLinear
-from hf_compact.methods.tensor_network.apply import Share, compress_linear, prepare
+from hf_compact.methods.tensor_network.allocation import Share, prepare
+from hf_compact.methods.tensor_network.apply import compress_linear
 from tests.conftest import tiny_inputs, tiny_model
 
 UNIFORM = {"method": "tensor_network", "allocation": "uniform", "keep_ratio": 0.6, "rank_multiple": 1}

@@ -8,12 +8,13 @@ import pytest
 import torch
 from hypothesis import given
 
-from hf_compact.functional.factor import energies, spectrum, whitening_factor
+from hf_compact.functional.factor import coefficients, energies, spectrum, whitening_factor
 from hf_compact.methods.tensor_network.functional import (
     candidate_factors,
     check_factors,
     contract,
     decompose,
+    fit_train,
     full_ranks,
     low_rank_for,
     low_rank_values,
@@ -149,6 +150,77 @@ def test_bonds_grow_together_within_a_budget():
     assert num_parameters([2, 3, 2], [5, 1, 2], ranks) <= 60
     bigger = [min(rank + 1, most) for rank, most in zip(ranks, full_ranks([2, 3, 2], [5, 1, 2]), strict=True)]
     assert num_parameters([2, 3, 2], [5, 1, 2], bigger) > 60
+
+
+# Trains in a metric.
+
+
+CUT = [((3, 4), (5, 4), [5]), ((2, 3, 2), (5, 2, 2), [3, 4])]
+
+
+@pytest.mark.parametrize("train", CUT, ids=["two cores", "three cores"])
+@pytest.mark.parametrize("is_left", [False, True], ids=["inputs", "inputs and outputs"])
+def test_the_weighted_error_of_a_train_falls_with_every_sweep(train, is_left):
+    weight, x, g = normal(12, 20), inputs(20), inputs(12, seed=5)
+    right, left = whitening_factor(x.T @ x, 0.01), whitening_factor(g.T @ g, 0.01) if is_left else None
+
+    def error(cores):
+        lost = (weight - contract(cores)) @ right
+        return (lost if left is None else left.T @ lost).square().sum().item()
+
+    errors = [error(fit_train(weight, *train, right, left, num_sweeps=n)) for n in range(5)]
+    assert all(high >= low * (1 - 1e-9) for high, low in itertools.pairwise(errors))
+    assert errors[3] < 0.9 * errors[0] < 0.9 * error(decompose(weight, *train))
+
+
+def test_where_nothing_weighs_a_fit_is_the_decomposition():
+    for train in CUT:
+        torch.testing.assert_close(contract(fit_train(normal(12, 20), *train)), contract(decompose(normal(12, 20), *train)))
+
+
+def test_the_metric_of_a_kronecker_product_needs_no_sweeps():
+    """In its coordinates two cores are a truncated singular value decomposition, which nothing beats."""
+    weight = normal(12, 20)
+    right = torch.kron(*(whitening_factor(inputs(n).T @ inputs(n), 0.01) for n in (5, 4)))
+    left = torch.kron(*(whitening_factor(inputs(n, seed=5).T @ inputs(n, seed=5), 0.01) for n in (3, 4)))
+    start, fitted = (contract(fit_train(weight, (3, 4), (5, 4), [5], right, left, num_sweeps=n)) for n in (0, 5))
+    torch.testing.assert_close(start, fitted, rtol=1e-6, atol=1e-8)
+    plain = contract(decompose(weight, (3, 4), (5, 4), [5]))
+    best, other = ((left.T @ (weight - matrix) @ right).square().sum() for matrix in (start, plain))
+    assert best < 0.9 * other
+
+
+def test_a_train_of_two_matrices_is_the_low_rank_optimum_and_full_rank_is_exact():
+    weight, x, g = normal(12, 20), inputs(20), inputs(12, seed=5)
+    right, left = whitening_factor(x.T @ x, 0.0), whitening_factor(g.T @ g, 0.0)
+    up, down = spectrum(weight, right, left).truncate(4)
+    fitted = contract(fit_train(weight, (12, 1), (1, 20), [4], right, left, num_sweeps=2))
+    torch.testing.assert_close(fitted, up @ down, rtol=1e-6, atol=1e-8)
+    for o, i, _ in CUT:
+        whole = contract(fit_train(weight, o, i, full_ranks(o, i), right, left, num_sweeps=1))
+        torch.testing.assert_close(whole, weight, rtol=0, atol=1e-8)
+
+
+def test_the_left_factor_of_a_given_basis_is_the_best_one():
+    weight, x = normal(12, 20), inputs(20)
+    right = whitening_factor(x.T @ x, 0.0)
+    up, down = spectrum(weight, right).truncate(4)
+    torch.testing.assert_close(coefficients(weight, down, right), up)
+    basis = normal(4, 20, seed=7)
+    best = coefficients(weight, basis, right)
+    gradient = (weight - best @ basis) @ (right @ right.T) @ basis.T
+    assert gradient.abs().max() < 1e-8 * (weight @ (right @ right.T) @ basis.T).abs().max()
+
+
+def test_stacked_matrices_lose_the_energy_that_is_cut_off():
+    """The law of a shared basis: over all matrices together, for inputs that they have in common."""
+    weights, x = [normal(12, 20), normal(8, 20, seed=3)], inputs(20)
+    right = whitening_factor(x.T @ x, 0.0)
+    found = spectrum(torch.cat(weights), right)
+    for rank in (3, 9):
+        basis = found.truncate(rank)[1]
+        lost = sum(((w - coefficients(w, basis, right) @ basis) @ x.T).square().sum().item() for w in weights)
+        assert lost == pytest.approx(found.error(rank), rel=1e-6)
 
 
 # Low rank in a metric.

@@ -48,6 +48,22 @@ def test_forward_is_the_matrix(spec, mode):
 
 
 @kinds
+def test_one_token_is_a_row_of_many(spec):
+    layer, x = filled(spec), normal(1, 5, 20, seed=2)
+    for token in (x[:, 3:4].clone().requires_grad_(), x[0, 3]):
+        torch.testing.assert_close(layer(token).flatten(), layer(x)[0, 3], rtol=1e-4, atol=1e-5)
+    layer(token[None]).sum().backward()
+    assert all(parameter.grad.any() for parameter in layer.parameters())
+
+
+def test_a_cut_may_change_what_is_cheaper():
+    layer = TensorTrainLinear([24, 1], [1, 20], [15])
+    assert layer._is_rebuilt(torch.empty(10**4, 20))
+    layer.set_rank(10)
+    assert not layer._is_rebuilt(torch.empty(10**4, 20))
+
+
+@kinds
 def test_counts_are_those_of_the_parameters(spec):
     layer = filled(spec, bias=False)
     assert layer.num_values == sum(p.numel() for p in layer.parameters())
@@ -82,11 +98,12 @@ def test_a_sorted_train_of_full_rank_is_exact():
 def test_auto_rebuilds_where_the_product_costs_more():
     wide = TensorTrainLinear([16, 16], [16, 16], [100])  # 100 * (1/16 + 1/16) times the operations of the dense matrix
     assert wide.num_multiply_adds / 256**2 == pytest.approx(100 * (1 / 16 + 1 / 16))
-    assert wide._is_rebuilt(tokens=1000)
-    assert not wide._is_rebuilt(tokens=5)
-    assert not TensorTrainLinear([16, 16], [16, 16], [4])._is_rebuilt(tokens=10**6)
+    rebuild, excess = 100 * 256**2, wide.num_multiply_adds - 256**2  # per call, per token
+    assert wide._is_rebuilt(torch.empty(1, rebuild // excess + 1, 256))
+    assert not wide._is_rebuilt(torch.empty(1, rebuild // excess, 256))
+    assert not TensorTrainLinear([16, 16], [16, 16], [4])._is_rebuilt(torch.empty(10**6, 256, device="meta"))
     handle = wide.core1.register_forward_pre_hook(lambda *_: None)
-    assert not wide._is_rebuilt(tokens=1000), "a hook on a core has to see its inputs"
+    assert not wide._is_rebuilt(torch.empty(1000, 256)), "a hook on a core has to see its inputs"
     handle.remove()
 
 
