@@ -370,6 +370,7 @@ def write(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
 
     folder = options.work if options.quick else RESULTS
     command = "python scripts/bench_one_bit_adam.py" + (f" --text {options.text.name}" if options.text else "")
+    command += f" --steps {options.steps}"
     common = {"machine": machine(), "command": command}
     result = [row | common for row in bars(rows)]
     without_curves = [{key: value for key, value in row.items() if key != "losses"} for row in rows]
