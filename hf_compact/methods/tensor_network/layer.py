@@ -56,7 +56,8 @@ class TensorTrainLinear(nn.Module):
     """
 
     mode: Literal["auto", "factored", "dense"] = "auto"
-    """Factored, rebuilt for every call, or whichever takes fewer operations. A core that is hooked is always used."""
+    """Factored, rebuilt for every call, or whichever takes fewer operations; without gradients auto also keeps the left factor of a
+    pivoted product unpivoted, `[out, r]` beside its core. A core that is hooked is always used."""
 
     active_rank: int | None = None
     """Plain low rank in training: only so many of the first inner values are used."""
@@ -91,6 +92,7 @@ class TensorTrainLinear(nn.Module):
             self.register_buffer("in_order", torch.arange(self.in_features, dtype=torch.int32, device=device))
         self.register_parameter("bias", None)
         self._most_factored = self._break_even()
+        self._kept: tuple[tuple[int, ...], Tensor] | None = None
 
     @classmethod
     def empty_like(
@@ -190,6 +192,10 @@ class TensorTrainLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., in]` to `[..., out]`."""
+        if self.is_pivoted and self.mode == "auto" and not torch.is_grad_enabled():
+            up = self._unpivoted(x.dtype)
+            if up is not None:
+                return F.linear(self.core1(x), up, self.bias)
         if self.is_sorted:
             x = _reordered(x, self.in_order)
         y = F.linear(x, self._matrix(x.dtype)) if self._is_rebuilt(x) else self._factored(x)
@@ -246,6 +252,21 @@ class TensorTrainLinear(nn.Module):
         if self._most_factored == math.inf or x.shape[:-1].numel() <= self._most_factored:
             return False
         return self.active_rank is None and not self._is_watched
+
+    def _unpivoted(self, dtype: torch.dtype) -> Tensor | None:
+        """The left factor `[out, r]` in the order of the outputs, kept until its core changes; None if the core has to run itself.
+
+        Putting outputs in order after the product takes longer than the `r^2` multiply-adds that pivoting saves.
+        """
+        core = self.core0
+        if type(core) is not nn.Linear or core._forward_pre_hooks or core._forward_hooks or core.weight.dtype != dtype:
+            return None
+        weight, order = core.weight, self.out_order
+        key = weight.data_ptr(), order.data_ptr(), *(0 if t.is_inference() else t._version for t in (weight, order))
+        if self._kept is None or self._kept[0] != key:
+            whole = torch.cat([torch.eye(self.ranks[0], dtype=dtype, device=weight.device), weight])
+            self._kept = key, whole[order]
+        return self._kept[1]
 
     @property
     def _is_watched(self) -> bool:
