@@ -85,6 +85,36 @@ def test_codebooks_are_distilled_with_their_codes_in_place(settings, tmp_path):
     assert torch.equal(module.weight, before["model.layers.1.mlp.up_proj.weight"])
 
 
+@pytest.mark.parametrize(("bits", "trained"), [(8, "scale"), (4, "multiplier"), (3, "multiplier")])
+def test_the_view_in_use_is_distilled(bits, trained):
+    teacher = tiny_model("llama")
+    model = copy.deepcopy(teacher)
+    stage = {"method": "nested", "bits": bits, "rounding": "nearest", "shrink_steps": 2, "group_size": 16}
+    hf_compact.compress(model, {"stages": [stage]}, calibration=from_batches([tiny_inputs("llama")]))
+    module = model.model.layers[1].mlp.up_proj
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(module.scaled_forward(x), module(x), rtol=1e-4, atol=1e-5)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def other_views() -> list[torch.Tensor]:
+        found = []
+        for view in (view for view in (8, 6, 4, 3) if view != bits):
+            hf_compact.set_bits(model, view)
+            found.append(module.to_dense())
+        hf_compact.set_bits(model, bits)
+        return found
+
+    dense = other_views()
+    inputs = tiny_inputs("llama")
+    losses = distill_(model, teacher, [inputs], DistillationConfig(epochs=30, learning_rate=0.01))
+    with torch.no_grad():
+        assert divergence(model(**inputs)[0], teacher(**inputs)[0]) < 0.95 * losses[0]
+    moved = {name.rpartition(".")[2] for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved - {"weight"} == {trained}
+    assert torch.equal(module.weight, before["model.layers.1.mlp.up_proj.weight"])
+    assert [torch.equal(new, old) for new, old in zip(other_views(), dense, strict=True)] == [bits != 8] * 3
+
+
 def test_divergence_is_that_of_torch_distributions():
     generator = torch.Generator().manual_seed(0)
     p, q = (torch.randn(2, 3, 7, generator=generator) for _ in range(2))

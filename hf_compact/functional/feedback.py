@@ -82,8 +82,9 @@ def scale_codes(scale: Tensor, scale_bits: int) -> tuple[Tensor, Tensor]:
         `(codes [out, G] in 1 … 2**scale_bits - 1, step [out, 1] float16 values)`; their product is a fixed point.
     """
     largest = 2**scale_bits - 1
-    # A step rounded more coarsely than this would leave the largest code out, and storing its scales again change them.
-    step = half_scale((scale.amax(1, keepdim=True) / largest).clamp_min(2 * largest * _SMALLEST_HALF))
+    # A step below this is rounded by more than 1 / (2 largest): that would leave the largest code out, and storing its scales
+    # again change them. Groups of smaller scales get fewer codes, which eight bits feel first.
+    step = half_scale((scale.amax(1, keepdim=True) / largest).clamp_min(largest * _SMALLEST_HALF))
     return (scale / step).round_().clamp_(1, largest), step
 
 

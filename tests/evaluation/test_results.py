@@ -218,6 +218,29 @@ def test_rates_are_held_against_their_bars(tmp_path, monkeypatch):
     assert "| codebook-2.3bpw, not distilled | 2.999 | 60.0 | 11.0 % | 1.150 | 1.267 | 9.0 |" in table
 
 
+def test_a_speed_outlives_its_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(rates, "RESULTS", tmp_path)
+    monkeypatch.setattr(rates, "decode_speed", lambda folder: {"megabytes_per_second": 90.0, "command_seconds": 1.0})
+    rows = {
+        name: {"folder": name, "commit": "c0ffee"}
+        for name in ("codebook-3.0bpw", "codebook-2.3bpw", "codebook-1.9bpw", "jlcm-3bit")
+    }
+    (tmp_path / "codebook-3.0bpw").mkdir()
+    (tmp_path / "jlcm-3bit").mkdir()
+    first = rates.decode_speeds(tmp_path, rows)
+    assert list(first) == ["codebook-3.0bpw"]
+    (tmp_path / "codebook-3.0bpw").rmdir()
+    claims = {"codebook-3.0bpw": 50, "codebook-2.3bpw": 103, "codebook-7percent": 70}
+    bars = [
+        {"claim": f"{name}{rates.DECODING}", "measured": speed, "seconds": 2.0, "commit": "94a437e"}
+        for name, speed in claims.items()
+    ]
+    bars.append({"claim": "codebook-1.9bpw: minutes to compress", "measured": 9, "seconds": 2.0, "commit": "94a437e"})
+    (tmp_path / "02-codebook.json").write_text(json.dumps({"bars": bars}))
+    second = rates.decode_speeds(tmp_path, rows)
+    assert second == first | {"codebook-2.3bpw": {"megabytes_per_second": 103, "command_seconds": 2.0, "commit": "94a437e"}}
+
+
 def test_every_row_names_a_recipe_and_its_fields():
     for name, row in rates.ROWS.items():
         recipe = yaml.safe_load((rates.HERE.parent / "configs" / "recipes" / f"{row.recipe}.yaml").read_text()) | row.changes

@@ -9,9 +9,10 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ...functional.feedback import num_groups
-from ...stored import StoredEmbedding, StoredLinear, SwitchableModule
+from ...stored import ScaledModule, StoredEmbedding, StoredLinear, SwitchableModule
 from .functional import Nested, dequantize
 
 
@@ -72,7 +73,7 @@ class NestedModule(SwitchableModule):
         return dequantize(self.weight[take][:, 0], self.bits, scale, zero, self.group_size, multiplier)
 
 
-class NestedLinear(NestedModule, StoredLinear):
+class NestedLinear(NestedModule, ScaledModule, StoredLinear):
     """`y = x W^T + b` with `W` the current view of the container.
 
     >>> layer = NestedLinear.empty_like(nn.Linear(8, 4), bits=4, widths=(8, 4), group_size=None)
@@ -86,6 +87,19 @@ class NestedLinear(NestedModule, StoredLinear):
         new = cls(*linear.weight.shape, device=linear.weight.device, **settings)
         new.register_parameter("bias", linear.bias)
         return new
+
+    @property
+    def trained_scales(self) -> tuple[str, ...]:
+        """The current view's factors of its rows, which no other view reads; at eight bits the scales, which all of them do."""
+        return ("scale",) if self.bits == 8 else ("multiplier",)
+
+    def scaled_forward(self, x: Tensor) -> Tensor:
+        """As in the base; a scale per group is no factor of an output."""
+        if self.bits == 8:
+            return F.linear(x, self.to_dense(x.dtype), self.bias)
+        matrix = dequantize(self.weight[:, 0], self.bits, self.scale.to(x.dtype), self.zero, self.group_size)
+        y = F.linear(x, matrix) * self.multiplier[self.widths.index(self.bits) - 1].to(x.dtype)
+        return y if self.bias is None else y + self.bias
 
 
 class NestedEmbedding(NestedModule, StoredEmbedding):

@@ -453,6 +453,26 @@ def test_stored_scales_are_stored_again_without_loss(scale_bits):
         assert (stored > 0).all()
 
 
+@pytest.mark.parametrize("scale_bits", range(2, 9))
+def test_no_step_is_coarser_than_a_fixed_point_needs(scale_bits):
+    """From where the distance between float16 numbers is half a code, the largest code is in use; below, nothing moves either."""
+    largest = 2**scale_bits - 1
+    edge = largest**2 * 2.0**-24
+    scale = (torch.linspace(0.2, 4, 5000) * edge)[:, None]
+    codes, step = scale_codes(scale, scale_bits)
+    assert torch.equal(stored_scale(codes * step, scale_bits), codes * step)
+    assert (codes[scale >= edge] == largest).all()
+
+
+def test_eight_bits_of_scales_are_nearly_as_good_as_float16():
+    weight, levels = 0.03 * normal(64, 512), fixed_levels("uniform", 8, symmetric=False)
+    lost = {}
+    for scale_bits in (None, 8):
+        scale, zero = search_scale(weight, levels, 32, False, torch.ones(512), 8, scale_bits)
+        lost[scale_bits] = output_energy(weight - dequantize(nearest(weight, levels, scale, zero, 32), 32))
+    assert lost[8] < 1.7 * lost[None]
+
+
 def test_spread_groups_repeats_the_scale_of_each_input():
     per_group = torch.arange(6.0).reshape(2, 3)
     assert spread_groups(per_group, 4, 10).tolist() == [[0, 0, 0, 0, 1, 1, 1, 1, 2, 2], [3, 3, 3, 3, 4, 4, 4, 4, 5, 5]]
