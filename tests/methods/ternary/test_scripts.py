@@ -38,7 +38,7 @@ def test_a_model_is_trained_from_scratch(text_file, tmp_path):
 
 @pytest.mark.cli
 def test_a_model_is_converted(dense_folder, text_file, tmp_path):
-    short = ["--tokens", 512, "--length", 32, "--warm-start-tokens", 256, "--warm-start-epochs", 2, "--count", 8]
+    short = ["--tokens", 512, "--length", 32, "--warm-start-tokens", 256, "--warm-start-epochs", 8, "--count", 8]
     run("convert_to_ternary", "--model", dense_folder, "--text", text_file, "--output", tmp_path / "out", *short)
     result = json.loads((tmp_path / "out" / "training.json").read_text())
     assert set(result["perplexity"]) == {"dense", "rounded", "after the warm start", "trained"}
