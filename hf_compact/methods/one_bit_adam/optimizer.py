@@ -408,9 +408,11 @@ class OneBitAdam(torch.optim.AdamW):
         sizes = [p.numel() for _, p in self._compressed]
         for (_, p), momentum in zip(self._compressed, self._momentum.split(sizes), strict=True):
             self.state[p]["exp_avg"] = momentum.view(p.shape)
-        frozen_at = self._progress["frozen_at"]
+        # AdamW's `step` counts the gradients in the variance, so it stands still from here on: plain AdamW goes on from it.
         self._denominator = torch.cat([
-            (self.state[p]["exp_avg_sq"].reshape(-1).float() / (1 - group["betas"][1] ** frozen_at)).sqrt_().add_(group["eps"])
+            (self.state[p]["exp_avg_sq"].reshape(-1).float() / (1 - group["betas"][1] ** float(self.state[p]["step"])))
+            .sqrt_()
+            .add_(group["eps"])
             for group, p in self._compressed
         ])  # fmt: skip
         # A value whose variance is 0 would be divided by eps alone, and one bit cannot say 0.
@@ -479,7 +481,6 @@ class OneBitAdam(torch.optim.AdamW):
             momentum.mul_(beta1)
             if p.grad is not None:
                 momentum.add_(p.grad.reshape(-1), alpha=1 - beta1)
-            self.state[p]["step"] += 1
         self._apply_mask()
 
     def _local_step(self) -> None:

@@ -126,6 +126,8 @@ def check_overflow() -> None:
 def check_saving(folder: Path) -> None:
     """A run that is saved and loaded after the warm-up goes on as if nothing had happened."""
     ddp, optimizer, _ = train({}, steps=FREEZE + 5)
+    # The gradients in each variance, so that AdamW alone corrects the bias of a frozen one as before: weight, bias, twice.
+    assert [int(optimizer.state[p]["step"]) for p in ddp.parameters()] == 2 * [FREEZE, FREEZE + 5]
     optimizer.save_errors(folder)
     dist.barrier()
     other, _ = toy()
