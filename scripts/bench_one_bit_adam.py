@@ -250,7 +250,7 @@ class Naive:
         sizes = [p.numel() for p in self.parameters]
         self.mean = CompressedMean(sizes, [1] * len(sizes), None, optimizer.report, self.parameters[0].device)
         self.optimizer, self.warmup = optimizer, warmup
-        optimizer._is_attached = True  # the hook below takes the place of the optimizer's own
+        optimizer._ddp = model  # the hook below takes the place of the optimizer's own
 
     def hook(self, bucket):  # DDP takes no other annotation than its own class, which is imported late
         """Exact mean in the warm-up, local gradients afterwards."""

@@ -42,6 +42,8 @@ class OneBitAdamCallback(TrainerCallback):
 
     def __init__(self, config: OneBitAdamConfig | None = None):
         """Take a config, all defaults without one. Nothing happens before training."""
+        if config is not None and not isinstance(config, OneBitAdamConfig):
+            raise ConfigError(f"OneBitAdamCallback takes an OneBitAdamConfig, got {config!r}")
         self.config = config or OneBitAdamConfig()
         self.optimizer: OneBitAdam | None = None
         self._max_grad_norm = 0.0
@@ -82,12 +84,18 @@ class OneBitAdamCallback(TrainerCallback):
         self.optimizer.attach(_wrapper_of(model), agrees_on_overflow=wrapped.scaler is not None)
         if world_size() > 1:
             # Clipping is done here, by the norm over all ranks; the Trainer would clip by each rank's own.
-            self._max_grad_norm, args.max_grad_norm = args.max_grad_norm, 0.0
+            # A run that broke off and begins again, as with auto_find_batch_size, has its 0 still there.
+            self._max_grad_norm, args.max_grad_norm = args.max_grad_norm or self._max_grad_norm, 0.0
         if self.optimizer.is_compressing and not any(self.optimizer.load_errors(folder) for folder in _checkpoints(args, state)):
             logger.warning(
                 "the checkpoint of step %d has no errors of 1-bit Adam for %d ranks (another number of ranks, or another output_dir "
                 "than resume_from_checkpoint): they start at 0, which costs a little accuracy for some steps", state.global_step, world_size(),
             )  # fmt: skip
+        if self.optimizer.has_frozen and world_size() == 1:
+            logger.warning(
+                "the checkpoint of step %d is of 1-bit Adam on several ranks: one rank alone goes on as AdamW, without their errors",
+                state.global_step,
+            )
         self._logged = (self.report.total_bytes, sum(self.report.num_steps.values()))
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -134,7 +142,7 @@ class OneBitAdamCallback(TrainerCallback):
         optimizer.synchronize()
         optimizer.check_replicas()
         if world_size() > 1:
-            args.max_grad_norm = self._max_grad_norm
+            args.max_grad_norm, self._max_grad_norm = self._max_grad_norm, 0.0
         if world_size() > 1 and rank() == 0:
             Console(stderr=True).print(self.report.to_table())
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)

@@ -66,10 +66,12 @@ class OneBitAdamConfig:
                 raise ConfigError(f"one_bit_adam.{name} must be one of {shown}, got {getattr(self, name)!r}")
         if self.freeze != "auto" and (
             not isinstance(self.freeze, int | float)
+            or isinstance(self.freeze, bool)
             or not 0 < self.freeze < float("inf")
             or (self.freeze >= 1 and self.freeze != int(self.freeze))
         ):
-            raise ConfigError(f'one_bit_adam.freeze must be "auto", a fraction in (0, 1) or a whole step, got {self.freeze}')
+            raise ConfigError(f'one_bit_adam.freeze must be "auto", a fraction in (0, 1) or a whole step, got {self.freeze!r}')
+        self._check_types()
         if not 0 < self.variance_ratio < 1:
             raise ConfigError(f"one_bit_adam.variance_ratio must be in (0, 1), got {self.variance_ratio}")
         if not 0 <= self.freeze_floor <= self.freeze_ceiling <= 1:
@@ -79,6 +81,13 @@ class OneBitAdamConfig:
             )
         if not 0 <= self.sparse_share <= 1:
             raise ConfigError(f"one_bit_adam.sparse_share must be in [0, 1], got {self.sparse_share}")
+
+    def _check_types(self) -> None:
+        for name in ("variance_ratio", "freeze_floor", "freeze_ceiling", "sparse_share"):
+            if type(getattr(self, name)) not in (int, float):
+                raise ConfigError(f"one_bit_adam.{name} must be a number, got {getattr(self, name)!r}")
+        if not isinstance(self.dense, tuple | list) or not all(isinstance(glob, str) for glob in self.dense):
+            raise ConfigError(f"one_bit_adam.dense must be a tuple of globs, got {self.dense!r}")
         for name in ("min_numel", "replan_every", "local_steps", "local_steps_double_every", "power_sgd_rank", "check_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"one_bit_adam.{name} must be at least 1, got {getattr(self, name)}")
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ConfigError(f"one_bit_adam.{name} must be a whole number of at least 1, got {getattr(self, name)!r}")

@@ -94,7 +94,8 @@ class OneBitAdam(torch.optim.AdamW):
         self.report = CommReport(sum(p.numel() for _, p in self._trained()), world_size())
         self._names: dict[Tensor, str] = {}
         self._power_sgd: powerSGD_hook.PowerSGDState | None = None
-        self._is_attached = self._agrees_on_overflow = False
+        self._ddp: DistributedDataParallel | None = None
+        self._agrees_on_overflow = False
         self._unchecked_steps = 0
         self._restore()
 
@@ -128,6 +129,11 @@ class OneBitAdam(torch.optim.AdamW):
         """Whether the warm-up is over, so that gradients stay local."""
         return self._mean is not None
 
+    @property
+    def has_frozen(self) -> bool:
+        """Whether the variance was frozen at some step, by a run on several ranks before a resume too."""
+        return self._progress["frozen_at"] is not None
+
     def attach(self, model: nn.Module, *, agrees_on_overflow: bool = False) -> None:
         """Register the hook that averages gradients in the warm-up and leaves them local afterwards.
 
@@ -153,22 +159,33 @@ class OneBitAdam(torch.optim.AdamW):
             return
         if not isinstance(model, DistributedDataParallel):
             raise UnsupportedModel(
-                f"1-bit Adam on {world_size()} ranks needs a model in DistributedDataParallel, got {type(model).__name__}"
+                f"1-bit Adam on {world_size()} ranks needs a model in DistributedDataParallel, got {type(model).__name__}; "
+                "without a GPU the Trainer makes one only with TrainingArguments use_cpu=True"
             )
         if not any(self._may_compress(p) for _, p in self._trained()):
             raise ConfigError(
                 f"no parameter is left to compress: all have fewer than one_bit_adam.min_numel = {self.config.min_numel} values "
                 "or match one_bit_adam.dense"
             )
-        if self.report.num_values < WORTH_IT and rank() == 0:
-            logger.warning("1-bit Adam gains little: only %d parameters are trained", self.report.num_values)
+        if rank() == 0:
+            self._warn_of_little_gain()
         if self.config.exchange == "power_sgd":
             self._power_sgd = powerSGD_hook.PowerSGDState(
                 None, matrix_approximation_rank=self.config.power_sgd_rank, start_powerSGD_iter=max(2, self._freeze_window()[0])
             )
         self._agrees_on_overflow = agrees_on_overflow
-        model.register_comm_hook(self, _reduce)
-        self._is_attached = True
+        if self._ddp is not model:  # a Trainer that trains once more keeps its wrapper, and a hook is for good
+            model.register_comm_hook(self, _reduce)
+        self._ddp = model
+
+    def _warn_of_little_gain(self) -> None:
+        if self.report.num_values < WORTH_IT:
+            logger.warning("1-bit Adam gains little: only %d parameters are trained", self.report.num_values)
+        first, _ = self._freeze_window()
+        if self.config.exchange != "none" and self.total_steps and first >= self.total_steps:
+            logger.warning(
+                "nothing is compressed: the warm-up of %d steps is no shorter than the run of %d", first, self.total_steps
+            )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -183,7 +200,7 @@ class OneBitAdam(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if world_size() > 1 and not self._is_attached:
+        if world_size() > 1 and self._ddp is None:
             raise UnsupportedModel(
                 "call OneBitAdam.attach with the DDP model before the first step: gradients are not exchanged yet"
             )

@@ -11,6 +11,7 @@ from torch import nn
 import hf_compact
 from hf_compact import CommReport, OneBitAdam, OneBitAdamCallback, OneBitAdamConfig
 from hf_compact.errors import ConfigError, NothingMatched, UnsupportedModel
+from hf_compact.methods.one_bit_adam import callback as callback_module
 from hf_compact.methods.one_bit_adam import optimizer as module
 
 
@@ -115,7 +116,10 @@ def test_several_ranks_need_ddp_and_something_to_compress(monkeypatch):
     model, data = model_and_data()
     optimizer = OneBitAdam(model.parameters(), total_steps=9)
     monkeypatch.setattr(module, "world_size", lambda: 2)
-    with pytest.raises(UnsupportedModel, match="on 2 ranks needs a model in DistributedDataParallel, got Sequential"):
+    with pytest.raises(
+        UnsupportedModel,
+        match=r"on 2 ranks needs a model in DistributedDataParallel, got Sequential; without a GPU .* use_cpu=True",
+    ):
         optimizer.attach(model)
     model(data).sum().backward()
     with pytest.raises(UnsupportedModel, match=r"call OneBitAdam\.attach with the DDP model"):
@@ -142,11 +146,12 @@ def test_sharding_set_up_by_accelerate_launch_is_refused_at_the_start_of_trainin
         OneBitAdamCallback().on_train_begin(trainer_arguments(), None, None, model=model, optimizer=wrapped)
 
 
-def begin(model: nn.Module, optimizer: torch.optim.Optimizer, callback: OneBitAdamCallback, **changed) -> None:
+def begin(model: nn.Module, optimizer: torch.optim.Optimizer, callback: OneBitAdamCallback, arguments=None, **changed) -> None:
     wrapped = types.SimpleNamespace(
         accelerator_state=types.SimpleNamespace(distributed_type="NO"), optimizer=optimizer, scaler=None
     )
-    arguments = trainer_arguments(get_warmup_steps=lambda total: 1, output_dir="nowhere", resume_from_checkpoint=None, **changed)
+    arguments = arguments or trainer_arguments(**changed)
+    vars(arguments).update(get_warmup_steps=lambda total: 1, output_dir="nowhere", resume_from_checkpoint=None)
     state = types.SimpleNamespace(max_steps=9, global_step=0)
     callback.on_train_begin(arguments, state, None, model=model, optimizer=wrapped)
 
@@ -166,6 +171,28 @@ def test_the_callback_refuses_what_would_train_nothing_or_the_wrong_thing():
     late = OneBitAdamCallback()
     with pytest.raises(ConfigError, match="added after training had begun"):
         late.on_step_end(None, None, transformers.TrainerControl(should_save=True))
+
+
+def test_one_rank_that_goes_on_from_several_says_so(caplog):
+    model, _ = model_and_data()
+    adamw = torch.optim.AdamW(model.parameters())
+    begin(model, adamw, OneBitAdamCallback())
+    assert not caplog.records
+    adamw.param_groups[0][module.PROGRESS]["frozen_at"] = 5
+    begin(model, adamw, OneBitAdamCallback())
+    assert "one rank alone goes on as AdamW" in caplog.text
+
+
+def test_a_run_that_broke_off_and_begins_again_still_clips(monkeypatch):
+    model, data = model_and_data()
+    callback, arguments = OneBitAdamCallback(), trainer_arguments()
+    monkeypatch.setattr(callback_module, "world_size", lambda: 2)
+    for _ in range(2):
+        begin(model, torch.optim.AdamW(model.parameters()), callback, arguments=arguments)
+        assert arguments.max_grad_norm == 0.0
+    model(data).square().sum().backward()
+    callback.on_pre_optimizer_step(arguments, None, None)
+    assert torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item() == pytest.approx(1.0)
 
 
 def test_auto_freeze_waits_for_the_variance_between_floor_and_ceiling(monkeypatch):

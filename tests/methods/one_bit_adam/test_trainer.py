@@ -45,7 +45,7 @@ def runs(tmp_path_factory) -> Path:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ["straight", "plain", "killed", "forgetful", "bf16", "ternary", "pruned"])
+@pytest.mark.parametrize("name", ["straight", "plain", "killed", "forgetful", "bf16", "ternary", "pruned", "again"])
 def test_ranks_end_with_the_same_parameters(runs, name):
     first, second = (load_file(runs / f"{name}-rank{rank}.safetensors") for rank in (0, 1))
     assert all(torch.equal(first[key], second[key]) for key in first)
@@ -82,6 +82,11 @@ def test_logs_and_the_report_hold_the_bytes(runs):
     assert logged[24]["loss"] < logged[4]["loss"]
     assert result["max_grad_norm"] == 1.0  # given back to the arguments
     assert json.loads((runs / "plain" / REPORT_FILE).read_text()) == result["report"]
+
+
+@pytest.mark.distributed
+def test_a_trainer_goes_on_after_ctrl_c_with_its_clipping(runs):
+    assert json.loads((runs / "again.json").read_text())["max_grad_norm"] == 1.0
 
 
 @pytest.mark.distributed

@@ -30,6 +30,17 @@ class KillRank(transformers.TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Interrupt(transformers.TrainerCallback):
+    """Ctrl-C after the switch, once."""
+
+    done = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == SAVED and not self.done:
+            self.done = True
+            raise KeyboardInterrupt
+
+
 class ZeroSmallWeights(transformers.TrainerCallback):
     """Stands for another callback that changes weights, like a pruning schedule."""
 
@@ -66,7 +77,10 @@ def train(
         model=tiny_model("llama").train(), args=transformers.TrainingArguments(**defaults | arguments), train_dataset=data,
         callbacks=[*([ours] if callback else []), *callbacks],
     )  # fmt: skip
-    trainer.train(resume_from_checkpoint=resume)
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except KeyboardInterrupt:
+        trainer.train()
     tensors = {key: value.clone().contiguous() for key, value in trainer.model.state_dict().items()}
     tensors.pop("lm_head.weight", None)
     save_file(tensors, folder / f"{name}-rank{trainer.args.process_index}.safetensors")
@@ -112,7 +126,11 @@ def main() -> None:
             config=OneBitAdamConfig(freeze="auto", min_numel=1024, local_steps=4, local_steps_double_every=3),
         )
         train(folder, "ternary", callbacks=[TernaryCallback(ramp_share=0.5)])
+        train(folder, "again", callbacks=[Interrupt()])
         train(folder, "pruned", callbacks=[HessoCallback(**PRUNING)])
+        train(folder, "late", config=OneBitAdamConfig(freeze=STEPS))
+        if dist.get_rank() == 0:
+            assert any(f"nothing is compressed: the warm-up of {STEPS} steps" in text for text in heard.texts)
         with pytest.raises(UnsupportedModel, match="FSDP shards them"):
             train(folder, "fsdp", fsdp="full_shard")
         (folder / f"all-{dist.get_rank()}.done").touch()
