@@ -56,8 +56,7 @@ class TensorTrainLinear(nn.Module):
     """
 
     mode: Literal["auto", "factored", "dense"] = "auto"
-    """Factored, rebuilt for every call, or whichever takes fewer operations; without gradients auto also keeps the left factor of a
-    pivoted product unpivoted, `[out, r]` beside its core. A core that is hooked is always used."""
+    """Factored, rebuilt for every call, or whichever takes fewer operations. A core that is hooked is always used."""
 
     active_rank: int | None = None
     """Plain low rank in training: only so many of the first inner values are used."""
@@ -92,7 +91,6 @@ class TensorTrainLinear(nn.Module):
             self.register_buffer("in_order", torch.arange(self.in_features, dtype=torch.int32, device=device))
         self.register_parameter("bias", None)
         self._most_factored = self._break_even()
-        self._kept: tuple[tuple[int, ...], Tensor] | None = None
 
     @classmethod
     def empty_like(
@@ -192,10 +190,9 @@ class TensorTrainLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., in]` to `[..., out]`."""
-        if self.is_pivoted and self.mode == "auto" and not torch.is_grad_enabled():
-            up = self._unpivoted(x.dtype)
-            if up is not None:
-                return F.linear(self.core1(x), up, self.bias)
+        if self.is_pivoted and self._orders_factor(x):
+            up = torch.cat([torch.eye(self.ranks[0], dtype=x.dtype, device=x.device), self.core0.weight])
+            return F.linear(self.core1(x), up[self.out_order], self.bias)
         if self.is_sorted:
             x = _reordered(x, self.in_order)
         y = F.linear(x, self._matrix(x.dtype)) if self._is_rebuilt(x) else self._factored(x)
@@ -253,20 +250,16 @@ class TensorTrainLinear(nn.Module):
             return False
         return self.active_rank is None and not self._is_watched
 
-    def _unpivoted(self, dtype: torch.dtype) -> Tensor | None:
-        """The left factor `[out, r]` in the order of the outputs, kept until its core changes; None if the core has to run itself.
+    def _orders_factor(self, x: Tensor) -> bool:
+        """Whether the rows of the left factor are put in order instead of the outputs.
 
-        Putting outputs in order after the product takes longer than the `r^2` multiply-adds that pivoting saves.
+        Where tokens are more than ranks that is less to move, and moving outputs took longer than the `r^2` multiply-adds per
+        token that pivoting saves. The ordered factor is not kept: a core may change without a trace, through `data`.
         """
         core = self.core0
-        if type(core) is not nn.Linear or core._forward_pre_hooks or core._forward_hooks or core.weight.dtype != dtype:
-            return None
-        weight, order = core.weight, self.out_order
-        key = weight.data_ptr(), order.data_ptr(), *(0 if t.is_inference() else t._version for t in (weight, order))
-        if self._kept is None or self._kept[0] != key:
-            whole = torch.cat([torch.eye(self.ranks[0], dtype=dtype, device=weight.device), weight])
-            self._kept = key, whole[order]
-        return self._kept[1]
+        if self.mode != "auto" or torch.is_grad_enabled() or type(core) is not nn.Linear or core.weight.dtype != x.dtype:
+            return False
+        return x.shape[:-1].numel() > self.ranks[0] and not (core._forward_pre_hooks or core._forward_hooks)
 
     @property
     def _is_watched(self) -> bool:
