@@ -191,7 +191,7 @@ class TensorTrainLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., in]` to `[..., out]`."""
         if self.is_pivoted and self._orders_factor(x):
-            up = torch.cat([torch.eye(self.ranks[0], dtype=x.dtype, device=x.device), self.core0.weight])
+            up = torch.cat([torch.eye(self.ranks[0], dtype=x.dtype, device=x.device), _weight(self.core0, x.dtype)])
             return F.linear(self.core1(x), up[self.out_order], self.bias)
         if self.is_sorted:
             x = _reordered(x, self.in_order)
