@@ -28,6 +28,7 @@ from hf_compact.checkpoint import Journal, TensorSource
 from hf_compact.errors import FormatError, NumericalError, OutputError, VerificationError
 from hf_compact.hf import card
 from tests.conftest import FAMILIES, tiny_inputs, tiny_model
+from tests.interrupted import ORIGINAL_APPEND, stop_after
 
 RECIPE = {
     "stages": [{"method": "codebook", "bits": 3, "group_size": 16, "refit_rounds": 1, "shrink_steps": 4}],
@@ -87,18 +88,6 @@ def stopped(dense_folder, text_file, tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(Journal, "append", ORIGINAL_APPEND)
     assert len((partial(tmp_path / "small") / JOURNAL).read_text().splitlines()) == 1 + 2
     return tmp_path / "small"
-
-
-ORIGINAL_APPEND = Journal.append
-
-
-def stop_after(count: int, monkeypatch) -> None:
-    def append(self, *args):
-        if len(self.entries) == count:
-            raise KeyboardInterrupt
-        ORIGINAL_APPEND(self, *args)
-
-    monkeypatch.setattr(Journal, "append", append)
 
 
 # The result.

@@ -18,6 +18,7 @@ from hf_compact.methods.tensor_network import TensorNetworkConfig, TensorTrainLi
 from hf_compact.methods.tensor_network.allocation import Share, prepare
 from hf_compact.methods.tensor_network.apply import compress_linear
 from tests.conftest import tiny_inputs, tiny_model
+from tests.interrupted import ends_with_the_same_bytes
 
 UNIFORM = {"method": "tensor_network", "allocation": "uniform", "keep_ratio": 0.6, "rank_multiple": 1}
 CODEBOOK = {"method": "codebook", "bits": 4, "group_size": 16, "refit_rounds": 0, "shrink_steps": 2}
@@ -256,29 +257,11 @@ def test_a_folder_is_written_planned_and_verified(dense_folder, text_file, tmp_p
 
 
 def test_a_killed_run_ends_with_the_same_bytes(dense_folder, text_file, tmp_path, monkeypatch):
-    from hf_compact.checkpoint import Journal, TensorSource
-
     recipe = {
         "stages": [UNIFORM | {"solver": "regression"}, CODEBOOK],
         "calibration": {"num_sequences": 2, "sequence_length": 32},
     }
-    hf_compact.compress(dense_folder, recipe, output=tmp_path / "whole", calibration=[text_file])
-    append = Journal.append
-
-    def stop_after_two(self, unit, tensors, record):
-        append(self, unit, tensors, record)
-        if len(self.entries) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Journal, "append", stop_after_two)
-    with pytest.raises(KeyboardInterrupt):
-        hf_compact.compress(dense_folder, recipe, output=tmp_path / "killed", calibration=[text_file])
-    monkeypatch.undo()
-    hf_compact.compress(dense_folder, recipe, output=tmp_path / "killed", calibration=[text_file])
-    first, second = (TensorSource.in_folder(tmp_path / name) for name in ("whole", "killed"))
-    a, b = first.read(first.file_of), second.read(second.file_of)
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    ends_with_the_same_bytes(dense_folder, recipe, text_file, tmp_path, monkeypatch)
 
 
 def test_regression_needs_the_dense_inputs_and_uses_them():

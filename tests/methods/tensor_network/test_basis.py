@@ -14,12 +14,13 @@ from hf_compact import TensorNetworkCallback
 from hf_compact.api import inspect_folder
 from hf_compact.arch import describe
 from hf_compact.calibration import from_batches
-from hf_compact.checkpoint import Journal, TensorSource
+from hf_compact.checkpoint import TensorSource
 from hf_compact.errors import ConfigError, FormatError, NothingMatched
 from hf_compact.methods.tensor_network import TensorNetworkConfig, TensorTrainLinear
 from hf_compact.methods.tensor_network.allocation import Share, find_groups, prepare
 from hf_compact.methods.tensor_network.apply import compress_linear
 from tests.conftest import tiny_inputs, tiny_model
+from tests.interrupted import ends_with_the_same_bytes
 
 SHARED = {"method": "tensor_network", "keep_ratio": 0.35, "basis_group": 2, "rank_multiple": 4, "is_pivoted": False}
 CODEBOOK = {"method": "codebook", "bits": 8, "group_size": None, "refit_rounds": 0, "shrink_steps": 2}
@@ -132,24 +133,8 @@ def test_a_fresh_process_reads_a_killed_and_resumed_run(tokenizer, text_file, tm
     alike().save_pretrained(tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")
     recipe = {"stages": [SHARED, CODEBOOK], "calibration": {"num_sequences": 2, "sequence_length": 32}}
-    report = hf_compact.compress(tmp_path / "dense", recipe, output=tmp_path / "whole", calibration=[text_file])
+    report = ends_with_the_same_bytes(tmp_path / "dense", recipe, text_file, tmp_path, monkeypatch)
     assert report.is_verified, "in a process of its own"
-    append = Journal.append
-
-    def stop_after_two(self, unit, tensors, record):
-        append(self, unit, tensors, record)
-        if len(self.entries) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Journal, "append", stop_after_two)
-    with pytest.raises(KeyboardInterrupt):
-        hf_compact.compress(tmp_path / "dense", recipe, output=tmp_path / "killed", calibration=[text_file])
-    monkeypatch.undo()
-    hf_compact.compress(tmp_path / "dense", recipe, output=tmp_path / "killed", calibration=[text_file])
-    first, second = (TensorSource.in_folder(tmp_path / name) for name in ("whole", "killed"))
-    a, b = first.read(first.file_of), second.read(second.file_of)
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[name], b[name]) for name in a)
     table = json.loads((tmp_path / "whole" / "config.json").read_text())["quantization_config"]["modules"]
     assert any("ties" in spec for spec in table.values())
 
