@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ...checkpoint import write_text
 from ...distributed import rank, sum_, world_size
 from ...errors import ConfigError, UnsupportedModel
 from ...report import CommReport
@@ -74,14 +75,14 @@ class OneBitAdamCallback(TrainerCallback):
             raise UnsupportedModel(
                 f"{args.n_gpu} GPUs in one process is nn.DataParallel: launch one process per GPU with torchrun"
             )
-        self.optimizer = self._install(args, state, wrapped)
+        self.optimizer, before = self._install(args, state, wrapped), self.optimizer
         trained = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         orphans = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in trained]
         if orphans:
             raise ConfigError(
                 f"{len(orphans)} trainable parameters are not in the optimizer, first {orphans[0]}: replace modules before the Trainer is made"
             )
-        self.optimizer.attach(_wrapper_of(model), agrees_on_overflow=wrapped.scaler is not None)
+        self.optimizer.attach(_wrapper_of(model, before), agrees_on_overflow=wrapped.scaler is not None)
         if world_size() > 1:
             # Clipping is done here, by the norm over all ranks; the Trainer would clip by each rank's own.
             # A run that broke off and begins again, as with auto_find_batch_size, has its 0 still there.
@@ -91,6 +92,8 @@ class OneBitAdamCallback(TrainerCallback):
                 "the checkpoint of step %d has no errors of 1-bit Adam for %d ranks (another number of ranks, or another output_dir "
                 "than resume_from_checkpoint): they start at 0, which costs a little accuracy for some steps", state.global_step, world_size(),
             )  # fmt: skip
+        if self.config.exchange == "power_sgd" and state.global_step and world_size() > 1:
+            logger.warning("the errors of PowerSGD are not saved: after step %d they start at 0", state.global_step)
         if self.optimizer.has_frozen and world_size() == 1:
             logger.warning(
                 "the checkpoint of step %d is of 1-bit Adam on several ranks: one rank alone goes on as AdamW, without their errors",
@@ -146,7 +149,7 @@ class OneBitAdamCallback(TrainerCallback):
         if world_size() > 1 and rank() == 0:
             Console(stderr=True).print(self.report.to_table())
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-            Path(args.output_dir, REPORT_FILE).write_text(json.dumps(self.report.to_dict(), indent=2) + "\n", encoding="utf-8")
+            write_text(Path(args.output_dir, REPORT_FILE), json.dumps(self.report.to_dict(), indent=2) + "\n")
 
     def _own(self) -> OneBitAdam:
         if self.optimizer is None:
@@ -170,13 +173,21 @@ class OneBitAdamCallback(TrainerCallback):
         return new
 
 
-def _wrapper_of(model: nn.Module) -> nn.Module:
+def _wrapper_of(model: nn.Module, before: OneBitAdam | None) -> nn.Module:
     """The DDP module around a model; the model itself where there is none.
 
-    The Trainer passes callbacks the bare model and keeps the wrapper to itself, so it is looked for among all objects.
+    The Trainer passes callbacks the bare model and keeps the wrapper to itself, so it is looked for among all objects. A
+    Trainer that begins again after it ran out of memory makes another one, while the optimizer `before` holds the old.
     """
+    gc.collect()  # wrappers that nobody holds
     wrappers = [o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel) and o.module is model]
-    return wrappers[-1] if wrappers else model
+    if before is not None and len(wrappers) > 1:
+        wrappers = [wrapper for wrapper in wrappers if wrapper is not before.ddp]
+    if len(wrappers) > 1:
+        raise UnsupportedModel(
+            f"{len(wrappers)} DistributedDataParallel hold this model, and the Trainer trains one of them: delete the others"
+        )
+    return wrappers[0] if wrappers else model
 
 
 def _checkpoints(args: TrainingArguments, state: TrainerState) -> list[Path]:

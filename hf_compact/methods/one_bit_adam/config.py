@@ -27,7 +27,8 @@ class OneBitAdamConfig:
     """End of the warm-up, in which Adam's variance is learned from exact gradients: a fraction of all steps, a step, or
     `auto`, when the variance has settled."""
     variance_ratio: float = 0.96
-    """Auto only: the L1 norms of the variance, 1 / (1 - beta2) steps apart, must agree to this ratio, in (0, 1)."""
+    """Auto only: the L1 norms of the variance, 1 / (1 - beta2) steps apart or half the shortest warm-up if that is less,
+    must agree to this ratio, in (0, 1)."""
     freeze_floor: float = 0.1
     """Auto only: fraction of all steps before which nothing is frozen; the learning rate's warm-up counts too."""
     freeze_ceiling: float = 0.3
@@ -49,7 +50,7 @@ class OneBitAdamConfig:
     local_steps_double_every: int = 1000
     """Steps after which the number of local steps doubles, from 1 up to `local_steps`."""
     power_sgd_rank: int = 1
-    """PowerSGD only: rank of the factors."""
+    """PowerSGD only: rank of the factors. Its errors are not saved with a checkpoint."""
     check_every: int = 500
     """Steps between two comparisons of all ranks' parameters."""
 

@@ -21,6 +21,8 @@ from ...report import CommReport
 from .config import BITS
 from .functional import Segment, add_decoded_, encode_, message_bytes, quantize_, split_into_chunks
 
+HOW_TO_STAY_FINITE = "lower the learning rate, or train in bfloat16 or float32"
+
 
 class CompressedMean:
     """Errors and layout of the exchange.
@@ -92,9 +94,7 @@ class CompressedMean:
             scales.append(message[: 4 * len(chunk)].view(torch.float32))
         self._apply_mask(target)
         if not torch.cat(scales).isfinite().all():
-            raise NumericalError(
-                "a gradient is not finite on some rank: lower the learning rate, or train in bfloat16 or float32"
-            )
+            raise NumericalError(f"a gradient is not finite on some rank: {HOW_TO_STAY_FINITE}")
 
     def choose_bits(self, of_bits: int) -> list[int]:
         """Widths with the fewest bytes whose squared error on rank 0's buffer is at most that of `of_bits` for all tensors."""

@@ -8,7 +8,7 @@ sign with a scale needs it, where a sign of the momentum itself becomes a huge s
 
 Source: 1-bit Adam (arXiv 2102.02888), local steps from 0/1 Adam (arXiv 2202.06009); differs by what is exchanged, by the
 bias correction of the frozen variance, and by local steps that exchange their mean instead of their sum, so that errors
-keep their meaning when the interval grows.
+keep their meaning when the interval grows. One file, because every phase works on the same buffers.
 """
 
 import copy
@@ -27,12 +27,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from ...checkpoint import whole_file
 from ...distributed import rank, sum_, world_size
-from ...errors import ConfigError, NothingMatched, UnsupportedModel, VerificationError
+from ...errors import ConfigError, NothingMatched, NumericalError, UnsupportedModel, VerificationError
 from ...report import CommReport
 from ...select import glob_matches
 from .config import OneBitAdamConfig
-from .exchange import CompressedMean
+from .exchange import HOW_TO_STAY_FINITE, CompressedMean
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,8 @@ _GRADIENT_HOOKS: dict[str, tuple[Any, int | None]] = {
 WORTH_IT = 1_000_000
 #: With fewer steps of warm-up the variance is mostly its own bias correction.
 FEWEST_WARMUP_STEPS = 100
+#: Settings that have done their work once the variance is frozen.
+DECIDED_AT_FREEZE = ("freeze", "dense", "min_numel", "sparse_share")
 
 
 class OneBitAdam(torch.optim.AdamW):
@@ -94,7 +97,8 @@ class OneBitAdam(torch.optim.AdamW):
         self.report = CommReport(sum(p.numel() for _, p in self._trained()), world_size())
         self._names: dict[Tensor, str] = {}
         self._power_sgd: powerSGD_hook.PowerSGDState | None = None
-        self._ddp: DistributedDataParallel | None = None
+        #: What `attach` was called with, on several ranks.
+        self.ddp: DistributedDataParallel | None = None
         self._agrees_on_overflow = False
         self._unchecked_steps = 0
         self._restore()
@@ -147,10 +151,10 @@ class OneBitAdam(torch.optim.AdamW):
             ConfigError: no parameter is left to compress.
             UnsupportedModel: more than one rank and no DDP model, or an embedding with sparse gradients.
         """
-        sparse = [name for name, module in model.named_modules() if getattr(module, "sparse", False) is True]
+        inner = model.module if isinstance(model, DistributedDataParallel) else model
+        sparse = [name for name, module in inner.named_modules() if getattr(module, "sparse", False) is True]
         if sparse:
             raise UnsupportedModel(f"1-bit Adam cannot exchange sparse gradients: set sparse=False in {', '.join(sparse)}")
-        inner = model.module if isinstance(model, DistributedDataParallel) else model
         self._names = {parameter: name for name, parameter in inner.named_parameters()}
         for glob in self.config.dense:
             if not any(glob_matches(name, glob) for name in self._names.values()):
@@ -163,9 +167,10 @@ class OneBitAdam(torch.optim.AdamW):
                 "without a GPU the Trainer makes one only with TrainingArguments use_cpu=True"
             )
         if not any(self._may_compress(p) for _, p in self._trained()):
+            largest = max(p.numel() for _, p in self._trained())
             raise ConfigError(
                 f"no parameter is left to compress: all have fewer than one_bit_adam.min_numel = {self.config.min_numel} values "
-                "or match one_bit_adam.dense"
+                f"or match one_bit_adam.dense; the largest has {largest}, adapters may need a smaller min_numel"
             )
         if rank() == 0:
             self._warn_of_little_gain()
@@ -174,9 +179,9 @@ class OneBitAdam(torch.optim.AdamW):
                 None, matrix_approximation_rank=self.config.power_sgd_rank, start_powerSGD_iter=max(2, self._freeze_window()[0])
             )
         self._agrees_on_overflow = agrees_on_overflow
-        if self._ddp is not model:  # a Trainer that trains once more keeps its wrapper, and a hook is for good
+        if self.ddp is not model:  # a Trainer that trains once more keeps its wrapper, and a hook is for good
             model.register_comm_hook(self, _reduce)
-        self._ddp = model
+        self.ddp = model
 
     def _warn_of_little_gain(self) -> None:
         if self.report.num_values < WORTH_IT:
@@ -193,14 +198,14 @@ class OneBitAdam(torch.optim.AdamW):
 
         Raises:
             UnsupportedModel: several ranks and `attach` was not called.
-            NumericalError: after the warm-up, a gradient is not finite on some rank.
+            NumericalError: after the warm-up, a gradient is not finite on some rank; or `check_replicas` found it.
             VerificationError: parameters differ between ranks.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if world_size() > 1 and self._ddp is None:
+        if world_size() > 1 and self.ddp is None:
             raise UnsupportedModel(
                 "call OneBitAdam.attach with the DDP model before the first step: gradients are not exchanged yet"
             )
@@ -254,6 +259,7 @@ class OneBitAdam(torch.optim.AdamW):
                     "the variance was learned in %d steps only; fewer than %d often diverge", self.num_steps, FEWEST_WARMUP_STEPS
                 )
         self._progress.update(frozen_at=self.num_steps, compressed=compressed, bits=[1] * len(compressed))
+        self._progress["settings"] = {name: getattr(self.config, name) for name in DECIDED_AT_FREEZE}
         self._start_compression()
         self.check_replicas(with_state=True)
 
@@ -265,6 +271,9 @@ class OneBitAdam(torch.optim.AdamW):
 
         Returns:
             The norm before.
+
+        Raises:
+            NumericalError: it is not finite, and no gradient scaler will skip the step.
         """
         parameters = [p for _, p in self._trained()]
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None]).float()
@@ -273,6 +282,8 @@ class OneBitAdam(torch.optim.AdamW):
             sum_([norm])
             self.report.add_all_reduce("control", 4)
             norm = (norm / world_size()).sqrt()
+        if not self._agrees_on_overflow and not norm.isfinite():
+            raise NumericalError(f"the gradient's norm is {float(norm)} before step {self.num_steps + 1}: {HOW_TO_STAY_FINITE}")
         clip_grads_with_norm_(parameters, max_norm, norm)
         return float(norm)
 
@@ -284,13 +295,14 @@ class OneBitAdam(torch.optim.AdamW):
 
     @torch.no_grad()
     def check_replicas(self, *, with_state: bool = False) -> None:
-        """Compare parameters between ranks, bit for bit by checksums.
+        """Compare parameters between ranks, bit for bit by checksums, and see that they are finite.
 
         Args:
             with_state: momentum and variance too.
 
         Raises:
             VerificationError: they differ; names the first such tensors.
+            NumericalError: they do not differ and are not finite.
         """
         self._unchecked_steps = 0
         if world_size() == 1:
@@ -315,6 +327,9 @@ class OneBitAdam(torch.optim.AdamW):
                 f"after step {self.num_steps} {len(differing)} of {len(tensors)} tensors differ between ranks: {shown}. "
                 "Something changes parameters on some ranks only, or ranks decode on unlike hardware"
             )
+        for name, tensor in tensors:
+            if not tensor.sum(dtype=torch.float32).isfinite():
+                raise NumericalError(f"{name} is not finite after step {self.num_steps}: {HOW_TO_STAY_FINITE}")
 
     def state_dict(self) -> dict[str, Any]:
         """The state of AdamW, and the phase in its first group. Errors differ by rank: `save_errors` writes them.
@@ -342,10 +357,8 @@ class OneBitAdam(torch.optim.AdamW):
             return
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {"worker": self._mean.buffer, "server": self._mean.server_error}
-        path = _error_file(folder)
-        partial = path.with_suffix(".partial")
-        save_file(tensors, partial, metadata=self._fingerprint())
-        partial.replace(path)
+        with whole_file(_error_file(folder)) as temporary:
+            save_file(tensors, temporary, metadata=self._fingerprint())
 
     def load_errors(self, folder: Path) -> bool:
         """Read this rank's errors, if all ranks find theirs and they belong to the present parameters.
@@ -413,7 +426,16 @@ class OneBitAdam(torch.optim.AdamW):
             self.report.sent_bytes, self.report.num_steps = copy.deepcopy(sent["bytes"]), dict(sent["steps"])
         self.report.phase = "training" if self.config.exchange == "none" or world_size() == 1 else "warm-up"
         if self._progress["frozen_at"] is not None and self.state and world_size() > 1 and self.config.exchange == "one_bit":
+            self._warn_of_settings_too_late()
             self._start_compression()
+
+    def _warn_of_settings_too_late(self) -> None:
+        for name, value in self._progress["settings"].items():
+            if getattr(self.config, name) != value and rank() == 0:
+                logger.warning(
+                    "one_bit_adam.%s = %s changes nothing: the variance was frozen at step %d, with %s",
+                    name, getattr(self.config, name), self._progress["frozen_at"], value,
+                )  # fmt: skip
 
     def _start_compression(self) -> None:
         trained = self._trained()

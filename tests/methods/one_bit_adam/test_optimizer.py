@@ -1,12 +1,16 @@
 """One process: AdamW to the bit, refusals, and the counting of bytes."""
 
 import copy
+import gc
 import types
 
 import pytest
 import torch
 import transformers
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import hf_compact
 from hf_compact import CommReport, OneBitAdam, OneBitAdamCallback, OneBitAdamConfig
@@ -147,9 +151,10 @@ def test_sharding_set_up_by_accelerate_launch_is_refused_at_the_start_of_trainin
 
 
 def begin(model: nn.Module, optimizer: torch.optim.Optimizer, callback: OneBitAdamCallback, arguments=None, **changed) -> None:
-    wrapped = types.SimpleNamespace(
-        accelerator_state=types.SimpleNamespace(distributed_type="NO"), optimizer=optimizer, scaler=None
-    )
+    wrapped = optimizer
+    if not isinstance(optimizer, AcceleratedOptimizer):
+        mode = types.SimpleNamespace(distributed_type="NO")
+        wrapped = types.SimpleNamespace(accelerator_state=mode, optimizer=optimizer, scaler=None)
     arguments = arguments or trainer_arguments(**changed)
     vars(arguments).update(get_warmup_steps=lambda total: 1, output_dir="nowhere", resume_from_checkpoint=None)
     state = types.SimpleNamespace(max_steps=9, global_step=0)
@@ -193,6 +198,41 @@ def test_a_run_that_broke_off_and_begins_again_still_clips(monkeypatch):
     model(data).square().sum().backward()
     callback.on_pre_optimizer_step(arguments, None, None)
     assert torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item() == pytest.approx(1.0)
+
+
+def test_the_wrapper_that_is_trained_is_found_or_asked_for(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        model, _ = model_and_data()
+        assert callback_module._wrapper_of(model, None) is model
+        first = DistributedDataParallel(model)
+        before = types.SimpleNamespace(ddp=first)
+        assert callback_module._wrapper_of(model, before) is first
+        second = DistributedDataParallel(model)
+        assert callback_module._wrapper_of(model, before) is second
+        with pytest.raises(UnsupportedModel, match="2 DistributedDataParallel hold this model"):
+            callback_module._wrapper_of(model, None)
+        del first, second, before
+        gc.collect()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_skipped_step_of_the_scaler_is_seen_by_accelerate():
+    """accelerate holds the scheduler back after an overflow; it has to know it of the optimizer that the callback put in."""
+    Accelerator(cpu=True)
+    model, data = model_and_data()
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    wrapped = AcceleratedOptimizer(torch.optim.AdamW(model.parameters()), scaler=scaler)
+    begin(model, wrapped, OneBitAdamCallback())
+    assert isinstance(wrapped.optimizer, OneBitAdam)
+    for overflows in (True, False):
+        before = model[0].weight.clone()
+        wrapped.zero_grad()
+        scaler.scale(model(data).square().mean() * (torch.inf if overflows else 1.0)).backward()
+        wrapped.step()
+        assert wrapped.step_was_skipped == overflows == torch.equal(before, model[0].weight)
+    assert wrapped.optimizer.num_steps == 1
 
 
 def test_auto_freeze_waits_for_the_variance_between_floor_and_ceiling(monkeypatch):

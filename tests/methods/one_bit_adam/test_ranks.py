@@ -1,4 +1,4 @@
-"""Two and four gloo processes: the same parameters on all, bytes as promised, errors on all ranks at once."""
+"""Two and three gloo processes: the same parameters on all, bytes as promised, errors on all ranks at once."""
 
 import copy
 import json
@@ -84,7 +84,7 @@ def check_error_feedback() -> None:
 
 def check_refusals() -> None:
     model, _ = toy()
-    with pytest.raises(ConfigError, match="no parameter is left to compress: all have fewer than"):
+    with pytest.raises(ConfigError, match=r"no parameter is left to compress: .* the largest has 8192"):
         train({"min_numel": 10**6}, steps=0)
     fully_shard(model)
     with pytest.raises(UnsupportedModel, match="whole parameters on every rank, got DTensor: FSDP and ZeRO shard them"):
@@ -102,6 +102,19 @@ def check_divergence() -> None:
     if dist.get_rank() == 1:
         ddp.module[2].bias.data[0] += 1e-6
     with pytest.raises(VerificationError, match=rf"after step {FREEZE + 2} 1 of 4 tensors differ between ranks: 2\.bias"):
+        optimizer.check_replicas()
+
+
+def check_numbers_that_are_not_finite() -> None:
+    """One rank's gradient in the warm-up stops all; so does a parameter that became so without clipping."""
+    ddp, optimizer, _ = train({}, steps=2)
+    poison = torch.nan if dist.get_rank() == 1 else 1.0
+    optimizer.zero_grad()
+    (ddp(batch(2, dist.get_rank())).square().mean() * poison).backward()
+    with pytest.raises(NumericalError, match="the gradient's norm is nan before step 3: lower the learning rate"):
+        optimizer.clip_grad_norm_(1.0)
+    optimizer.step()
+    with pytest.raises(NumericalError, match=r"0\.weight is not finite after step 3: lower the learning rate"):
         optimizer.check_replicas()
 
 
@@ -169,6 +182,7 @@ def work(rank: int, folder: str) -> None:
         Path(folder, f"{name}-{rank}.json").write_text(json.dumps(row))
     check_error_feedback()
     check_divergence()
+    check_numbers_that_are_not_finite()
     if dist.get_world_size() == 2:
         check_refusals()
         check_overflow()
@@ -176,7 +190,7 @@ def work(rank: int, folder: str) -> None:
     Path(folder, f"{rank}.done").touch()
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=["two ranks", "four ranks"])
+@pytest.fixture(scope="module", params=[2, 3], ids=["two ranks", "three ranks"])
 def ranks(request, tmp_path_factory) -> tuple[int, Path]:
     """How many ranks there were, and the folder of what they wrote; all are ended if they take too long."""
     folder = tmp_path_factory.mktemp(f"{request.param}-ranks")
@@ -223,16 +237,16 @@ def test_bytes_are_those_of_the_formula(ranks):
     dense = share * 4 * (weights + biases)
     compression = {name: report["sent_bytes"].get("compression", {}) for name, report in reports.items()}
     assert {name: report["world_size"] for name, report in reports.items()} == dict.fromkeys(SETTINGS, size)
-    assert reports["adam"]["by_phase"] == {"training": {"bytes_per_step": dense, "reduction": 1.0}}
-    assert reports["bf16"]["by_phase"]["training"]["reduction"] == 2
-    assert reports["fp16_warmup"]["sent_bytes"]["warm-up"]["gradients"] == FREEZE * dense / 2
+    assert reports["adam"]["by_phase"] == {"training": pytest.approx({"bytes_per_step": dense, "reduction": 1.0})}
+    assert reports["bf16"]["by_phase"]["training"]["reduction"] == pytest.approx(2)
+    assert reports["fp16_warmup"]["sent_bytes"]["warm-up"]["gradients"] == pytest.approx(FREEZE * dense / 2)
     assert reports["one_bit"]["num_steps"] == {"warm-up": FREEZE, "compression": STEPS - FREEZE}
     for kind in ("momentum, to its server", "mean momentum, to all"):
         # A scale for each of at most three segments of a chunk, in whole words; the bits are 1 / size of the weights.
         bits, sent = (size - 1) * weights / 8 / size, compression["one_bit"][kind] / (STEPS - FREEZE)
         assert bits < sent <= bits + (size - 1) * (4 * 3 + 4)
     exact = compression["one_bit"]["small tensors, exactly"] / (STEPS - FREEZE)
-    assert exact == share * 4 * (biases + 2)  # and whether each of two has a gradient
+    assert exact == pytest.approx(share * 4 * (biases + 2))  # and whether each of two has a gradient
     one_bit = sum(compression["one_bit"].values())
     assert compression["local"]["mean momentum, to all"] < 0.5 * compression["one_bit"]["mean momentum, to all"]
     assert one_bit < sum(compression["adaptive"].values()) < dense * (STEPS - FREEZE) / 7

@@ -13,13 +13,18 @@ import torch.distributed as dist
 import transformers
 from safetensors.torch import save_file
 
-from hf_compact import HessoCallback, OneBitAdamCallback, OneBitAdamConfig, TernaryCallback
+import hf_compact
+from hf_compact import HessoCallback, OneBitAdamCallback, OneBitAdamConfig, TensorNetworkCallback, TernaryCallback
+from hf_compact.calibration import from_batches
 from hf_compact.errors import UnsupportedModel
-from tests.conftest import tiny_model
+from tests.conftest import tiny_inputs, tiny_model
 
-STEPS, SAVED = 24, 12
+SAVED, STEPS, STEPS_AFTER_50 = 12, 24, 64
 PRUNING = {"target": 0.3, "warm_up_steps": 10, "pruning_steps": 8, "periods": 2}
+FACTORED = {"method": "tensor_network", "keep_ratio": 0.6, "allocation": "uniform", "rank_multiple": 1}
 CONFIG = OneBitAdamConfig(freeze=8, min_numel=1024, check_every=5)
+#: For a checkpoint in which it comes too late.
+LATER = OneBitAdamConfig(freeze=10, min_numel=1024, check_every=5)
 
 
 class KillRank(transformers.TrainerCallback):
@@ -60,8 +65,14 @@ class WarningsOf(logging.Handler):
         self.texts.append(record.getMessage())
 
 
+def factored_model() -> transformers.PreTrainedModel:
+    model = tiny_model("llama")
+    hf_compact.compress(model, {"stages": [FACTORED]}, calibration=from_batches([tiny_inputs("llama", seed=1)]))
+    return model
+
+
 def train(
-    folder: Path, name: str, *, callbacks=(), resume: str | None = None, config=CONFIG, callback=True, **arguments
+    folder: Path, name: str, *, callbacks=(), resume: str | None = None, config=CONFIG, callback=True, model=None, **arguments
 ) -> transformers.Trainer:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(3, 384, (64, 16), generator=generator)
@@ -74,7 +85,7 @@ def train(
     }  # fmt: skip
     ours = OneBitAdamCallback(config)
     trainer = transformers.Trainer(
-        model=tiny_model("llama").train(), args=transformers.TrainingArguments(**defaults | arguments), train_dataset=data,
+        model=(model or tiny_model("llama")).train(), args=transformers.TrainingArguments(**defaults | arguments), train_dataset=data,
         callbacks=[*([ours] if callback else []), *callbacks],
     )  # fmt: skip
     try:
@@ -104,20 +115,25 @@ def main() -> None:
     folder = options.folder
     checkpoint = str(folder / "killed" / f"checkpoint-{SAVED}")
     if options.what == "killed":
-        train(folder, "killed", callbacks=[KillRank()])
+        train(folder, "killed", callbacks=[KillRank()], max_steps=STEPS_AFTER_50)
     elif options.what == "four":
-        train(folder, "four", resume=checkpoint)
+        train(folder, "four", resume=checkpoint, max_steps=SAVED + 8)
         (folder / f"four-{dist.get_rank()}.json").write_text(json.dumps(heard.texts))
     else:
         train(folder, "straight", callbacks=[ZeroSmallWeights()])
-        train(folder, "plain")
+        train(folder, "plain", max_steps=STEPS_AFTER_50)
         assert not any("has no errors" in text for text in heard.texts)
-        train(folder, "killed", resume=checkpoint)
+        train(folder, "killed", resume=checkpoint, max_steps=STEPS_AFTER_50)
+        moved = {"resume": checkpoint, "resume_from_checkpoint": checkpoint, "max_steps": STEPS_AFTER_50}
+        train(folder, "moved", config=LATER, **moved)
         assert not any("has no errors" in text for text in heard.texts)
-        for path in Path(checkpoint).glob("one_bit_adam_rank1*"):
-            dist.barrier()
-            path.unlink(missing_ok=True)
-        train(folder, "forgetful", resume=checkpoint)
+        if dist.get_rank() == 0:
+            late = "one_bit_adam.freeze = 10 changes nothing: the variance was frozen at step 8, with 8"
+            assert late in heard.texts
+        dist.barrier()
+        if dist.get_rank() == 1:
+            Path(checkpoint, "one_bit_adam_rank1.safetensors").unlink()
+        train(folder, "forgetful", **moved)
         assert any("has no errors of 1-bit Adam for 2 ranks" in text for text in heard.texts)
         train(
             folder,
@@ -126,6 +142,7 @@ def main() -> None:
             config=OneBitAdamConfig(freeze="auto", min_numel=1024, local_steps=4, local_steps_double_every=3),
         )
         train(folder, "ternary", callbacks=[TernaryCallback(ramp_share=0.5)])
+        train(folder, "healed", model=factored_model(), callbacks=[TensorNetworkCallback(schedule="heal")])
         train(folder, "again", callbacks=[Interrupt()])
         train(folder, "pruned", callbacks=[HessoCallback(**PRUNING)])
         train(folder, "late", config=OneBitAdamConfig(freeze=STEPS))
