@@ -16,7 +16,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 METHODS = ("full", "lora", "bitfit", "compacter", "compacter++")
@@ -181,16 +183,22 @@ def run_missing(options: argparse.Namespace) -> list[dict]:
               for argument in (f"--{name.replace('_', '-')}", str(value))]  # fmt: skip
     passed += ["--bf16" if options.bf16 else "--no-bf16"]
     wanted = [(task, method, seed) for seed in options.seed for task in options.task for method in options.method]
-    for position, (task, method, seed) in enumerate(wanted, start=1):
-        if any((row["task"], row["method"], row["seed"]) == (task, method, seed) for row in rows):
-            continue
-        print(f"{position}/{len(wanted)}: {task}, {method}, seed {seed}", flush=True)
+    done = {(row["task"], row["method"], row["seed"]) for row in rows}
+    writing = threading.Lock()
+
+    def run(task: str, method: str, seed: int) -> None:
         command = [sys.executable, __file__, "--one", "--model", options.model, "--task", task, "--method", method,
                    "--seed", str(seed), *passed]  # fmt: skip
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        rows.append(json.loads(done.stdout.splitlines()[-1]) | {"settings": settings})
-        write_text(kept, json.dumps(rows, indent=2) + "\n")
-        print(f"    accuracy {rows[-1]['accuracy']:.4f}, {rows[-1]['seconds']:.0f} s", flush=True)
+        row = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
+        with writing:
+            rows.append(row | {"settings": settings})
+            write_text(kept, json.dumps(rows, indent=2) + "\n")
+            accuracy = f"accuracy {row['accuracy']:.4f}, {row['seconds']:.0f} s"
+            print(f"{len(rows)}/{len(wanted)}: {task}, {method}, seed {seed}: {accuracy}", flush=True)
+
+    with ThreadPoolExecutor(options.processes) as pool:
+        for future in [pool.submit(run, *row) for row in wanted if row not in done]:
+            future.result()
     return [row for row in rows if (row["task"], row["method"], row["seed"]) in wanted]
 
 
@@ -253,7 +261,8 @@ def main() -> int:
     parser.add_argument("--validation", type=int, help="validation examples; default: all")
     parser.add_argument("--epochs", type=int, help="default: see TASKS")
     parser.add_argument("--learning-rate", type=float, help="for every method; default: see LEARNING_RATES")
-    parser.add_argument("--threads", type=int, help="of torch")
+    parser.add_argument("--threads", type=int, help="of torch, in each process")
+    parser.add_argument("--processes", type=int, default=1, help="runs at a time")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="autocast to bfloat16")
     parser.add_argument("--quick", action="store_true", help="one seed, 64 examples, one epoch: does everything run?")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
