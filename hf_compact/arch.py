@@ -85,6 +85,15 @@ class Architecture:
         """The Linears inside a block, in definition order."""
         return [name for name in self.roles if name.startswith(block + ".")]
 
+    def mask_of(self, block: str, name: str | None = None) -> str:
+        """The model's input that says which positions of a block, or of a Linear's inputs, are padding.
+
+        Cross attention's k and v read the encoder's states.
+        """
+        is_decoder = len(self.stacks) > 1 and block in self.stacks[-1]
+        is_own = self.roles.get(name or "") not in ("cross_k", "cross_v")
+        return "decoder_attention_mask" if is_decoder and is_own else "attention_mask"
+
 
 def describe(model: PreTrainedModel) -> Architecture:
     """Find blocks, roles, embedding and tied modules of a model (also on meta).

@@ -29,7 +29,7 @@ from .checkpoint import Journal, TensorSource, check_finite, rebuild_, share_buf
 from .config import MethodConfig, ReconstructionConfig
 from .errors import NumericalError, UnsupportedModel
 from .fitting import fit_, patched_forwards, relative_error
-from .functional.gram import add_gram_, centered, output_energy
+from .functional.gram import add_gram_, centered, output_energy, without_padding
 from .groups import linear_spec
 from .report import LayerReport, Report, peak_memory_bytes, return_freed_memory
 from .select import replace_modules, select_stages
@@ -420,9 +420,8 @@ class BlockRunner:
             number = step % len(targets)
             output = call(self.hidden[number], *calls[number].args, **calls[number].kwargs)
             output = output[0] if isinstance(output, tuple) else output
-            mask = self.batches[number].get(self._mask_name(block))
-            kept = mask.bool() if mask is not None and mask.shape == output.shape[:2] else slice(None)
-            return relative_error(output[kept], targets[number][kept])
+            mask = self.batches[number].get(self.arch.mask_of(block))
+            return relative_error(without_padding(output, mask), without_padding(targets[number], mask))
 
         num_steps = self.reconstruction.epochs * len(targets)
         losses = list(fit_(module, loss_of, num_steps, self.reconstruction.learning_rate, "reconstruction"))
@@ -625,7 +624,7 @@ class BlockRunner:
         twin: Tensor | None = None
 
         def kept(x: Tensor) -> Tensor:
-            return (x[mask.bool()] if mask is not None and mask.shape == x.shape[:2] else x).flatten(0, -2)
+            return without_padding(x, mask).flatten(0, -2)
 
         def note_dense(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             nonlocal twin
@@ -646,7 +645,7 @@ class BlockRunner:
             handles.append(dense.get_submodule(part).register_forward_pre_hook(note_dense))
         try:
             for number, batch in enumerate(self.batches[:-1]):
-                mask = batch.get(self._mask_name(block, name))
+                mask = batch.get(self.arch.mask_of(block, self._outer(name)))
                 if cross is not None:
                     with suppress(StopForward):
                         self._run_dense(dense, number, calls[number])
@@ -660,12 +659,6 @@ class BlockRunner:
             raise NumericalError("inputs of a layer are not finite: the model overflows on the calibration text")
         # Solvers work on the CPU, in float64.
         return _Moments(gram.cpu(), total.cpu(), None if cross is None else cross.cpu())
-
-    def _mask_name(self, block: str, name: str | None = None) -> str:
-        """The input that says which inputs of a block or a target are padding; cross attention reads the encoder's states."""
-        is_decoder = len(self.arch.stacks) > 1 and block in self.arch.stacks[-1]
-        is_own = name is None or self.arch.roles[self._outer(name)] not in ("cross_k", "cross_v")
-        return "decoder_attention_mask" if is_decoder and is_own else "attention_mask"
 
     def _run_block(self, block: nn.Module, number: int, call: _Call) -> Tensor:
         """One block on one batch; the parts of it that are settled run once and are remembered."""

@@ -29,10 +29,9 @@ from .config import MethodConfig
 from .distillation import divergence
 from .errors import NumericalError, OutputError, UnsupportedModel
 from .fitting import patched_forwards
-from .functional.gram import add_gram_, centered, output_energy
+from .functional.gram import add_gram_, centered, output_energy, without_padding
 from .functional.histogram import histogram_divergence
 from .report import return_freed_memory
-from .sensitivity import without_padding
 
 _SEARCH_ROWS = 128  # of a Linear, on which its choices are tried
 _LOGIT_ROWS = 256  # positions whose logits are in float32 at a time
@@ -161,7 +160,7 @@ def measure(
                     kept = None
                     continue
                 before = partial(_replay, model, stack[:position], kept)
-                moments, kept = _moments(model, block, here, [*batches, *scored], before)
+                moments, kept = _moments(model, arch, block, here, [*batches, *scored], before)
                 after = partial(_replay, model, stack[: position + 1], kept)
                 skip = len(batches)
                 table.add(_block_errors(
@@ -229,7 +228,8 @@ class _Mean:
 
 def _distance(model: PreTrainedModel, output: Tensor, target: Tensor, batch: Mapping[str, Tensor]) -> tuple[float, int]:
     """Sum over positions, and their number."""
-    output, target = (without_padding(values, batch).flatten(0, -2) for values in (output, target))
+    mask = batch.get("decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask")
+    output, target = (without_padding(values, mask).flatten(0, -2) for values in (output, target))
     if model.get_output_embeddings() is None:
         return (1 - nn.functional.cosine_similarity(output.float(), target.float())).sum().item(), len(output)
     pairs = zip(output.split(_LOGIT_ROWS), target.split(_LOGIT_ROWS), strict=True)
@@ -272,11 +272,12 @@ def _replay(model: nn.Module, blocks: Sequence[str], kept: Sequence[Any] | None,
 
 
 def _moments(
-    model: PreTrainedModel, block: str, items: Sequence[Item], batches: Sequence[Mapping[str, Tensor]],
+    model: PreTrainedModel, arch: Architecture, block: str, items: Sequence[Item], batches: Sequence[Mapping[str, Tensor]],
     stand_ins: Callable[[int], Mapping[nn.Module, Any]],
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], list[Any]]:  # fmt: skip
     """`(gram [in, in], total [in + 1])` of the inputs of each item, and the block's output for every batch."""
     firsts = {item.modules[0]: item.name for item in items}
+    masks = {item.name: arch.mask_of(block, item.modules[0]) for item in items}
     sizes = {item.name: dense_shape(model.get_submodule(item.modules[0]))[1] for item in items}
     grams = {name: torch.zeros(size, size, dtype=torch.float64, device=model.device) for name, size in sizes.items()}
     totals = {name: torch.zeros(size + 1, dtype=torch.float64, device=model.device) for name, size in sizes.items()}
@@ -284,7 +285,7 @@ def _moments(
     batch: Mapping[str, Tensor] = {}
 
     def note(name: str, args: tuple[Tensor, ...]) -> None:
-        x = without_padding(args[0], batch).flatten(0, -2)
+        x = without_padding(args[0], batch.get(masks[name])).flatten(0, -2)
         add_gram_(grams[name], x)
         totals[name][:-1] += x.sum(0, dtype=torch.float32)
         totals[name][-1] += len(x)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from . import distributed
 from .arch import Architecture, dense_shape
 from .errors import NumericalError
-from .functional.gram import add_gram_
+from .functional.gram import add_gram_, without_padding
 
 
 @dataclass(frozen=True)
@@ -88,15 +88,16 @@ def _gradients(
     """Forward and backward over one batch, one sequence at a time; adds to the tables, padding left out."""
     generator = torch.Generator(model.device).manual_seed(seed)
     one: dict[str, Tensor] = {}
+    masks = {name: arch.mask_of(block, name) for block in arch.blocks for name in arch.targets(block)}
 
     def watch(name: str, args: tuple[Tensor, ...], output: Tensor) -> None:
         if name in grams:
-            x = without_padding(args[0].detach(), one)
+            x = without_padding(args[0].detach(), one.get(masks[name]))
             add_gram_(grams[name], x)
             counts[name].add_(x.shape[:-1].numel())
 
         def note(gradient: Tensor) -> None:
-            gradient = without_padding(gradient, one).flatten(0, -2).float()
+            gradient = without_padding(gradient, one.get(masks[name])).flatten(0, -2).float()
             rows[name].add_(gradient.square().sum(0))
             if name in outputs:
                 add_gram_(outputs[name], gradient)
@@ -117,7 +118,7 @@ def _gradients(
         for index in range(next(iter(batch.values())).shape[0]):
             one = {name: value[index : index + 1] for name, value in batch.items()}
             with torch.enable_grad():
-                output = without_padding(model(**one)[0], one)
+                output = without_padding(model(**one)[0], one.get(arch.mask_of(arch.blocks[-1])))
                 _loss(output, model.get_output_embeddings() is not None, generator).backward()
     finally:
         for parameter in frozen:
@@ -134,17 +135,6 @@ def _require_grad(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     if args:
         return (args[0].detach().requires_grad_(True), *args[1:]), kwargs
     return args, {**kwargs, "hidden_states": kwargs["hidden_states"].detach().requires_grad_(True)}
-
-
-def without_padding(x: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-    """The positions `[N, ...]` of `x [B, T, ...]` that are not padding; all of `x` without a mask.
-
-    Of an encoder-decoder the mask that has the length of `x`.
-    """
-    for name in ("attention_mask", "decoder_attention_mask"):
-        if name in inputs and inputs[name].shape == x.shape[:-1]:
-            return x[inputs[name].bool()]
-    return x
 
 
 def _loss(output: Tensor, is_logits: bool, generator: torch.Generator) -> Tensor:

@@ -33,6 +33,15 @@ def add_gram_(gram: Tensor, inputs: Tensor) -> None:
         gram[stop:, start:stop] += block[:, stop - start :].T
 
 
+def without_padding(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The positions `[N, ...]` of `x [B, T, ...]` that are not padding; all of `x` without a mask of its shape.
+
+    >>> without_padding(torch.zeros(1, 3, 5), torch.tensor([[1, 1, 0]])).shape
+    torch.Size([2, 5])
+    """
+    return x[mask.bool()] if mask is not None and mask.shape == x.shape[:2] else x
+
+
 def centered(gram: Tensor, total: Tensor) -> Tensor:
     """Gram matrix of the inputs less their mean: what is left for a layer whose bias takes up the mean's error.
 

@@ -307,6 +307,22 @@ def test_another_state_dict_replaces_the_decoded_integers():
     assert torch.equal(module.to_dense(), expected)
 
 
+def test_a_decoder_has_a_mask_of_its_own():
+    """Where encoder and decoder are of one length, too."""
+    model = tiny_model("t5")
+    arch = describe(model)
+    names = [name for name in arch.roles if ".decoder.block.0." in f".{name}"]
+    ids = torch.arange(3, 9)[None]
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    padded = {**inputs, "decoder_input_ids": ids, "decoder_attention_mask": mask}
+    short = {**inputs, "decoder_input_ids": ids[:, :4], "decoder_attention_mask": mask[:, :4]}
+    first, second = (measure(model, arch, names, [batch], 10**6, 10**6) for batch in (padded, short))
+    assert {arch.roles[name] for name in names} >= {"q", "cross_q", "cross_k"}
+    for name in names:
+        torch.testing.assert_close(first.grams[name], second.grams[name], rtol=1e-3, atol=1e-4)
+
+
 def test_padding_changes_nothing():
     """The same sentences with and without padding behind them give the same sensitivities."""
     model = tiny_model("bert")
