@@ -132,8 +132,11 @@ def train(options: argparse.Namespace) -> None:
         return [{"input_ids": ids, "label": label} for ids, label in zip(tokens["input_ids"], labels, strict=True)]
 
     rows, validation = (encode(part) for part in read_task(task, options.data))
-    picked = np.random.default_rng(seed).permutation(len(rows))[: options.examples or TASKS[task][2]]
-    rows = [rows[i] for i in picked]
+    count = options.examples or TASKS[task][2]
+    picked = np.random.default_rng(seed).permutation(len(rows))
+    if options.hold_out:
+        validation, picked = [rows[i] for i in picked[: options.hold_out]], picked[options.hold_out :]
+    rows = [rows[i] for i in picked[:count]]
     validation = validation[: options.validation]
     torch.manual_seed(seed)
     model = adapted(AutoModelForSequenceClassification.from_pretrained(options.model, num_labels=2), method)
@@ -174,11 +177,11 @@ def run_missing(options: argparse.Namespace) -> list[dict]:
     options.work.mkdir(parents=True, exist_ok=True)
     kept = options.work / "rows.json"
     rows = json.loads(kept.read_text()) if kept.exists() else []
-    settings = {name: getattr(options, name) for name in ("examples", "epochs", "validation", "bf16")}
+    settings = {name: getattr(options, name) for name in ("examples", "epochs", "validation", "hold_out", "bf16")}
     settings |= {"model": Path(options.model).name, "learning_rate": options.learning_rate}
     if any(row["settings"] != settings for row in rows):
         sys.exit(f"{kept} holds rows of other settings ({rows[0]['settings']}): choose another --work")
-    passed = [argument for name in ("examples", "epochs", "validation", "learning_rate", "threads", "data")
+    passed = [argument for name in ("examples", "epochs", "validation", "hold_out", "learning_rate", "threads", "data")
               if (value := getattr(options, name)) is not None
               for argument in (f"--{name.replace('_', '-')}", str(value))]  # fmt: skip
     passed += ["--bf16" if options.bf16 else "--no-bf16"]
@@ -259,6 +262,9 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("runs/glue"), help="folder for rows.json, table.md and plot.png")
     parser.add_argument("--examples", type=int, help="training examples; default: see TASKS")
     parser.add_argument("--validation", type=int, help="validation examples; default: all")
+    parser.add_argument(
+        "--hold-out", type=int, help="score so many training examples that are left out of training, to choose settings by"
+    )
     parser.add_argument("--epochs", type=int, help="default: see TASKS")
     parser.add_argument("--learning-rate", type=float, help="for every method; default: see LEARNING_RATES")
     parser.add_argument("--threads", type=int, help="of torch, in each process")

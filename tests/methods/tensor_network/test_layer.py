@@ -76,6 +76,7 @@ def test_many_tokens_without_gradients_give_what_few_give():
     layer.bias = torch.nn.Parameter(torch.linspace(-1, 1, 24))
     for _ in range(2):
         with torch.no_grad():
+            assert layer._is_bare
             assert layer._orders_factor(x)
             found = layer(x)
         torch.testing.assert_close(found, layer(x).detach(), rtol=1e-5, atol=1e-5)
@@ -83,19 +84,23 @@ def test_many_tokens_without_gradients_give_what_few_give():
         layer.core0.weight.data *= 2
 
 
-@pytest.mark.parametrize("reason", ["mode", "hook", "another core", "gradients", "few tokens"])
-def test_a_core_that_has_to_run_runs(reason):
-    layer, x, seen = filled(KINDS["pivoted"]), torch.ones(6 if reason == "few tokens" else 30, 20), []
+@pytest.mark.parametrize("kind", ["low rank", "pivoted"])
+@pytest.mark.parametrize("reason", ["mode", "hook", "another core", "another forward", "gradients", "none"])
+def test_a_core_that_has_to_run_runs(kind, reason):
+    layer, x, seen = filled(KINDS[kind]), torch.ones(30, 20), []
+    expected = layer(x).detach()
     if reason == "mode":
         layer.mode = "factored"
     elif reason == "hook":
         layer.core0.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
     elif reason == "another core":
         layer.core0 = torch.nn.Sequential(layer.core0)
+    elif reason == "another forward":  # as accelerate's hooks do
+        layer.core0.forward = lambda x, forward=layer.core0.forward: seen.append(x.shape) or forward(x)
     with torch.set_grad_enabled(reason == "gradients"):
-        assert not layer._orders_factor(x)
-        layer(x)
-    assert seen == ([torch.Size([30, 7])] if reason == "hook" else [])
+        assert layer._is_bare == (reason == "none")
+        torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+    assert seen == ([torch.Size([30, 7])] if reason in ("hook", "another forward") else [])
 
 
 def test_a_pivoted_layer_takes_fewer_values_and_operations():
