@@ -36,6 +36,8 @@ TIMED = ("40", "40-fast")
 #: recipe -> most perplexity after healing, times the dense model trained on the same tokens.
 HEALED = {"20": 1.15, "40": 1.4}
 TOKENS, LENGTH, BATCH = 500_000, 512, 4
+#: Of healing, and of all weights of the dense model.
+FACTOR_RATE, DENSE_RATE = 3e-4, 1e-4
 MINUTES = 5
 PREFILL, PREFILL_RATIO = 512, 1.15
 ENTROPY = {"method": "entropy", "sensitivity": "fisher", "embedding_bits": 6.0}
@@ -100,7 +102,7 @@ def healed(options: argparse.Namespace, name: str) -> dict[str, Any]:
     data = stepwise.TrainingWindows(options.calibration, tokenizer, LENGTH, options.tokens // LENGTH)
     arguments = TrainingArguments(
         str(options.work / f"healing-{name}"), per_device_train_batch_size=BATCH, num_train_epochs=1, bf16=True, use_cpu=True,
-        learning_rate=1e-4, lr_scheduler_type="cosine", warmup_steps=len(data) // BATCH // 30, weight_decay=0.0,
+        learning_rate=DENSE_RATE if is_dense else FACTOR_RATE, lr_scheduler_type="cosine", warmup_steps=len(data) // BATCH // 30, weight_decay=0.0,
         save_steps=20, save_total_limit=1, report_to=[], disable_tqdm=True, logging_steps=20, seed=0,
     )  # fmt: skip
     callbacks = [] if is_dense else [TensorNetworkCallback(schedule="heal")]
