@@ -242,7 +242,7 @@ def write(found: dict[str, Any], line: str) -> str:
     base = found["dense"]["perplexity"]
     held = bars(found)
     lines = [
-        "| row | bits per block weight | MB on disk | vs fp32 | vs bf16 | " + " | ".join(f"{text}, × dense" for text in base) + " | minutes |",
+        "| row | bits per compressed weight | MB on disk | vs fp32 | vs bf16 | " + " | ".join(f"{text}, × dense" for text in base) + " | minutes |",
         "|---" * (6 + len(base)) + "|",
     ]  # fmt: skip
     for name, row in found.items():
