@@ -194,6 +194,10 @@ def bars(found: dict[str, Any], table: list[dict[str, Any]]) -> list[dict[str, A
         claim = f"SmolLM2, instructions: share of the held-out loss that full fine-tuning wins ({won['full']:.3f} nats)"
         held = won["full"] > 0 and share >= 0.8
         result.append(bar(claim, ">= 0.8", share, held, found["instructions"], found["instructions"]["seconds"]))
+        for name, field in (("seconds of training", "seconds"), ("peak memory", "peak_memory_bytes")):
+            ratio = round(ways["compacter++"][field] / ways["full"][field], 3)
+            claim = f"SmolLM2, instructions: {name} of compacter++, times full fine-tuning"
+            result.append(bar(claim, "< 1", ratio, ratio < 1, found["instructions"], found["instructions"]["seconds"]))
     return result
 
 
