@@ -255,7 +255,7 @@ class TensorTrainLinear(nn.Module):
 
     @property
     def _is_bare(self) -> bool:
-        """Whether two factors can be multiplied without calling their modules, a tenth of the time of a decoded token."""
+        """Whether two factors can be multiplied without calling their modules: nobody would notice, and decoding calls them often."""
         if not self.is_low_rank or self.active_rank is not None or self.mode != "auto" or torch.is_grad_enabled():
             return False
         for core in (self.core0, self.core1):
