@@ -284,7 +284,10 @@ def main() -> int:
         return 0
     if options.quick:
         options.seed, options.examples, options.epochs, options.validation = [0], 64, 1, 64
-    table = summary(run_missing(options))
+    try:
+        table = summary(run_missing(options))
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"a run ended with exit code {error.returncode}; what it said is above, rows that are done are kept in {options.work}")
     (options.work / "table.md").write_text(markdown(table))
     plot(table, options.work / "plot.png")
     print(markdown(table))
