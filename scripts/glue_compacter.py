@@ -287,7 +287,9 @@ def main() -> int:
     try:
         table = summary(run_missing(options))
     except subprocess.CalledProcessError as error:
-        sys.exit(f"a run ended with exit code {error.returncode}; what it said is above, rows that are done are kept in {options.work}")
+        sys.exit(
+            f"a run ended with exit code {error.returncode}; what it said is above, rows that are done are kept in {options.work}"
+        )
     (options.work / "table.md").write_text(markdown(table))
     plot(table, options.work / "plot.png")
     print(markdown(table))
