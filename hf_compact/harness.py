@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import yaml
-from datasets.exceptions import DatasetsError
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -97,6 +96,7 @@ def load_tasks(names: Sequence[str], task_data: Path | None = None) -> dict[str,
         ConfigError: the harness is not installed, knows no such task, or cannot use the data.
     """
     _require()
+    from datasets.exceptions import DatasetsError
     from lm_eval.tasks import TaskManager
 
     if len(set(names)) != len(names) or not names:

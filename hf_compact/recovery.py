@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -68,6 +67,8 @@ def train_adapter(
     Raises:
         NumericalError: the loss is not finite.
     """
+    from transformers import Trainer  # here, because it takes most of a second, and every process starts with this package
+
     torch.manual_seed(seed)
     adapted = get_peft_model(model, adapter)
     rows = [{"input_ids": row, "labels": row} for batch in batches for row in batch["input_ids"]]

@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.integrations.bitnet import VALUES_PER_ITEM, pack_weights
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -91,6 +90,8 @@ def save_bitnet(model: PreTrainedModel, folder: Path) -> None:
     Raises:
         UnsupportedModel: a layer is something that the format cannot say; nothing is written.
     """
+    from transformers.integrations.bitnet import VALUES_PER_ITEM, pack_weights  # here, because it imports torch's compiler
+
     layers = ternary_layers(model)
     for name, layer in layers.items():
         if layer.activation_bits != 8:
