@@ -309,6 +309,18 @@ def test_rank_is_cut_at_load_and_saved(tmp_path):
         pivoted.set_rank(0.5)
 
 
+def test_rank_is_cut_beside_a_quantized_tied_embedding(tmp_path):
+    rest = CODEBOOK | {"exclude": ["*.mlp.*"], "embedding_bits": 8}
+    model, _ = compressed("llama", UNIFORM | {"is_pivoted": False, "include": ["*.mlp.*"]}, rest)
+    before = model.model.layers[0].mlp.up_proj.ranks[0]
+    model.set_rank(0.5)
+    assert model.model.layers[0].mlp.up_proj.ranks[0] == round(before / 2)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        again = AutoModelForCausalLM.from_pretrained(tmp_path)(**tiny_inputs("llama")).logits
+        assert torch.equal(again, model(**tiny_inputs("llama")).logits)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_exports_load_without_the_plugin(family, tmp_path):
     model, _ = compressed(family, UNIFORM)
