@@ -500,6 +500,10 @@ def profile(
     stage = recipe.stages[0]
     if not hasattr(stage, "keep_ratio"):
         raise ConfigError(f"recipe.stages[0] must be a method with a keep_ratio, like tensor_network, got {stage.method}")
+    if getattr(stage, "basis_group", 1) > 1:
+        raise ConfigError(
+            f"recipe.stages[0].basis_group must be 1 for a profile, which compresses every Linear alone, got {stage.basis_group}"
+        )
     if not ratios or not all(0 < ratio < 1 for ratio in ratios):
         raise ConfigError(f"ratios must be in (0, 1), got {list(ratios)}")
     if not output.absolute().parent.is_dir() or output.is_dir() or output.suffix != ".json":
