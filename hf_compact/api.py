@@ -158,7 +158,7 @@ def compress(
         "versions": versions(),
     }
     stages = [(METHODS[stage.method], stage) for stage in recipe.stages]
-    select_stages(arch.roles, recipe.stages)  # a glob that matches nothing is found before a folder is made
+    check_nesting(arch, recipe)  # a glob that matches nothing is found before a folder is made
     check_outside(dense.model, arch, recipe)
     check_cuts(dense.model, arch, recipe)
     before = _footprint(dense.model, recipe)
@@ -195,7 +195,7 @@ def plan(model: str | Path, recipe: Recipe | Mapping[str, Any] | str | Path, see
     num_parameters = count_parameters(dense.model)
     memory, minutes = peak_memory_estimate(dense, arch, recipe), minutes_estimate(dense.model, arch, recipe)
     stages = [(METHODS[stage.method], stage) for stage in recipe.stages]
-    chosen = select_stages(arch.roles, recipe.stages)
+    chosen = check_nesting(arch, recipe)
     parameters = [name for name, _ in dense.model.named_parameters()]
     made, _ = compress_outside_(dense.model, arch, stages, LAYERS, solve=False)
     layers, skipped = [], []
@@ -500,6 +500,10 @@ def profile(
     stage = recipe.stages[0]
     if not hasattr(stage, "keep_ratio"):
         raise ConfigError(f"recipe.stages[0] must be a method with a keep_ratio, like tensor_network, got {stage.method}")
+    if getattr(stage, "basis_group", 1) > 1:
+        raise ConfigError(
+            f"recipe.stages[0].basis_group must be 1 for a profile, which compresses every Linear alone, got {stage.basis_group}"
+        )
     if not ratios or not all(0 < ratio < 1 for ratio in ratios):
         raise ConfigError(f"ratios must be in (0, 1), got {list(ratios)}")
     if not output.absolute().parent.is_dir() or output.is_dir() or output.suffix != ".json":
@@ -805,6 +809,29 @@ def check_outside(model: PreTrainedModel, arch: Architecture, recipe: Recipe) ->
                 break
 
 
+def check_nesting(arch: Architecture, recipe: Recipe) -> list[set[str]]:
+    """The targets of every stage, once it is sure that each finds something to compress.
+
+    Raises:
+        ConfigError: a stage leaves a Linear to a later one that there is not, or comes third: what is taken apart twice is
+            not looked into.
+    """
+    chosen = select_stages(arch.roles, recipe.stages)
+    built = dict.fromkeys(arch.roles, 0)
+    for position, (stage, names) in enumerate(zip(recipe.stages, chosen, strict=True)):
+        method, later = METHODS[stage.method], set().union(*chosen[position + 1 :])
+        if method.finish is not None and (alone := sorted(names - later)):
+            raise ConfigError(f"recipe.stages[{position}] corrects {alone[0]}, which no later stage compresses: exclude it")
+        if deep := sorted(name for name in names if built[name] > 1):
+            raise ConfigError(
+                f"recipe.stages[{position}] selects {deep[0]}, which two earlier stages take apart into Linears, one inside the "
+                "other: exclude it in one"
+            )
+        for name in names if method.cut_block is None else ():
+            built[name] += 1
+    return chosen
+
+
 def check_cuts(model: PreTrainedModel, arch: Architecture, recipe: Recipe) -> None:
     """Raise before the first block, if stages cut what cannot be cut or could not be loaded.
 
@@ -1095,7 +1122,7 @@ def _compress_in_memory(
     if any(isinstance(module, tuple(LAYERS.values())) for module in model.modules()):
         raise UnsupportedModel("model holds compressed layers of a run that did not finish: load the dense model again")
     arch = describe(model)
-    select_stages(arch.roles, recipe.stages)
+    check_nesting(arch, recipe)
     prepared = prepare_calibration(calibration, tokenizer, recipe)
     check_inputs(model, prepared)
     check_training(recipe)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .arch import as_linear, describe
+from .arch import as_linear, dense_shape, describe
 from .capture import Method, patched_forwards, without_cache
 from .checkpoint import disk_errors, write_plot, write_text
 from .config import MethodConfig
@@ -23,7 +23,7 @@ from .errors import OutputError
 from .functional.gram import add_gram_
 from .select import replace_modules, select_names
 
-PROFILE_VERSION = 1
+PROFILE_VERSION = 2
 
 
 @torch.no_grad()
@@ -45,7 +45,7 @@ def profile_(
         progress: called with the Linear, finished and all Linears.
 
     Returns:
-        What is in the file: `layers`, name -> `role` and `curve`, ratio -> `divergence` (nats per token) and `ranks`.
+        What is in the file: `layers`, name -> `role`, `shape` and `curve`, ratio -> `divergence` (nats per token) and `ranks`.
 
     Raises:
         OutputError: the file belongs to another run or cannot be written.
@@ -74,7 +74,7 @@ def profile_(
                 ]
                 replace_modules(model, [name], lambda *_, dense=dense: dense)
                 curve[str(ratio)] = {"divergence": torch.stack(lost).mean().item(), "ranks": getattr(made, "ranks", None)}
-            found["layers"][name] = {"role": arch.roles[name], "curve": curve}
+            found["layers"][name] = {"role": arch.roles[name], "shape": [*dense_shape(dense)], "curve": curve}
             with disk_errors(path.parent):
                 write_text(path, json.dumps(found, indent=2) + "\n")
     progress("finished", len(names), len(names))

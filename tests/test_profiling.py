@@ -104,10 +104,15 @@ def test_the_allocation_reads_it(profiled, dense_folder, text_file, tmp_path):
         ({"ratios": (1.0,)}, ConfigError, r"ratios must be in \(0, 1\), got \[1.0\]"),
         ({"ratios": (0.3,)}, OutputError, "is not the profile of the same model, settings and text"),
         ({"output": "absent/profile.json"}, OutputError, "must name a .json file in a folder that exists"),
+        (
+            {"recipe": {"stages": [{"method": "tensor_network", "basis_group": 2}]}},
+            ConfigError,
+            r"stages\[0\].basis_group must be 1 for a profile, .* got 2",
+        ),
         ({"recipe": {"stages": [{"method": "codebook"}]}}, ConfigError, "must be a method with a keep_ratio"),
         ({"calibration": "batches"}, CalibrationError, "give calibration as text files"),
     ],
-    ids=["ratio", "another profile", "no folder", "no ratio", "no text"],
+    ids=["ratio", "another profile", "no folder", "shared bases", "no ratio", "no text"],
 )
 def test_bad_input_names_itself(changes, error, match, profiled, dense_folder, text_file):
     from hf_compact.calibration import from_batches

@@ -171,6 +171,7 @@ def test_sharded_parameters_are_refused_by_name(kind, tmp_path, monkeypatch):
         ({"energy": 1.1}, r"energy must be in \(0, 1\]"),
         ({"shares": (0.0,)}, r"shares must be in \(0, 1\]"),
         ({"threshold": -1.0}, "threshold must be at least 0"),
+        ({"lasso_weight": float("nan")}, "lasso_weight must be at least 0, got nan"),
     ],
     ids=str,
 )
@@ -182,9 +183,26 @@ def test_bad_settings_name_themselves(settings, match):
 def test_schedules_that_do_not_fit_the_model_say_so():
     with pytest.raises(ConfigError, match="heal needs a decomposed model"):
         TensorNetworkCallback(schedule="heal").prepare(tiny_model("llama"))
+    quantized = tiny_model("gpt2")  # biases are left, but they are no factors
+    stages = [
+        {"method": "tensor_network", "allocation": "uniform"},
+        {"method": "codebook", "bits": 4, "group_size": 8, "refit_rounds": 0, "shrink_steps": 2},
+    ]
+    hf_compact.compress(quantized, {"stages": stages}, calibration=from_batches([tiny_inputs("gpt2")]))
+    with pytest.raises(ConfigError, match="whose cores are not quantized, got none"):
+        TensorNetworkCallback(schedule="heal").prepare(quantized)
     for schedule in ("trp", "maestro"):
         with pytest.raises(ConfigError, match="starts from a dense model"):
             TensorNetworkCallback(schedule=schedule).prepare(start({"schedule": "heal"}))
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj", "model.layers.7.mlp.up_proj"], ids=["inputs", "name"])
+def test_a_gram_matrix_of_another_linear_is_refused(name):
+    callback = TensorNetworkCallback(schedule="trp", grams={name: torch.eye(3)})
+    with pytest.raises(
+        ConfigError, match=r"grams\['model.layers.\d.mlp.up_proj'\] must be of a block Linear .* got \[3, 3\] for"
+    ):
+        callback.prepare(tiny_model("llama"))
 
 
 def test_maestro_finds_the_rank_of_what_it_learns():

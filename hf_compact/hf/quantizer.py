@@ -297,7 +297,10 @@ def set_rank(model: PreTrainedModel, share: float) -> None:
     if not 0 < share <= 1:
         raise ConfigError(f"share must be in (0, 1], got {share}")
     table = model.config.quantization_config.modules
-    named = {name: model.get_submodule(own) for name in table for own in names_in(model, {name: table[name]})}
+    own = {
+        name: names_in(model, {name: spec}) for name, spec in table.items() if "tied_to" not in spec
+    }  # what is tied is no train
+    named = {name: model.get_submodule(mine) for name, found in own.items() for mine in found}
     cut = {name: module for name, module in named.items() if hasattr(module, "set_rank")}
     for name, module in cut.items():
         if not module.is_ordered:

@@ -9,6 +9,7 @@ inputs that come through the compressed prefix; groups share only where that cos
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +110,7 @@ def prepare(
     errors are in the units of the loss: squared singular values weighted on both sides, or what a profile has measured.
 
     Raises:
-        ConfigError: the profile does not fit the model.
+        ConfigError: the profile does not fit the model, or the budget is less than the least ranks take.
         NothingMatched: a glob of `protected` matches nothing, or no Linear has neighbours to share a basis with.
         NumericalError: gradients are not finite.
     """
@@ -149,6 +150,7 @@ def prepare(
         if unit in stacks:
             options[-1] += [shared for shared in stacks[unit].options() if shared.choice.num_bytes >= sum(floors)]
     total = sum(shape.numel() for shape in shapes.values())
+    _check_budget(options, total, config)
     table = allocate([[option.choice for option in each] for each in options], int(config.keep_ratio * total))
     num_values: dict[str, int] = {}
     bases: dict[str, _Shared] = {}
@@ -157,6 +159,15 @@ def prepare(
         if each[index].rank:
             bases |= dict.fromkeys(unit, _Shared(unit[0], stacks[unit].basis(each[index].rank)))
     return Guide(model, num_values, outputs, bases)
+
+
+def _check_budget(options: Sequence[Sequence[_Option]], total: int, config: TensorNetworkConfig) -> None:
+    smallest = sum(min(option.choice.num_bytes for option in each) for each in options)
+    if smallest > int(config.keep_ratio * total):
+        raise ConfigError(
+            f"tensor_network.keep_ratio must be at least {smallest / total:.4f} with these ranks (rank_multiple "
+            f"{config.rank_multiple}), protected Linears and profile, got {config.keep_ratio}"
+        )
 
 
 def find_groups(arch: Architecture, names: Iterable[str], size: int) -> list[tuple[str, ...]]:
@@ -230,9 +241,9 @@ def metrics(gram: Tensor | None, outputs: Tensor | None, config: TensorNetworkCo
 
 
 def _ranks(shape: Sequence[int], config: TensorNetworkConfig) -> list[tuple[int, int]]:
-    """`(rank, values)` of every low-rank choice that is smaller than the dense matrix."""
+    """`(rank, values)` of every low-rank choice that is smaller than the dense matrix; too small a one has every rank."""
     multiples = range(config.rank_multiple, min(shape), config.rank_multiple)
-    sized = [(rank, low_rank_values(shape[0], shape[1], rank, config.is_pivoted)) for rank in [*multiples] or [1]]
+    sized = [(rank, low_rank_values(shape[0], shape[1], rank, config.is_pivoted)) for rank in multiples or range(1, min(shape))]
     return [(rank, values) for rank, values in sized if values < shape[0] * shape[1]]
 
 
@@ -240,9 +251,15 @@ def _profiled_curves(shapes: Mapping[str, torch.Size], config: TensorNetworkConf
     """Piecewise linear between the ratios of a profile, and nothing lost at 1."""
     try:
         layers = json.loads(Path(config.profile).read_text(encoding="utf-8"))["layers"]
+        for name, shape in shapes.items():
+            if layers[name]["shape"] != [*shape]:
+                raise ValueError(f"{name} has the shape {layers[name]['shape']} there, {[*shape]} in the model")
         measured = {
             name: {float(ratio): float(point["divergence"]) for ratio, point in layers[name]["curve"].items()} for name in shapes
         }
+        for name, curve in measured.items():
+            if not curve or not all(0 < ratio < 1 and 0 <= lost < math.inf for ratio, lost in curve.items()):
+                raise ValueError(f"{name} needs ratios in (0, 1) with finite divergences, got {curve}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"tensor_network.profile {config.profile!r} does not fit the model: {error!r}") from error
     curves = {}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ... import distributed
-from ...arch import as_linear, describe
+from ...arch import as_linear, dense_shape, describe
 from ...errors import ConfigError
 from ...functional.factor import spectrum, whitening_factor
 from ...select import replace_modules, select_names
@@ -57,9 +57,12 @@ class TensorNetworkCallback(CompactCallback):
         """
         trains = [name for name, module in model.named_modules() if isinstance(module, TensorTrainLinear)]
         if self.training.schedule == "heal":
-            factors = {id(p) for name in trains for p in model.get_submodule(name).parameters() if p.is_floating_point()}
-            if not factors:
+            modules = [model.get_submodule(name) for name in trains]
+            if not any(
+                parameter.is_floating_point() for train in modules for core in train.cores for parameter in core.parameters()
+            ):
                 raise ConfigError("training.schedule heal needs a decomposed model whose cores are not quantized, got none")
+            factors = {id(p) for train in modules for p in train.parameters()}
             self.frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in factors]
             for parameter in self.frozen:
                 parameter.requires_grad_(False)
@@ -75,6 +78,12 @@ class TensorNetworkCallback(CompactCallback):
             return
         roles = describe(model).roles
         self.names = select_names(roles, self.training.include, self.training.exclude)
+        for name, right in self.rights.items():
+            size = dense_shape(model.get_submodule(name))[1] if name in roles else None
+            if len(right) != size:
+                raise ConfigError(
+                    f"grams[{name!r}] must be of a block Linear with as many inputs, got {list(right.shape)} for {size}"
+                )
         if self.training.schedule == "maestro":
             replace_modules(model, self.names, lambda _, module: _full_train(as_linear(module)))
 

@@ -145,5 +145,5 @@ class TensorNetworkTraining:
         if not self.shares or not all(0 < share <= 1 for share in self.shares):
             raise ConfigError(f"training.shares must be in (0, 1], got {self.shares}")
         for name in ("nuclear_weight", "lasso_weight", "threshold"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:  # nor NaN
                 raise ConfigError(f"training.{name} must be at least 0, got {getattr(self, name)}")

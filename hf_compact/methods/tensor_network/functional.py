@@ -306,7 +306,7 @@ def pivot(up: Tensor, down: Tensor) -> Pivoted:
     `up` the identity. The rows are the pivots of an LU factorisation, which keeps the combinations small.
 
     Args:
-        up: `[out, r]` of full rank.
+        up: `[out, r]`.
         down: `[r, in]`.
 
     Source: PIFA (arXiv 2501.19090); differs by pivoting in an orthonormal basis of the product's rows.
@@ -318,9 +318,12 @@ def pivot(up: Tensor, down: Tensor) -> Pivoted:
     up, down = up.double(), down.double()
     rank = up.shape[1]
     mix = torch.linalg.qr(down.T).R  # rows of the product in an orthonormal basis: up @ mix^T
-    places = torch.linalg.lu(up @ mix.T).P.argmax(0)
-    chosen, rest = places[:rank], places[rank:].sort().values
-    combinations = torch.linalg.solve(up[chosen], up[rest], left=False)
+    permutation, lower, _ = torch.linalg.lu(up @ mix.T)
+    places = permutation.argmax(0)
+    chosen, (rest, by_row) = places[:rank], places[rank:].sort()
+    # `lower` has ones on its diagonal, so that it divides where the product, of a lesser rank, would not.
+    others = lower[rank:][by_row]
+    combinations = torch.linalg.solve_triangular(lower[:rank], others, upper=False, left=False, unitriangular=True)
     order = torch.empty(len(up), dtype=torch.int32)
     order[torch.cat([chosen, rest])] = torch.arange(len(up), dtype=torch.int32)
     return Pivoted(order, combinations, up[chosen] @ down)
@@ -390,12 +393,13 @@ def truncate_energy(weight: Tensor, energy: float, shrink: float, right: Tensor 
 
 
 def suffix_norms(matrix: Tensor) -> Tensor:
-    """Norm of all rows from each one on, `[n]` of `[n, m]`; differentiable where a suffix is not zero.
+    """Norm of all rows from each one on, `[n]` of `[n, m]`; a suffix of zeros has the sub-gradient 0.
 
     >>> suffix_norms(torch.tensor([[3.0], [4.0]])).tolist()
     [5.0, 4.0]
     """
-    return matrix.square().sum(1).flip(0).cumsum(0).flip(0).sqrt()
+    energy = matrix.square().sum(1).flip(0).cumsum(0).flip(0)
+    return energy.clamp_min(torch.finfo(energy.dtype).tiny).sqrt() * (energy > 0)
 
 
 def candidate_factors(

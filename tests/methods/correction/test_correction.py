@@ -80,6 +80,32 @@ def test_a_gram_matrix_with_a_hole_is_refused():
         corrected(2, torch.full((32, 32), float("nan")))
 
 
+@pytest.mark.parametrize(
+    ("stages", "match"),
+    [
+        ([{"method": "correction"}], r"stages\[0\] corrects model.layers.0.mlp.down_proj, which no later stage compresses"),
+        (
+            [{"method": "correction"}, CODEBOOK | {"exclude": ["*.q_proj"]}],
+            r"stages\[0\] corrects model.layers.0.self_attn.q_proj, which no",
+        ),
+        (
+            [{"method": "tensor_network", "allocation": "uniform"}, {"method": "correction"}, CODEBOOK],
+            r"stages\[2\] selects .* which two earlier stages take apart",
+        ),
+        ([{"method": "correction"}, {"method": "correction"}, CODEBOOK], r"stages\[2\] selects .* which two earlier"),
+    ],
+    ids=["alone", "partly alone", "in a core", "twice"],
+)
+def test_a_correction_that_would_correct_nothing_is_refused(stages, match, dense_folder, tmp_path):
+    with pytest.raises(ConfigError, match=match):
+        hf_compact.compress(tiny_model("llama"), {"stages": stages}, calibration=from_batches([tiny_inputs("llama")]))
+    with pytest.raises(ConfigError, match=match):
+        hf_compact.compress(dense_folder, {"stages": stages}, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match=match):
+        hf_compact.plan(dense_folder, {"stages": stages})
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_a_corrected_model_is_better_and_comes_back_equal(family, tmp_path):
     reports = []

@@ -173,7 +173,9 @@ def test_a_profile_deals_the_budget_out(tmp_path):
     names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and "layers" in name]
     curve = {"0.25": {"divergence": 0.1}, "0.5": {"divergence": 0.01}}
     steep = {"0.25": {"divergence": 10.0}, "0.5": {"divergence": 5.0}}
-    layers = {name: {"curve": steep if ".1." in name else curve} for name in names}
+    layers = {
+        name: {"shape": [*model.get_submodule(name).weight.shape], "curve": steep if ".1." in name else curve} for name in names
+    }
     path = tmp_path / "profile.json"
     path.write_text(json.dumps({"layers": layers}))
     config = TensorNetworkConfig(keep_ratio=0.6, allocation="profile", profile=str(path), rank_multiple=1)
@@ -181,9 +183,29 @@ def test_a_profile_deals_the_budget_out(tmp_path):
     shares = {name: guide.share(name, [], 1.0).num_values / model.get_submodule(name).weight.numel() for name in names}
     assert min(share for name, share in shares.items() if ".1." in name) == 1
     assert max(share for name, share in shares.items() if ".1." not in name) < 1
-    path.write_text(json.dumps({"layers": {}}))
-    with pytest.raises(ConfigError, match="does not fit the model: KeyError"):
-        prepare(model, None, names, [], config)
+    first = names[0]
+    for changes, match in (
+        (None, "KeyError"),
+        ({"shape": [1, 2]}, rf"{first} has the shape \[1, 2\] there"),
+        ({"curve": {}}, f"{first} needs ratios"),
+        ({"curve": {"2.0": {"divergence": 1.0}}}, f"{first} needs ratios in"),
+        ({"curve": {"0.5": {"divergence": float("nan")}}}, "with finite divergences"),
+    ):
+        path.write_text(json.dumps({"layers": {} if changes is None else layers | {first: layers[first] | changes}}))
+        with pytest.raises(ConfigError, match=f"does not fit the model: .*{match}"):
+            prepare(model, None, names, [], config)
+
+
+def test_a_matrix_smaller_than_the_multiple_has_ranks_of_its_own():
+    """As with the allocation `uniform`; before, it was of rank 1 or dense."""
+    model, _ = compressed("llama", UNIFORM | {"allocation": "fisher", "rank_multiple": 64})
+    ranks = [module.ranks[0] for module in model.modules() if isinstance(module, TensorTrainLinear)]
+    assert max(ranks) > 1
+
+
+def test_a_budget_below_the_smallest_ranks_names_its_field():
+    with pytest.raises(ConfigError, match=r"keep_ratio must be at least 0.\d+ with these ranks \(rank_multiple 16\).*, got 0.3"):
+        compressed("llama", UNIFORM | {"allocation": "fisher", "rank_multiple": 16, "keep_ratio": 0.3})
 
 
 # Round trips.
@@ -307,6 +329,18 @@ def test_rank_is_cut_at_load_and_saved(tmp_path):
     pivoted, _ = compressed("llama", UNIFORM)
     with pytest.raises(UnsupportedModel, match="has no order of ranks"):
         pivoted.set_rank(0.5)
+
+
+def test_rank_is_cut_beside_a_quantized_tied_embedding(tmp_path):
+    rest = CODEBOOK | {"exclude": ["*.mlp.*"], "embedding_bits": 8}
+    model, _ = compressed("llama", UNIFORM | {"is_pivoted": False, "include": ["*.mlp.*"]}, rest)
+    before = model.model.layers[0].mlp.up_proj.ranks[0]
+    model.set_rank(0.5)
+    assert model.model.layers[0].mlp.up_proj.ranks[0] == round(before / 2)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        again = AutoModelForCausalLM.from_pretrained(tmp_path)(**tiny_inputs("llama")).logits
+        assert torch.equal(again, model(**tiny_inputs("llama")).logits)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

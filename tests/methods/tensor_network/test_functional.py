@@ -288,6 +288,21 @@ def test_pivots_change_the_count_and_nothing_else(shape):
     assert found.combinations.abs().max() < 10
 
 
+@pytest.mark.parametrize("kind", ["zero", "dead rows", "dead columns", "equal rows"])
+def test_a_product_of_a_lesser_rank_has_pivots_too(kind):
+    """As matrices with pruned units have."""
+    weight = normal(20, 12)
+    if kind == "equal rows":
+        weight[:] = weight[:1].clone()
+    else:
+        weight[(slice(None), slice(3, None)) if kind == "dead columns" else slice(0 if kind == "zero" else 3, None)] = 0
+    up, down = spectrum(weight).truncate(6)
+    found = pivot(up, down)
+    rebuilt = torch.cat([found.rows, found.combinations @ found.rows])[found.order]
+    torch.testing.assert_close(rebuilt, weight, rtol=0, atol=1e-6)
+    assert found.combinations.abs().max() < 10
+
+
 def test_regression_fits_the_dense_outputs_better_than_plain_whitening():
     """Against the inputs of a compressed prefix, which differ from the dense ones."""
     weight, dense = normal(12, 20), inputs(20)
@@ -326,3 +341,11 @@ def test_suffix_norms_have_the_gradient_of_a_group_lasso():
     for b in range(4):
         expected[b:] += matrix.detach()[b:] / matrix.detach()[b:].norm()
     torch.testing.assert_close(matrix.grad, expected)
+
+
+def test_a_suffix_of_zeros_has_a_gradient():
+    matrix = torch.tensor([[3.0, 4.0], [0.0, 0.0]], requires_grad=True)
+    norms = suffix_norms(matrix)
+    norms.sum().backward()
+    assert norms.tolist() == [5.0, 0.0]
+    torch.testing.assert_close(matrix.grad, torch.tensor([[0.6, 0.8], [0.0, 0.0]]))
