@@ -148,6 +148,17 @@ def test_unknown_families_need_targets():
         get_peft_model(nn.Sequential(nn.Dropout(), nn.Linear(8, 8)), CompacterConfig(target_modules=["0"]))
 
 
+def test_given_targets_need_no_table(caplog):
+    """Not even where the rest of the library refuses the model, such as one with all experts in one tensor."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64, "num_local_experts": 2}
+    config = transformers.MixtralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    model = adapted(model=transformers.MixtralForCausalLM(config), target_modules=["o_proj"])
+    assert sum(isinstance(module, CompacterLayer) for module in model.modules()) == 2
+    assert not caplog.records
+    with pytest.raises(UnsupportedModel, match="'mixtral' is not in the table of families"):
+        adapted(model=transformers.MixtralForCausalLM(config))
+
+
 def test_new_heads_are_trained_and_stored(tmp_path):
     config = transformers.BertConfig(**FAMILIES["bert"][2], num_labels=3)
     torch.manual_seed(0)
