@@ -36,6 +36,8 @@ class CompacterModel(BaseTuner):
 
     def _pre_injection_hook(self, model: nn.Module, config: CompacterConfig, adapter_name: str) -> None:
         """Read the model's parts before anything wraps them."""
+        if any(isinstance(module, CompacterLayer) and module.compacter_adapter for module in model.modules()):
+            raise UnsupportedModel("the model has Compacter adapters already: call add_adapter of its PeftModel, or unload() first")
         self.compacter_slow = nn.ParameterDict()
         self._outputs = sublayer_outputs(model) if isinstance(model, PreTrainedModel) else {}
         self._norms = norms(model)
@@ -44,7 +46,15 @@ class CompacterModel(BaseTuner):
         """Add an adapter; the caller's config stays as it is, and so does what is trained of other adapters."""
         self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         trained = {name: slow.requires_grad for name, slow in self.compacter_slow.items()}
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:  # or the next adapter of this name would take over what has been made of this one
+            if adapter_name in self.compacter_slow:
+                del self.compacter_slow[adapter_name]
+            for module in self.modules():
+                if isinstance(module, CompacterLayer) and adapter_name in module.compacter_adapter:
+                    del module.compacter_adapter[adapter_name]
+            raise
         for name, is_trained in trained.items():
             self.compacter_slow[name].requires_grad_(is_trained)
 

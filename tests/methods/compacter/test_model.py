@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 import hf_compact
 from hf_compact import CompacterConfig
 from hf_compact.calibration import from_batches
-from hf_compact.errors import UnsupportedModel
+from hf_compact.errors import ConfigError, UnsupportedModel
 from hf_compact.methods.compacter.layer import CompacterLayer
 from tests.conftest import FAMILIES, tiny_inputs, tiny_model
 
@@ -240,6 +240,31 @@ def test_deleting_the_active_adapter_activates_another():
     assert list(model.base_model.compacter_slow) == ["second"]
     assert torch.equal(logits(model), second)
     assert all("second" in name for name in trainable(model))
+
+
+def test_nothing_stays_of_an_adapter_that_could_not_be_added():
+    model = adapted(model=tiny_model("llama", intermediate_size=36))
+    before, names = logits(model), dict(model.named_parameters()).keys()
+    with pytest.raises(ConfigError, match=r"compacter\.hypercomplex_division must divide the width 32, got 5"):
+        model.add_adapter("second", CompacterConfig(hypercomplex_division=5))
+    with pytest.raises(ConfigError, match="must divide the width 36, got 8"):  # after others have been made
+        model.add_adapter("second", CompacterConfig(hypercomplex_division=8, target_modules=["o_proj", "gate_proj"]))
+    assert dict(model.named_parameters()).keys() == names
+    model.add_adapter("second", CompacterConfig(variant="compacter++", hypercomplex_division=2))
+    assert torch.equal(logits(model), before)
+    model.set_adapter("second")
+    assert (logits(model) - logits(tiny_model("llama", intermediate_size=36))).abs().max() < 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time", "ignore:Already found a `peft_config`")
+def test_a_model_with_adapters_is_not_wrapped_again():
+    base = tiny_model("llama", intermediate_size=36)
+    with pytest.raises(ConfigError, match="must divide the width 36, got 8"):
+        get_peft_model(base, CompacterConfig(hypercomplex_division=8, target_modules=["o_proj", "gate_proj"]))
+    model = get_peft_model(base, CompacterConfig())
+    with pytest.raises(UnsupportedModel, match=r"adapters already: call add_adapter of its PeftModel, or unload\(\) first"):
+        get_peft_model(base, CompacterConfig())
+    assert get_peft_model(model.unload(), CompacterConfig()).get_nb_trainable_parameters()[0] == 936
 
 
 def test_adapters_without_norms_stack():
