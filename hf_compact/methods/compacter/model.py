@@ -37,7 +37,9 @@ class CompacterModel(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: CompacterConfig, adapter_name: str) -> None:
         """Read the model's parts before anything wraps them."""
         if any(isinstance(module, CompacterLayer) and module.compacter_adapter for module in model.modules()):
-            raise UnsupportedModel("the model has Compacter adapters already: call add_adapter of its PeftModel, or unload() first")
+            raise UnsupportedModel(
+                "the model has Compacter adapters already: call add_adapter of its PeftModel, or unload() first"
+            )
         self.compacter_slow = nn.ParameterDict()
         self._outputs = sublayer_outputs(model) if isinstance(model, PreTrainedModel) else {}
         self._norms = norms(model)

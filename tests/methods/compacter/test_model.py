@@ -256,7 +256,9 @@ def test_nothing_stays_of_an_adapter_that_could_not_be_added():
     assert (logits(model) - logits(tiny_model("llama", intermediate_size=36))).abs().max() < 1e-3
 
 
-@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time", "ignore:Already found a `peft_config`")
+@pytest.mark.filterwarnings(
+    "ignore:You are trying to modify a model with PEFT for a second time", "ignore:Already found a `peft_config`"
+)
 def test_a_model_with_adapters_is_not_wrapped_again():
     base = tiny_model("llama", intermediate_size=36)
     with pytest.raises(ConfigError, match="must divide the width 36, got 8"):
