@@ -70,8 +70,8 @@ class CompacterModel(BaseTuner):
                     f"{model_config.get('model_type')!r} is not in the table of families"
                 )
         if peft_config.train_layer_norm:
-            chosen = peft_config.modules_to_save or []
-            peft_config.modules_to_save = [*chosen, *(name for name in self._norms if name not in chosen)]
+            chosen = tuple(peft_config.modules_to_save or ())
+            peft_config.modules_to_save = [*chosen, *(name for name in self._norms if not _lies_in(name, chosen))]
         return peft_config
 
     def _create_and_replace(
@@ -141,6 +141,12 @@ class CompacterModel(BaseTuner):
             "a Compacter adapter has a nonlinearity between its two maps, so no weight of the model can take it in: "
             "keep the adapter, or drop it with unload(); merge_cache() makes decoding faster"
         )
+
+
+def _lies_in(name: str, chosen: tuple[str, ...]) -> bool:
+    """Whether the module or one that holds it is copied whole already; PEFT compares the ends of names."""
+    parts = name.split(".")
+    return any(".".join(parts[:depth]).endswith(chosen) for depth in range(1, len(parts) + 1))
 
 
 def register() -> None:

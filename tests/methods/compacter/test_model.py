@@ -170,6 +170,14 @@ def test_new_heads_are_trained_and_stored(tmp_path):
     assert torch.equal(logits(again), logits(model))
 
 
+def test_heads_that_hold_norms_are_stored_once(tmp_path):
+    model = adapted("bert_mlm", modules_to_save=["cls"])
+    assert not any(name.count("modules_to_save") > 1 for name in trainable(model))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_model("bert_mlm"), tmp_path)
+    assert torch.equal(logits(again, "bert_mlm"), logits(model, "bert_mlm"))
+
+
 # The shared matrices.
 
 
