@@ -136,6 +136,10 @@ class CompacterModel(BaseTuner):
                 self.model.set_submodule(name, module.original_module)
         return super().unload()
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put a module back; PEFT would copy its `weight` too, which a head of several layers lacks."""
+        setattr(parent, child_name, new_module)
+
     def _check_merge_allowed(self) -> None:
         raise NotImplementedError(
             "a Compacter adapter has a nonlinearity between its two maps, so no weight of the model can take it in: "

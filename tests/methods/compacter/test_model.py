@@ -176,6 +176,7 @@ def test_heads_that_hold_norms_are_stored_once(tmp_path):
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(tiny_model("bert_mlm"), tmp_path)
     assert torch.equal(logits(again, "bert_mlm"), logits(model, "bert_mlm"))
+    assert model.unload().state_dict().keys() == tiny_model("bert_mlm").state_dict().keys()
 
 
 # The shared matrices.
@@ -458,3 +459,4 @@ def test_quantized_bases_train(kind, tmp_path):
     train(model, tmp_path, max_steps=20)
     assert loss(model, is_training=True) < before - 0.1
     assert all(torch.equal(stored[name], buffer) for name, buffer in model.named_buffers() if name in stored)
+    assert torch.equal(logits(model.unload().train()), base)
