@@ -5,7 +5,8 @@ parameter for DDP, for FSDP's root unit and in the file; what PEFT does to layer
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -127,6 +128,15 @@ class CompacterModel(BaseTuner):
             del self.compacter_slow[adapter_name]
         if is_active and self.peft_config:  # PEFT asks the first layer, which may have had this adapter only
             self.set_adapter(self.active_adapters or next(iter(self.peft_config)))
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Iterator[None]:
+        """Refuse what PEFT would leave out of account: all rows would go through the active adapters."""
+        if adapter_names is not None:
+            raise UnsupportedModel(
+                "adapter_names, an adapter for each row, cannot be had with Compacter: call set_adapter for each"
+            )
+        yield
 
     def unload(self) -> nn.Module:
         """The base model, with its own norms: PEFT would leave trained copies behind, as it does with a new head."""

@@ -289,6 +289,13 @@ def test_adapters_without_norms_stack():
     assert {name.split(".")[-2] for name in trainable(model) if "layers" in name} == {"default", "second"}
 
 
+def test_an_adapter_for_each_row_is_refused():
+    model = adapted()
+    with pytest.raises(UnsupportedModel, match="adapter_names, an adapter for each row, cannot be had with Compacter"):
+        model(**tiny_inputs("llama"), adapter_names=["default", "__base__"])
+    assert model(**tiny_inputs("llama"), adapter_names=None).logits.isfinite().all()
+
+
 def test_gradients_can_be_asked_for_by_name():
     model = adapted()
     model.set_requires_grad("default", requires_grad=False)
