@@ -378,15 +378,15 @@ def compare(
 
 
 def recover(  # noqa: PLR0913 - settings, by keyword
-    model: str | Path, texts: Sequence[str | Path] = (), *, output: str | Path | None = None, teacher: str | Path | None = None,
-    adapter: CompacterConfig | None = None, training: DistillationConfig | None = None, sequence_length: int = 512,
-    seed: int = 0, progress: Progress = lambda unit, done, total: None,
+    model: str | Path, texts: str | Path | Sequence[str | Path] = (), *, output: str | Path | None = None,
+    teacher: str | Path | None = None, adapter: CompacterConfig | None = None, training: DistillationConfig | None = None,
+    sequence_length: int = 512, seed: int = 0, progress: Progress = lambda unit, done, total: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Train an adapter on top of a compressed model, verify it in a fresh process, and save it beside the model.
 
     Args:
         model: folder or Hub id of a compressed (or pruned) causal language model; it is not changed.
-        texts: text files to train on; without any, the documentation text that Python ships.
+        texts: text file or files to train on; without any, the documentation text that Python ships.
         output: folder to create; None is the model's name with `-adapter`.
         teacher: dense model of the same vocabulary whose next-token distributions are learnt; None learns the text.
         adapter: None is Compacter behind both sub-layers.
@@ -406,8 +406,12 @@ def recover(  # noqa: PLR0913 - settings, by keyword
     """
     if distributed.world_size() > 1:
         raise ConfigError("recover runs in one process; under torchrun give the Trainer a model from get_peft_model")
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"seed must be in [0, 2**32), got {seed}")
+    texts = [texts] if isinstance(texts, str | Path) else texts
     started = time.perf_counter()
-    output = Path(f"{str(model).rstrip('/')}-adapter" if output is None else output)
+    named = Path(model).resolve() if Path(model).name in ("", "..") else Path(model)  # "." has no name to add to
+    output = Path(f"{named}-adapter" if output is None else output)
     partial = output.with_name(output.name + ".partial")
     for path in (output, partial):
         check_output(path)
@@ -424,7 +428,7 @@ def recover(  # noqa: PLR0913 - settings, by keyword
     base = verify.load_model(folder, dtype=torch.float32)
     if not is_causal_lm(base):
         raise UnsupportedModel(f"model {str(model)!r} is a {type(base).__name__}: recover trains causal language models")
-    base.name_or_path = base.config.name_or_path = str(model)
+    base.name_or_path = base.config.name_or_path = str(named)
     check_inputs(base, data)
     dense = None
     if teacher is not None:
@@ -435,7 +439,7 @@ def recover(  # noqa: PLR0913 - settings, by keyword
     length = min(512, len(data.held_out), sequence_length)
     before = perplexity(base.eval(), data.held_out, length, None)["perplexity"]
     adapter = copy.copy(adapter or CompacterConfig())
-    adapter.task_type = TaskType.CAUSAL_LM
+    adapter.task_type, adapter.inference_mode = TaskType.CAUSAL_LM, False  # a stored one says that it is not trained
     adapted, losses = train_adapter(
         base, data.distillation, adapter, training, teacher=dense, seed=seed,
         progress=lambda done, total: progress("training", done, total),

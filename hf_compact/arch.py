@@ -145,8 +145,10 @@ def sublayer_outputs(model: PreTrainedModel) -> dict[str, str]:
     >>> sublayer_outputs(tiny)
     {'model.layers.0.self_attn.o_proj': 'o', 'model.layers.0.mlp.down_proj': 'down'}
     """
+    if model.config.model_type not in FAMILIES:
+        return {}
     arch = describe(model)
-    table = FAMILIES[arch.family][1] if arch.is_known else {}
+    table = FAMILIES[arch.family][1]
     return {
         f"{block}.{name}": role
         for block in arch.blocks

@@ -203,7 +203,7 @@ class Recipe:
         hints = typing.get_type_hints(cls)
         for name in ("seed", "dtype", "auto_map"):
             if name in values:
-                known[name] = _typed(values[name], hints[name], f"recipe.{name}")
+                known[name] = typed(values[name], hints[name], f"recipe.{name}")
         return cls(**known)
 
     @classmethod
@@ -238,7 +238,7 @@ def _build(cls: type, values: Any, where: str) -> Any:
         raise ConfigError(f"{where} must be a mapping, got {values!r}")
     _check_keys(cls, values, where)
     hints = typing.get_type_hints(cls)
-    return cls(**{name: _typed(value, hints[name], f"{where}.{name}") for name, value in values.items()})
+    return cls(**{name: typed(value, hints[name], f"{where}.{name}") for name, value in values.items()})
 
 
 def _check_keys(cls: type, values: dict[str, Any], where: str) -> None:
@@ -248,15 +248,22 @@ def _check_keys(cls: type, values: dict[str, Any], where: str) -> None:
         raise ConfigError(f"{where} has the unknown key {unknown[0]!r}; known keys: {', '.join(names)}")
 
 
-def _typed(value: Any, hint: Any, where: str) -> Any:
-    """`value` as `hint`, where YAML's types allow it without guessing."""
+def typed(value: Any, hint: Any, where: str) -> Any:
+    """`value` as `hint`, where YAML's types allow it without guessing.
+
+    Raises:
+        ConfigError: they do not.
+
+    >>> typed("1e-4", float | None, "a.b")
+    0.0001
+    """
     options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
     for option in options:
         if option is type(None) and value is None:
             return None
         if typing.get_origin(option) is tuple and isinstance(value, list | tuple):
             item = typing.get_args(option)[0]
-            return tuple(_typed(v, item, where) for v in value)
+            return tuple(typed(v, item, where) for v in value)
         if typing.get_origin(option) is typing.Literal and (type(value), value) in [
             (type(a), a) for a in typing.get_args(option)
         ]:

@@ -4,6 +4,7 @@ The compressed modules stay as they are; gradients pass through them. With a tea
 next-token distributions.
 """
 
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -42,8 +43,9 @@ class _Follow(TrainerCallback):
     ) -> None:
         if "loss" in logs:
             self.losses.append(logs["loss"])
-            if not torch.tensor(logs["loss"]).isfinite():
-                raise NumericalError(f"the loss of step {state.global_step} is not finite: lower the learning rate")
+            if not math.isfinite(logs["loss"]):
+                advice = "lower the learning rate" if state.global_step > 1 else "nothing is trained yet, so check the model"
+                raise NumericalError(f"the loss of step {state.global_step} is not finite: {advice}")
 
 
 def train_adapter(

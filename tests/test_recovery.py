@@ -71,7 +71,11 @@ def test_a_loss_that_is_not_finite_ends_it():
     model = tiny_model("llama")
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
-    with pytest.raises(NumericalError, match="the loss of step 1 is not finite: lower the learning rate"):
+    with pytest.raises(NumericalError, match="the loss of step 1 is not finite: nothing is trained yet, so check the model"):
+        train_adapter(model, batches(), CompacterConfig(task_type="CAUSAL_LM"), SHORT)
+    model, factors = tiny_model("llama"), iter([1.0, 1.0, float("nan")])
+    model.lm_head.register_forward_hook(lambda module, args, output: next(factors) * output)
+    with pytest.raises(NumericalError, match="the loss of step 3 is not finite: lower the learning rate"):
         train_adapter(model, batches(), CompacterConfig(task_type="CAUSAL_LM"), SHORT)
 
 
@@ -113,6 +117,23 @@ def test_a_failed_verification_keeps_what_was_trained(small, tmp_path, monkeypat
     assert (tmp_path / "adapter.partial" / "adapter_model.safetensors").exists()
 
 
+def test_names_and_settings_as_users_have_them(small, text_file, tmp_path, monkeypatch):
+    """The folder one is in, one text, an adapter's settings read back from its folder."""
+    monkeypatch.setattr(api.verify, "verify", lambda *args: {"verified": True})
+    folder = tmp_path / "small"
+    shutil.copytree(small, folder)
+    before = sorted(path.name for path in folder.iterdir())
+    monkeypatch.chdir(folder)
+    stored = CompacterConfig(variant="compacter++", inference_mode=True)
+    found = api.recover(".", text_file, adapter=stored, training=SHORT, sequence_length=16)
+    assert found["output"] == str(tmp_path / "small-adapter")
+    assert json.loads((tmp_path / "small-adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(folder)
+    assert found["texts"] == [text_file.name]
+    assert found["trainable_parameters"] == 612
+    assert sorted(path.name for path in folder.iterdir()) == before
+    assert stored.inference_mode
+
+
 def test_what_cannot_work_is_refused_before_anything_is_written(small, dense_folder, tmp_path, monkeypatch, tokenizer):
     other = tmp_path / "other"
     tiny_model("llama", vocab_size=VOCABULARY + 8).save_pretrained(other)
@@ -140,5 +161,6 @@ def test_what_cannot_work_is_refused_before_anything_is_written(small, dense_fol
     refused(ConfigError, "has no tokenizer in its folder, which training on text needs", model=bare)
     refused(UnsupportedModel, "is an adapter: give the folder of its base model", model=adapter)
     refused(OutputError, "exists and is not an empty folder", output=full)
+    refused(ConfigError, r"seed must be in \[0, 2\*\*32\), got -1", seed=-1)
     monkeypatch.setattr(api.distributed, "world_size", lambda: 2)
     refused(ConfigError, "recover runs in one process; under torchrun give the Trainer a model from get_peft_model")

@@ -1,5 +1,6 @@
 """Settings of a Compacter adapter, as PEFT keeps them in `adapter_config.json`."""
 
+import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -7,13 +8,12 @@ from peft import PeftConfig
 from peft.utils import PeftType
 from transformers.activations import ACT2FN
 
+from ...config import typed
 from ...errors import ConfigError
 
 #: What the file holds as `peft_type`. Without this library PEFT knows no such type and shows it in its KeyError.
 STORED_TYPE = "COMPACTER (import hf_compact first)"
 VARIANTS = {"compacter": ("o", "down"), "compacter++": ("down",)}
-KINDS = ("phm", "low_rank", "snnk")
-FEATURES = ("relu", "sincos")
 
 
 @dataclass(kw_only=True)
@@ -56,18 +56,19 @@ class CompacterConfig(PeftConfig):
     """More modules to train and store whole, such as a new head; norms are added here."""
 
     def __post_init__(self) -> None:
-        """Check ranges, then combinations."""
+        """Check types, ranges, then combinations."""
         super().__post_init__()
         self.peft_type = PeftType.COMPACTER
-        choices = {"variant": VARIANTS, "kind": KINDS, "feature": FEATURES}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"compacter.{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name, hint in typing.get_type_hints(CompacterConfig).items():
+            if name in CompacterConfig.__annotations__ and "modules" not in name:  # lists of modules are PEFT's to judge
+                setattr(self, name, typed(getattr(self, name), hint, f"compacter.{name}"))
+        if isinstance(self.modules_to_save, str):
+            raise ConfigError(f"compacter.modules_to_save must be a list of names, got {self.modules_to_save!r}")
         for name, lowest in {"reduction_factor": 1, "hypercomplex_division": 1, "seed": 0}.items():
             if not getattr(self, name) >= lowest:
                 raise ConfigError(f"compacter.{name} must be at least {lowest}, got {getattr(self, name)}")
-        if not self.slow_std > 0:
-            raise ConfigError(f"compacter.slow_std must be above 0, got {self.slow_std}")
+        if not 0 < self.slow_std < float("inf"):
+            raise ConfigError(f"compacter.slow_std must be above 0 and finite, got {self.slow_std}")
         if self.rank is not None and self.rank < 1:
             raise ConfigError(f"compacter.rank must be at least 1 or null, got {self.rank}")
         if self.rank is None and self.kind == "low_rank":

@@ -152,10 +152,10 @@ def draw_frequencies(num_features: int, width: int, seed: int) -> Tensor:
     generator = torch.Generator("cpu").manual_seed(seed)
     blocks = []
     for start in range(0, num_features, width):
-        gaussian = torch.randn(width, width, generator=generator, dtype=torch.float64)
-        orthogonal, _ = torch.linalg.qr(gaussian)
-        lengths = torch.randn(width, width, generator=generator, dtype=torch.float64).norm(dim=1, keepdim=True)
-        blocks.append((lengths * orthogonal)[: num_features - start])
+        rows = min(width, num_features - start)
+        orthogonal, _ = torch.linalg.qr(torch.randn(width, rows, generator=generator, dtype=torch.float64))
+        lengths = torch.randn(rows, width, generator=generator, dtype=torch.float64).norm(dim=1, keepdim=True)
+        blocks.append(lengths * orthogonal.T)
     return torch.cat(blocks).float()
 
 

@@ -133,7 +133,7 @@ class CompacterAdapter(nn.Module):
 
     @torch.no_grad()
     def merge_cache_(self, dtype: torch.dtype) -> None:
-        """Keep the dense maps for forward passes without gradients, until `train()` is called."""
+        """Keep the dense maps for forward passes without gradients, until `train()` is called or other weights are loaded."""
         if self.kind != "snnk":
             self._dense = (self.weight("down").to(dtype).contiguous(), self.weight("up").to(dtype).contiguous())
 
@@ -141,6 +141,11 @@ class CompacterAdapter(nn.Module):
         """Switch the mode; what was cached is dropped."""
         self._dense = None
         return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Take other weights; what was cached of the old ones is dropped."""
+        self._dense = None
+        super()._load_from_state_dict(*args)
 
     def extra_repr(self) -> str:
         """Kind and sizes, for `print(model)`."""

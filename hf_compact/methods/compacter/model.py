@@ -5,7 +5,8 @@ parameter for DDP, for FSDP's root unit and in the file; what PEFT does to layer
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -36,6 +37,10 @@ class CompacterModel(BaseTuner):
 
     def _pre_injection_hook(self, model: nn.Module, config: CompacterConfig, adapter_name: str) -> None:
         """Read the model's parts before anything wraps them."""
+        if any(isinstance(module, CompacterLayer) and module.compacter_adapter for module in model.modules()):
+            raise UnsupportedModel(
+                "the model has Compacter adapters already: call add_adapter of its PeftModel, or unload() first"
+            )
         self.compacter_slow = nn.ParameterDict()
         self._outputs = sublayer_outputs(model) if isinstance(model, PreTrainedModel) else {}
         self._norms = norms(model)
@@ -44,7 +49,15 @@ class CompacterModel(BaseTuner):
         """Add an adapter; the caller's config stays as it is, and so does what is trained of other adapters."""
         self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         trained = {name: slow.requires_grad for name, slow in self.compacter_slow.items()}
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:  # or the next adapter of this name would take over what has been made of this one
+            if adapter_name in self.compacter_slow:
+                del self.compacter_slow[adapter_name]
+            for module in self.modules():
+                if isinstance(module, CompacterLayer) and adapter_name in module.compacter_adapter:
+                    del module.compacter_adapter[adapter_name]
+            raise
         for name, is_trained in trained.items():
             self.compacter_slow[name].requires_grad_(is_trained)
 
@@ -58,8 +71,8 @@ class CompacterModel(BaseTuner):
                     f"{model_config.get('model_type')!r} is not in the table of families"
                 )
         if peft_config.train_layer_norm:
-            chosen = peft_config.modules_to_save or []
-            peft_config.modules_to_save = [*chosen, *(name for name in self._norms if name not in chosen)]
+            chosen = tuple(peft_config.modules_to_save or ())
+            peft_config.modules_to_save = [*chosen, *(name for name in self._norms if not _lies_in(name, chosen))]
         return peft_config
 
     def _create_and_replace(
@@ -116,6 +129,15 @@ class CompacterModel(BaseTuner):
         if is_active and self.peft_config:  # PEFT asks the first layer, which may have had this adapter only
             self.set_adapter(self.active_adapters or next(iter(self.peft_config)))
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Iterator[None]:
+        """Refuse what PEFT would leave out of account: all rows would go through the active adapters."""
+        if adapter_names is not None:
+            raise UnsupportedModel(
+                "adapter_names, an adapter for each row, cannot be had with Compacter: call set_adapter for each"
+            )
+        yield
+
     def unload(self) -> nn.Module:
         """The base model, with its own norms: PEFT would leave trained copies behind, as it does with a new head."""
         for name in self._norms:
@@ -124,11 +146,21 @@ class CompacterModel(BaseTuner):
                 self.model.set_submodule(name, module.original_module)
         return super().unload()
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put a module back; PEFT would copy its `weight` too, which a head of several layers lacks."""
+        setattr(parent, child_name, new_module)
+
     def _check_merge_allowed(self) -> None:
         raise NotImplementedError(
             "a Compacter adapter has a nonlinearity between its two maps, so no weight of the model can take it in: "
             "keep the adapter, or drop it with unload(); merge_cache() makes decoding faster"
         )
+
+
+def _lies_in(name: str, chosen: tuple[str, ...]) -> bool:
+    """Whether the module or one that holds it is copied whole already; PEFT compares the ends of names."""
+    parts = name.split(".")
+    return any(".".join(parts[:depth]).endswith(chosen) for depth in range(1, len(parts) + 1))
 
 
 def register() -> None:

@@ -144,6 +144,15 @@ def test_frequencies_depend_on_the_seed_alone_and_are_orthogonal_in_blocks():
     torch.testing.assert_close(draw_frequencies(4000, 16, 0).square().sum(1).mean(), torch.tensor(16.0), rtol=0.05, atol=0)
 
 
+def test_no_more_frequencies_are_drawn_than_asked_for(monkeypatch):
+    """Each adapter of a model draws its own whenever it is loaded; a whole square of width 4096 takes seconds."""
+    sizes = []
+    square = torch.linalg.qr
+    monkeypatch.setattr(torch.linalg, "qr", lambda matrix: sizes.append([*matrix.shape]) or square(matrix))
+    draw_frequencies(20, 16, seed=0)
+    assert sizes == [[16, 16], [16, 4]]
+
+
 def arc_cosine(x, y):
     """Of degree one."""
     angle = torch.arccos((x @ y / (x.norm() * y.norm())).clamp(-1, 1))

@@ -79,6 +79,16 @@ def test_cache_gives_the_same_and_ends_with_training(settings):
     assert adapter._dense is None
 
 
+def test_cache_ends_with_other_weights():
+    adapter, h = build({}), hidden()
+    weights = {name: -parameter for name, parameter in adapter.state_dict().items()}
+    adapter.merge_cache_(torch.float32)
+    adapter.load_state_dict(weights)
+    wanted = adapter(h)  # with gradients, which never comes from the cache
+    with torch.no_grad():
+        assert torch.equal(adapter(h), wanted)
+
+
 @kinds
 def test_parameters_stay_float32_under_a_bfloat16_model(settings):
     adapter, h = build(settings), hidden()

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 import hf_compact
 from hf_compact import CompacterConfig
 from hf_compact.calibration import from_batches
-from hf_compact.errors import UnsupportedModel
+from hf_compact.errors import ConfigError, UnsupportedModel
 from hf_compact.methods.compacter.layer import CompacterLayer
 from tests.conftest import FAMILIES, tiny_inputs, tiny_model
 
@@ -148,6 +148,17 @@ def test_unknown_families_need_targets():
         get_peft_model(nn.Sequential(nn.Dropout(), nn.Linear(8, 8)), CompacterConfig(target_modules=["0"]))
 
 
+def test_given_targets_need_no_table(caplog):
+    """Not even where the rest of the library refuses the model, such as one with all experts in one tensor."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64, "num_local_experts": 2}
+    config = transformers.MixtralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    model = adapted(model=transformers.MixtralForCausalLM(config), target_modules=["o_proj"])
+    assert sum(isinstance(module, CompacterLayer) for module in model.modules()) == 2
+    assert not caplog.records
+    with pytest.raises(UnsupportedModel, match="'mixtral' is not in the table of families"):
+        adapted(model=transformers.MixtralForCausalLM(config))
+
+
 def test_new_heads_are_trained_and_stored(tmp_path):
     config = transformers.BertConfig(**FAMILIES["bert"][2], num_labels=3)
     torch.manual_seed(0)
@@ -157,6 +168,15 @@ def test_new_heads_are_trained_and_stored(tmp_path):
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
     assert torch.equal(logits(again), logits(model))
+
+
+def test_heads_that_hold_norms_are_stored_once(tmp_path):
+    model = adapted("bert_mlm", modules_to_save=["cls"])
+    assert not any(name.count("modules_to_save") > 1 for name in trainable(model))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_model("bert_mlm"), tmp_path)
+    assert torch.equal(logits(again, "bert_mlm"), logits(model, "bert_mlm"))
+    assert model.unload().state_dict().keys() == tiny_model("bert_mlm").state_dict().keys()
 
 
 # The shared matrices.
@@ -231,6 +251,33 @@ def test_deleting_the_active_adapter_activates_another():
     assert all("second" in name for name in trainable(model))
 
 
+def test_nothing_stays_of_an_adapter_that_could_not_be_added():
+    model = adapted(model=tiny_model("llama", intermediate_size=36))
+    before, names = logits(model), dict(model.named_parameters()).keys()
+    with pytest.raises(ConfigError, match=r"compacter\.hypercomplex_division must divide the width 32, got 5"):
+        model.add_adapter("second", CompacterConfig(hypercomplex_division=5))
+    with pytest.raises(ConfigError, match="must divide the width 36, got 8"):  # after others have been made
+        model.add_adapter("second", CompacterConfig(hypercomplex_division=8, target_modules=["o_proj", "gate_proj"]))
+    assert dict(model.named_parameters()).keys() == names
+    model.add_adapter("second", CompacterConfig(variant="compacter++", hypercomplex_division=2))
+    assert torch.equal(logits(model), before)
+    model.set_adapter("second")
+    assert (logits(model) - logits(tiny_model("llama", intermediate_size=36))).abs().max() < 1e-3
+
+
+@pytest.mark.filterwarnings(
+    "ignore:You are trying to modify a model with PEFT for a second time", "ignore:Already found a `peft_config`"
+)
+def test_a_model_with_adapters_is_not_wrapped_again():
+    base = tiny_model("llama", intermediate_size=36)
+    with pytest.raises(ConfigError, match="must divide the width 36, got 8"):
+        get_peft_model(base, CompacterConfig(hypercomplex_division=8, target_modules=["o_proj", "gate_proj"]))
+    model = get_peft_model(base, CompacterConfig())
+    with pytest.raises(UnsupportedModel, match=r"adapters already: call add_adapter of its PeftModel, or unload\(\) first"):
+        get_peft_model(base, CompacterConfig())
+    assert get_peft_model(model.unload(), CompacterConfig()).get_nb_trainable_parameters()[0] == 936
+
+
 def test_adapters_without_norms_stack():
     model = adapted(train_layer_norm=False)
     model.add_adapter("second", CompacterConfig(train_layer_norm=False))
@@ -240,6 +287,13 @@ def test_adapters_without_norms_stack():
     model.base_model.set_adapter(["default", "second"])
     assert not torch.equal(logits(model), alone)
     assert {name.split(".")[-2] for name in trainable(model) if "layers" in name} == {"default", "second"}
+
+
+def test_an_adapter_for_each_row_is_refused():
+    model = adapted()
+    with pytest.raises(UnsupportedModel, match="adapter_names, an adapter for each row, cannot be had with Compacter"):
+        model(**tiny_inputs("llama"), adapter_names=["default", "__base__"])
+    assert model(**tiny_inputs("llama"), adapter_names=None).logits.isfinite().all()
 
 
 def test_gradients_can_be_asked_for_by_name():
@@ -412,3 +466,4 @@ def test_quantized_bases_train(kind, tmp_path):
     train(model, tmp_path, max_steps=20)
     assert loss(model, is_training=True) < before - 0.1
     assert all(torch.equal(stored[name], buffer) for name, buffer in model.named_buffers() if name in stored)
+    assert torch.equal(logits(model.unload().train()), base)
