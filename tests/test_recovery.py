@@ -61,6 +61,20 @@ def test_the_loss_falls_and_only_the_adapter_moves(small, is_distilled):
     assert all(torch.equal(base[name], value) for name, value in before.items())
 
 
+@pytest.mark.parametrize(
+    "stage", [{"method": "ternary"}, {"method": "pruning", "channel_sparsity": 0.5}], ids=lambda stage: stage["method"]
+)
+def test_other_bases_win_back_too(stage, dense_folder, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(api.verify, "verify", lambda *args: {"verified": True, "seconds": 0.0})
+    recipe = {"stages": [stage], "calibration": {"num_sequences": 4, "sequence_length": 32}}
+    hf_compact.compress(dense_folder, recipe, output=tmp_path / "base")
+    training = DistillationConfig(num_sequences=24, batch_size=4, epochs=4, learning_rate=1e-2)
+    found = api.recover(tmp_path / "base", text_file, training=training, teacher=dense_folder, sequence_length=32)
+    assert found["perplexity_after"] < found["perplexity_before"]
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "base-adapter")
+    assert torch.isfinite(loaded(input_ids=tiny_inputs("llama")["input_ids"]).logits).all()
+
+
 def test_the_teachers_own_model_has_nothing_to_learn():
     teacher = tiny_model("llama")
     _, losses = train_adapter(copy.deepcopy(teacher), batches(), CompacterConfig(task_type="CAUSAL_LM"), SHORT, teacher=teacher)
