@@ -19,8 +19,10 @@ def glob_matches(name: str, glob: str) -> bool:
     return re.fullmatch(pattern, name) is not None
 
 
-def select_names(names: Iterable[str], include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> list[str]:
-    """Names that match a glob of `include` and none of `exclude`, in their order.
+def select_names(
+    names: Iterable[str], include: Sequence[str] = ("*",), exclude: Sequence[str] = (), field: str = "include"
+) -> list[str]:
+    """Names that match a glob of `include`, which the user knows as `field`, and none of `exclude`, in their order.
 
     Raises:
         NothingMatched: a glob matches no name, or no name is left.
@@ -29,12 +31,12 @@ def select_names(names: Iterable[str], include: Sequence[str] = ("*",), exclude:
     ['a.q']
     """
     names = list(names)
-    for field, globs in (("include", include), ("exclude", exclude)):
+    for given, globs in ((field, include), ("exclude", exclude)):
         for glob in globs:
             if not any(glob_matches(name, glob) for name in names):
                 shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
                 raise NothingMatched(
-                    f"{field} glob {glob!r} matches none of {len(names)} modules ({shown}); embedding and head have fields of their own"
+                    f"{given} glob {glob!r} matches none of {len(names)} modules ({shown}); embedding and head have fields of their own"
                 )
     chosen = [
         name

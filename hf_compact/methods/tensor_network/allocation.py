@@ -117,7 +117,7 @@ def prepare(
     shapes = {name: dense_shape(model.get_submodule(name)) for name in names}
     least = dict.fromkeys(names, 0.0)
     if config.protected:
-        least |= dict.fromkeys(select_names(names, config.protected), config.protected_ratio)
+        least |= dict.fromkeys(select_names(names, config.protected, field="protected"), config.protected_ratio)
     if config.allocation == "uniform":
         return Guide(model, {name: int(max(config.keep_ratio, least[name]) * shapes[name].numel()) for name in names}, {}, {})
     groups = find_groups(arch, names, config.basis_group) if config.basis_group > 1 else []

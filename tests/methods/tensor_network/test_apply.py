@@ -153,7 +153,7 @@ def test_protected_linears_keep_their_share_and_globs_must_match():
     for name, module in model.named_modules():
         if isinstance(module, TensorTrainLinear) and name.startswith("model.layers.0."):
             assert module.num_values >= 0.8 * module.in_features * module.out_features
-    with pytest.raises(NothingMatched, match=r"include glob 'h\.\*' matches none"):
+    with pytest.raises(NothingMatched, match=r"protected glob 'h\.\*' matches none"):
         compressed("llama", UNIFORM | {"protected": ["h.*"]})
 
 
