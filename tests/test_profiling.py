@@ -1,15 +1,15 @@
 """The profile of a model: what it measures, that it goes on, that the allocation reads it."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import Result
+from typer.testing import CliRunner
 
 import hf_compact
+from hf_compact import cli
 from hf_compact.api import open_dense
 from hf_compact.checkpoint import write_text
 from hf_compact.errors import CalibrationError, ConfigError, OutputError
@@ -127,13 +127,12 @@ def test_bad_input_names_itself(changes, error, match, profiled, dense_folder, t
 
 
 @pytest.mark.cli
-def test_the_commands_profile_and_export(dense_folder, text_file, tmp_path):
+def test_the_commands_profile_and_export(dense_folder, text_file, tmp_path, monkeypatch):
     (tmp_path / "recipe.yaml").write_text(json.dumps(RECIPE))
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    monkeypatch.chdir(tmp_path)
 
-    def run(*arguments: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "hf_compact", *arguments]
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    def run(*arguments: str) -> Result:
+        return CliRunner(env={"COLUMNS": "300", "TERM": "dumb"}).invoke(cli.app, arguments)
 
     done = run(
         "profile",
@@ -147,15 +146,15 @@ def test_the_commands_profile_and_export(dense_folder, text_file, tmp_path):
         "--calibration",
         str(text_file),
     )
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     assert "down" in done.stdout
     assert (tmp_path / "p.png").exists()
     done = run("compress", str(dense_folder), "--recipe", "recipe.yaml", "--output", "small", "--calibration", str(text_file))
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     assert "rank" in run("inspect", "small").stdout
     done = run("export", "small", "--output", "plain", "--to", "low_rank")
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     assert (tmp_path / "plain" / "modeling_low_rank.py").exists()
     refused = run("export", "plain", "--output", "again")
-    assert refused.returncode == 2
+    assert refused.exit_code == 2
     assert "is not compressed by hf_compact" in refused.stderr

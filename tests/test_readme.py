@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import transformers
 import yaml
+from typer.testing import CliRunner
 
+from hf_compact import cli
 from hf_compact.calibration import builtin_text
 
 ROOT = Path(__file__).parents[1]
@@ -48,15 +50,17 @@ def test_python_snippets_run_in_order(workplace):
 
 
 @pytest.mark.cli
-def test_commands_run_in_order(workplace, tmp_path):
+def test_commands_run_in_order(workplace, tmp_path, monkeypatch):
     for name in ("my-model", "text.txt", "recipe.yaml"):
         (tmp_path / name).symlink_to(workplace / name)
     commands = blocks("bash")[1].splitlines()
     assert len(commands) == 5
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    monkeypatch.chdir(tmp_path)
     for command in commands:
-        done = subprocess.run(command.split(), cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{command}\n{done.stderr}"
+        program, *arguments = command.split()
+        assert program == "hf-compact"
+        done = CliRunner().invoke(cli.app, arguments)
+        assert done.exit_code == 0, f"{command}\n{done.stderr}"
         assert done.stdout.strip()
 
 
