@@ -41,8 +41,10 @@ BEFORE = {
     "random": {"score": "random", "compensation": "none"},
 }
 STEPS, LENGTH, BATCH, LEARNING_RATE = 400, 512, 2, 1e-4
-HESSO = {"warm_up_steps": 20, "pruning_steps": 200, "periods": 10}
-QUICK = {"warm_up_steps": 1, "pruning_steps": 4, "periods": 2}
+#: HESSO's own scores, without what a group adds to the output.
+PAPER = {"output": 0.0} | dict.fromkeys(("magnitude", "avg_magnitude", "cosine", "taylor_first", "taylor_second"), 0.2)
+#: HESSO warms up for a twentieth of the steps and prunes for a quarter of them, or for a half.
+WARM_UP, PRUNING, SLOW = 20, 4, 2
 PREFILL_RATIO, DECODE_RATIO, OVERHEAD = 1.3, 1.2, 0.1
 
 
@@ -77,7 +79,10 @@ def share_of_groups(options: argparse.Namespace, target: float) -> dict[str, flo
     return {kind: counts[kind] / number for kind, number in found.items()}
 
 
-def trained(options: argparse.Namespace, name: str, target: float | None = None, is_distilled: bool = False) -> dict[str, Any]:
+def trained(
+    options: argparse.Namespace, name: str, target: float | None = None, is_distilled: bool = False, pruning: int = PRUNING,
+    **scores: float,
+) -> dict[str, Any]:  # fmt: skip
     """Train the dense model as it is, with HESSO, or after it was pruned in one shot; then score."""
     started = time.perf_counter()
     opened = api.open_dense(options.model, "float32", is_whole=True)
@@ -86,7 +91,10 @@ def trained(options: argparse.Namespace, name: str, target: float | None = None,
     if is_distilled:
         callbacks.append(DistillationCallback(api.open_dense(options.model, "float32", is_whole=True).model))
     if target is not None:
-        callbacks.append(HessoCallback(target=target, **(QUICK if options.quick else HESSO)))
+        warm_up, periods = max(1, options.steps // WARM_UP), 2 if options.quick else 10
+        callbacks.append(
+            HessoCallback(target=target, warm_up_steps=warm_up, pruning_steps=options.steps // pruning, periods=periods, **scores)
+        )
     elif name != "trained-dense":
         pruned = options.work / name.removesuffix("-trained")
         shares = share_of_groups(options, 0.2)
@@ -133,13 +141,28 @@ def overhead(options: argparse.Namespace) -> dict[str, Any]:
     opened = api.open_dense(options.model, "float32", is_whole=True)
     model, number = opened.model.train(), 8 if options.quick else 40
     callback = HessoCallback(target=0.2, warm_up_steps=number // 4, pruning_steps=number // 2, periods=2)
-    callback.prepare(model)
+    hooked, started_at = 0.0, 0.0
+
+    def note_start(*_: Any) -> None:
+        nonlocal started_at
+        started_at = time.perf_counter()
+
+    def note_end(*_: Any) -> None:
+        nonlocal hooked
+        hooked += time.perf_counter() - started_at
+
+    readers = [module for name, module in model.named_modules() if name.endswith(("o_proj", "down_proj"))]
+    for module in readers:
+        module.register_forward_pre_hook(note_start)
+    callback.prepare(model)  # whose hooks come between
+    for module in readers:
+        module.register_forward_pre_hook(note_end)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     data = stepwise.TrainingWindows(options.calibration, opened.load_tokenizer(), options.length, BATCH)
     ids = torch.stack([data[i]["input_ids"] for i in range(BATCH)])
     steps, calls = [], []
     for step in range(number):
-        at = time.perf_counter()
+        at, hooked = time.perf_counter(), 0.0
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
@@ -151,7 +174,7 @@ def overhead(options: argparse.Namespace) -> dict[str, Any]:
         callback.step(model, step + 1, LEARNING_RATE)
         four = time.perf_counter()
         optimizer.zero_grad()
-        calls.append(two - one + four - three)
+        calls.append(hooked + two - one + four - three)
         steps.append(time.perf_counter() - at - calls[-1])
     return {
         "step_seconds": statistics.mean(steps),
@@ -170,6 +193,8 @@ def steps(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]
     found["trained-dense"] = lambda: trained(options, "trained-dense")
     for percent in TRAINED:
         found[f"hesso-{percent}"] = lambda percent=percent: trained(options, f"hesso-{percent}", percent / 100)
+    found["hesso-20-slow"] = lambda: trained(options, "hesso-20-slow", 0.2, pruning=SLOW)
+    found["hesso-20-slow-paper-scores"] = lambda: trained(options, "hesso-20-slow-paper-scores", 0.2, pruning=SLOW, **PAPER)
     found["hesso-20-distilled"] = lambda: trained(options, "hesso-20-distilled", 0.2, is_distilled=True)
     found |= {f"{name}-20-trained": lambda name=name: trained(options, f"{name}-20-trained") for name in BEFORE}
     found["speed"] = lambda: speed(options)
@@ -253,7 +278,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--train-steps", type=int, default=STEPS, help="steps of 1024 tokens of the rows that are trained")
     parser.add_argument("--quick", action="store_true", help="only shows that everything runs; tables go to the work folder")
     options = stepwise.parse(parser, arguments)
-    options.steps, options.length = (6, 32) if options.quick else (options.train_steps, LENGTH)
+    options.steps, options.length = (8, 32) if options.quick else (options.train_steps, LENGTH)
     found = stepwise.run(steps(options), options.work / "rows.json", options.step)
     line = stepwise.command_line("pruning", options) + f" --train-steps {options.steps}"
     print(write(found, line, options.work if options.quick else RESULTS))

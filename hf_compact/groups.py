@@ -21,7 +21,18 @@ from transformers.pytorch_utils import Conv1D
 
 from .arch import Architecture, dense_shape, describe, norms
 from .errors import ConfigError, NothingMatched, UnsupportedModel
-from .reorder import Slice, attention_shape, block_linears, channel_slices, column_slices, head_slices, query_slices, row_slices
+from .reorder import (
+    Slice,
+    attention_shape,
+    block_linears,
+    channel_slices,
+    column_slices,
+    compressed_roles,
+    head_slices,
+    head_width,
+    query_slices,
+    row_slices,
+)
 
 KINDS = ("channels", "kv_heads", "query_heads", "layers")
 #: Only where it is asked for: it changes every tensor of a model.
@@ -165,7 +176,7 @@ def block_groups(model: PreTrainedModel, arch: Architecture, block: str) -> Iter
             yield GroupSet(block, "kv_heads", tuple(slices), num_kv, 1, num_heads // num_kv * width, num_heads // num_kv)
             if num_heads > num_kv:
                 yield GroupSet(block, "query_heads", tuple(query_slices(linears, num_heads)), num_heads, num_kv, width)
-    if _is_skippable(model, arch, block):
+    if _is_skippable(model, arch, block) and not compressed_roles(model, arch, block):
         ends = [branch[role] for branch in branches for role in ("o", "down") if role in branch]
         slices = [part for end in ends for part in row_slices(end, torch.arange(dense_shape(end)[0])[None])]
         yield GroupSet(block, "layers", tuple(slices), 1)
@@ -279,11 +290,11 @@ def settle_(model: PreTrainedModel, arch: Architecture) -> dict[str, Any]:
     for block, found in shapes.items():
         for name in arch.targets(block):
             found[arch.roles[name]] = shape_of(model.get_submodule(name))
-    widths = {found["down"][1] for found in shapes.values() if "down" in found}
-    if len(widths) == 1:
+    widths = {found["down"][1] if "down" in found else None for found in shapes.values()}
+    if len(widths) == 1 and None not in widths:
         setattr(config, _WIDTH_FIELDS.get(arch.family, "intermediate_size"), widths.pop())
-    if arch.family in _HEAD_DIM:
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if arch.family in _HEAD_DIM and all({"q", "v"} <= found.keys() for found in shapes.values()):
+        width = head_width(model)
         heads = {(found["q"][0] // width, found["v"][0] // width) for found in shapes.values()}
         if len(heads) == 1:
             config.head_dim = width
@@ -343,7 +354,7 @@ def _set_hidden_(model: PreTrainedModel, modules: Sequence[nn.Module], width: in
     """The config and the norms of a model whose residual stream is so wide now."""
     config = _config(model)
     factor = config.hidden_size / width
-    config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    config.head_dim = head_width(model)
     config.hidden_size, config.rms_norm_eps = width, config.rms_norm_eps * factor
     for module in modules:
         if hasattr(module, "variance_epsilon"):
@@ -379,6 +390,8 @@ def _starts_at_zero(model: PreTrainedModel) -> bool:
 def _is_skippable(model: PreTrainedModel, arch: Architecture, block: str) -> bool:
     """Whether the block's input goes past it unchanged: no norm on the sum, no values that later blocks read."""
     if arch.family == "bert" or not arch.is_known:
+        return False
+    if getattr(model.config, "scale_attn_by_inverse_layer_idx", False):  # of GPT-2: the blocks behind would change
         return False
     if arch.family == "opt":
         return bool(model.config.do_layer_norm_before)

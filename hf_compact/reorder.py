@@ -15,31 +15,45 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .arch import Architecture, dense_shape
+from .arch import FAMILIES, Architecture, dense_shape
 
 Dense = nn.Linear | Conv1D
+_PARTS = ({"gate", "up", "down"}, {"q", "k", "v", "qkv", "o"}, {"cross_q", "cross_k", "cross_v", "cross_o"})
+
+
+def head_width(model: PreTrainedModel) -> int:
+    """Dimensions of an attention head, which stays the same whatever is cut."""
+    config = model.config.get_text_config(decoder=True)
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def attention_shape(model: PreTrainedModel, linears: Mapping[str, Dense]) -> tuple[int, int, int]:
-    """`(query heads, key-value heads, head width)` of a block's attention, from its config and its Linears."""
-    config = model.config.get_text_config(decoder=True)
-    num_heads = config.num_attention_heads
-    width = dense_shape(linears["o"])[1] // num_heads
+    """`(query heads, key-value heads, head width)` of a block's attention; a block that was cut has fewer than the config says."""
+    width = head_width(model)
     made = dense_shape(linears["v"])[0] if "v" in linears else dense_shape(linears["qkv"])[0] // 3
-    return num_heads, made // width, width
+    return dense_shape(linears["o"])[1] // width, made // width, width
 
 
 def block_linears(model: PreTrainedModel, arch: Architecture, block: str) -> list[dict[str, Dense]]:
     """Role -> dense Linear of a block's own attention and MLP, and of its cross attention by the same roles.
 
-    Empty for a family that is known by structure only: what lies between its Linears is not known.
+    Empty for a family that is known by structure only: what lies between its Linears is not known. An attention or MLP of
+    which something is compressed already is left out, as its units cannot be moved or cut together.
     """
     if not arch.is_known:
         return []
+    packed = compressed_roles(model, arch, block)
+    closed = {role for part in _PARTS if packed & part for role in part}
     modules = {arch.roles[name]: model.get_submodule(name) for name in arch.targets(block)}
-    roles = {role: module for role, module in modules.items() if isinstance(module, Dense)}
+    roles = {role: module for role, module in modules.items() if isinstance(module, Dense) and role not in closed}
     cross = {role.removeprefix("cross_"): module for role, module in roles.items() if role.startswith("cross_")}
     return [{role: module for role, module in roles.items() if not role.startswith("cross_")}, *([cross] if cross else [])]
+
+
+def compressed_roles(model: PreTrainedModel, arch: Architecture, block: str) -> set[str]:
+    """Roles that something else than a dense Linear plays in a block of a known family."""
+    names = dict(model.get_submodule(block).named_modules())
+    return {role for name, role in FAMILIES[arch.family][1].items() if name in names and not isinstance(names[name], Dense)}
 
 
 @dataclass(frozen=True, eq=False)

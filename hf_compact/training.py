@@ -7,7 +7,8 @@ and what is drawn at random must follow from a seed and the step, so that a resu
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ class CompactCallback(TrainerCallback):
     def __init__(self) -> None:
         """Nothing has happened yet."""
         self.is_prepared = self.is_finalized = False
+        self._model: Callable[[], PreTrainedModel | None] = lambda: None
 
     # What a plain loop calls.
 
@@ -35,7 +37,7 @@ class CompactCallback(TrainerCallback):
         """Change the model in place, once, before the optimizer is made."""
         if not self.is_prepared:
             self.swap_(model)
-            self.is_prepared = True
+            self.is_prepared, self._model = True, weakref.ref(model)
             record_(model, self.modules(model))
         return model
 
@@ -79,7 +81,8 @@ class CompactCallback(TrainerCallback):
         """Check what cannot be repaired from here.
 
         Raises:
-            ConfigError: the callback came too late, or the optimizer does not hold every trained parameter.
+            ConfigError: the callback came too late, belongs to another model or has finished with this one, or the optimizer
+                does not hold every trained parameter.
             FormatError: the checkpoint that is resumed holds another structure.
         """
         if not self.is_prepared:
@@ -88,6 +91,11 @@ class CompactCallback(TrainerCallback):
                 "or call its prepare(model) before the Trainer is made"
             )
         model = kwargs["model"]
+        if self.is_finalized or self._model() not in set(model.modules()):
+            done = "has finished its training" if self.is_finalized else "was prepared for another model"
+            raise ConfigError(
+                f"{type(self).__name__} {done}: make a new one, and a Trainer, for every training; model_init makes a model anew"
+            )
         check_optimizer(model, kwargs["optimizer"], type(self).__name__)
         check_same_on_all_ranks(f"{name} {tuple(tensor.shape)}" for name, tensor in model.state_dict().items())
         if state.global_step:

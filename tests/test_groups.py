@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+import hf_compact
 from hf_compact.arch import describe
+from hf_compact.calibration import from_batches
 from hf_compact.errors import ConfigError, NothingMatched, UnsupportedModel
-from hf_compact.groups import cut_zeros_, drop_layers_, find_groups
+from hf_compact.groups import KINDS, cut_zeros_, drop_layers_, find_groups
 from tests.conftest import FAMILIES, tiny_inputs, tiny_model
 
 GENERATES = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt2", "gpt_neox", "opt", "t5"]
@@ -52,6 +54,19 @@ def test_zeros_are_cut_out_exactly(family, is_uniform):
     assert model.num_parameters() == size - removed
     stock_heads = family in ("gpt2", "gpt_neox", "opt", "bert", "bert_mlm")
     assert bool(table) == (not is_uniform or stock_heads)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "gpt_neox", "opt", "bert", "vit"])
+def test_heads_of_a_block_that_was_cut_stay_whole(family):
+    model = tiny_model(family)
+    (before,) = {group_set.num_groups for group_set in find_groups(model, ("kv_heads",))}
+    for left in (before - 1, before - 2) if before > 2 else (before - 1,):
+        first = find_groups(model, ("kv_heads",))[0]
+        first.scale_(torch.tensor([0]), 0)
+        expected = output(model, family)
+        cut_zeros_(model, ("kv_heads",), is_uniform=False)
+        torch.testing.assert_close(output(model, family), expected, rtol=0, atol=1e-5)
+        assert [group_set.num_groups for group_set in find_groups(model, ("kv_heads",))] == [left, before, before]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
@@ -146,9 +161,23 @@ def test_what_cannot_be_cut_is_named():
         drop_layers_(model, describe(model).blocks)
     with pytest.raises(UnsupportedModel, match=r"encoder\.layer\.0 cannot be left out"):
         drop_layers_(tiny_model("bert"), ["encoder.layer.0"])
+    with pytest.raises(UnsupportedModel, match=r"transformer\.h\.0 cannot be left out"):
+        drop_layers_(tiny_model("gpt2", scale_attn_by_inverse_layer_idx=True), ["transformer.h.0"])
     model.config.model_type = "somebody_elses"
     with pytest.raises(UnsupportedModel, match="its hidden units are not known"):
         find_groups(model)
+
+
+@pytest.mark.parametrize(("role", "left"), [("mlp.gate", {"kv_heads", "query_heads"}), ("self_attn.q", {"channels"})])
+def test_what_is_compressed_in_part_has_no_groups(role, left):
+    model = tiny_model("llama")
+    stage = {"method": "codebook", "bits": 4, "include": [f"*.{role}_proj"]}
+    hf_compact.compress(model, {"stages": [stage]}, calibration=from_batches([tiny_inputs("llama")]))
+    assert {group_set.kind for group_set in find_groups(model, KINDS)} == left
+    before = output(model, "llama")
+    zero_some_(model, (min(left),))
+    cut_zeros_(model)
+    assert output(model, "llama").shape == before.shape
 
 
 def test_a_layer_of_zeros_keeps_a_group():

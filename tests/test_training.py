@@ -1,5 +1,6 @@
 """Callbacks that change modules: in a stock Trainer, in a plain loop, stopped and resumed, on two ranks."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,12 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 import hf_compact
-from hf_compact import TensorNetworkCallback
+from hf_compact import DistillationCallback, TensorNetworkCallback, TernaryCallback
 from hf_compact.calibration import from_batches
 from hf_compact.errors import ConfigError, FormatError
+from hf_compact.methods.distillation import DistillationTerms
 from hf_compact.methods.tensor_network import TensorNetworkTraining, TensorTrainLinear
+from hf_compact.methods.ternary import TernaryTraining
 from hf_compact.training import CompactCallback, check_resumed, check_same_on_all_ranks, refuse_sharding
 from tests.conftest import tiny_inputs, tiny_model
 from tests.ranks import run_ranks
@@ -21,6 +24,17 @@ SCHEDULES = {
     "trp": {"schedule": "trp", "interval": 2, "energy": 0.9},
     "maestro": {"schedule": "maestro", "lasso_weight": 1e-3, "threshold": 1e-3},
 }
+
+
+def test_keywords_replace_fields_of_settings_that_are_given():
+    trp = TensorNetworkTraining(schedule="trp", energy=0.8)
+    assert TensorNetworkCallback(trp, interval=7).training == TensorNetworkTraining(schedule="trp", energy=0.8, interval=7)
+    mixed = DistillationCallback(tiny_model("llama"), terms=DistillationTerms(label_weight=0.5), temperature=2.0).terms
+    assert mixed == DistillationTerms(label_weight=0.5, temperature=2.0)
+    shown = TernaryCallback(training=TernaryTraining(ramp_share=0.3), ramp="cosine").training
+    assert shown == TernaryTraining(ramp_share=0.3, ramp="cosine")
+
+
 schedules = pytest.mark.parametrize("settings", SCHEDULES.values(), ids=SCHEDULES)
 
 
@@ -81,7 +95,30 @@ def test_what_was_trained_is_saved_compressed(settings, tmp_path):
     if settings["schedule"] == "heal":
         after = model.state_dict()
         moved = {name for name in before if not torch.equal(before[name], after[name])}
-        assert moved == {name for name in before if ".core" in name}, "only factors are trained"
+        assert {name for name in moved if "out_order" not in name} == {name for name in before if ".core" in name}, "factors only"
+
+
+def test_pivoted_products_are_trained_as_balanced_ones(tmp_path):
+    """The function, the files and the table are those of the pivoted model before and after, and of a plain one between."""
+    model, callback = start(SCHEDULES["heal"]), TensorNetworkCallback(schedule="heal")
+    table = copy.deepcopy(model.config.quantization_config.modules)
+    inputs = tiny_inputs("llama")
+    with torch.no_grad():
+        before = model(**inputs).logits
+        callback.prepare(model)
+        between = model(**inputs).logits
+        for train_ in (m for m in model.modules() if isinstance(m, TensorTrainLinear)):
+            up, down = train_.factors()
+            torch.testing.assert_close(up.T @ up, down @ down.T, rtol=1e-3, atol=1e-4)
+            assert not train_.is_pivoted
+        model.save_pretrained(tmp_path)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert torch.equal(again(**inputs).logits, between)
+        callback.finalize(model)
+        after = model(**inputs).logits
+    torch.testing.assert_close(between, before, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4)
+    assert model.config.quantization_config.modules == table
 
 
 @schedules
@@ -124,6 +161,19 @@ def test_a_callback_that_comes_too_late_says_so(tmp_path):
     trainer = Trainer(tiny_model("llama"), arguments(tmp_path), train_dataset=Tokens())
     trainer.add_callback(TensorNetworkCallback(schedule="maestro"))
     with pytest.raises(ConfigError, match="was added after the Trainer was made"):
+        trainer.train()
+
+
+def test_a_callback_serves_one_training_of_one_model(tmp_path):
+    callback = TensorNetworkCallback(schedule="maestro")
+    trainer = train(tiny_model("llama"), callback, tmp_path, save_strategy="no")
+    with pytest.raises(ConfigError, match="TensorNetworkCallback has finished its training: make a new one"):
+        trainer.train()
+    trainer = Trainer(
+        model_init=lambda: tiny_model("llama"), args=arguments(tmp_path), train_dataset=Tokens(),
+        callbacks=[TensorNetworkCallback(schedule="maestro")],
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="was prepared for another model"):
         trainer.train()
 
 

@@ -3,12 +3,15 @@
 After a warm-up groups are chosen period by period and brought to zero linearly while everything is trained; what has been
 chosen stays zero. At the end it is cut out. What has been chosen is in buffers of the model, so a checkpoint holds it.
 
-Source: HESSO, arXiv 2409.09085. Differs: groups compete within their kind, already chosen ones are masked and not sorted
-by number, every block keeps a share, and the direction is what the optimizer's step has really taken off.
+Source: HESSO, arXiv 2409.09085. Differs: groups are scored by what they add to the output unless its own five scores are
+asked for, they compete within their kind, already chosen ones are masked and not sorted by number, every block keeps a share,
+and the direction is what the optimizer's step has really taken off.
 """
 
 import json
 import logging
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +20,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
-from ...arch import describe
+from ... import distributed
+from ...arch import dense_shape, describe
 from ...checkpoint import disk_errors, write_shard, write_text
 from ...errors import ConfigError, FormatError
 from ...footprint import Comparison, count
 from ...groups import HIDDEN, GroupSet, cut_zeros_, find_groups
+from ...reorder import Slice
 from ...training import CompactCallback, check_same_on_all_ranks
 from .config import HessoConfig
 from .cric import FILE_NAME, Correction
@@ -31,14 +36,16 @@ logger = logging.getLogger(__name__)
 
 #: States of a group, in a buffer `[groups]` uint8 of the module that reads it.
 KEPT, SHRINKING, PRUNED = 0, 1, 2
+#: Buffer `[in]` of a module that reads groups: sums of its squared inputs in training.
+_ENERGY = "pruning_energy"
 
 
 class HessoCallback(CompactCallback):
     """See `HessoConfig`.
 
     Args:
-        config: the schedule; keyword arguments make one.
-        settings: fields of `HessoConfig`.
+        config: the schedule.
+        settings: fields of `HessoConfig`, in the place of those of `config`.
 
     >>> HessoCallback(target=0.4, warm_up_steps=20).config.last_step
     120
@@ -47,10 +54,11 @@ class HessoCallback(CompactCallback):
     def __init__(self, config: HessoConfig | None = None, **settings: Any) -> None:
         """Keep the settings."""
         super().__init__()
-        self.config = config or HessoConfig(**settings)
+        self.config = replace(config or HessoConfig(), **settings)
         self.sets: list[GroupSet] = []
         self.counts: dict[str, int] = {}
         self.before: dict[nn.Parameter, Tensor] = {}
+        self.hooks: list[Any] = []
         self.table: dict[str, Any] = {}
         self.correction: Correction | None = None
         self.comparison: Comparison | None = None
@@ -69,15 +77,24 @@ class HessoCallback(CompactCallback):
             reader = group_set.slices[-1].module
             states = torch.zeros(group_set.num_groups, dtype=torch.uint8, device=reader.weight.device)
             reader.register_buffer(_name(group_set), states)
+        for module in self._readers() if self.config.output else ():
+            module.register_buffer(_ENERGY, torch.zeros(dense_shape(module)[1], device=module.weight.device))
+            self.hooks.append(module.register_forward_pre_hook(_add_energy))
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """As the base; the run must be long enough.
 
         Raises:
-            ConfigError: training ends before all groups are zero.
-            FormatError: the checkpoint that is resumed lacks the cycle of CRIC that it is in.
+            ConfigError: training ends before all groups are zero, or another callback has taken the Linears away.
+            FormatError: the checkpoint that is resumed lacks the cycle of CRIC that it is in, or was written by another schedule.
         """
         super().on_train_begin(args, state, control, **kwargs)
+        held = set(kwargs["model"].modules())
+        lost = [s.block or s.kind for s in self.sets if any(part.module not in held for part in s.slices)]
+        if lost:
+            raise ConfigError(
+                f"another callback has swapped Linears of {lost[0]} that HessoCallback prunes: use it in a run of its own"
+            )
         self._resume(kwargs["model"], Path(args.output_dir or "") / f"checkpoint-{state.global_step}", state.global_step)
         if 0 < state.max_steps < self.config.last_step:
             raise ConfigError(
@@ -108,7 +125,8 @@ class HessoCallback(CompactCallback):
             self.correction = Correction(model, self.sets)
         if self.correction is not None:
             self.correction.add_gradients(model, self.sets)
-        if self.correction is not None or (self._position(step + 1) == 0 and not self.config.cric):
+        is_scored = self.correction is not None or (self._position(step + 1) == 0 and not self.config.cric)
+        if is_scored and any(self.config.weights[1:]):
             parameters = {part.parameter for group_set in self.sets for part in group_set.slices}
             self.before = {parameter: parameter.detach().clone() for parameter in parameters}
 
@@ -132,9 +150,21 @@ class HessoCallback(CompactCallback):
             group_set.scale_((states == PRUNED).nonzero()[:, 0], 0)
 
     def restore_(self, model: PreTrainedModel) -> None:
-        """Cut out what is zero; the model stays of its class."""
+        """Cut out what is zero; the model stays of its class. One that is not at its target is told about."""
+        due, found = sum(self.counts[s.kind] for s in self.sets), sum(len(s.zero_groups()) for s in self.sets)
+        if found < due:
+            logger.warning(
+                "%d of %d groups are zero and are cut: training ended before the target, or an earlier checkpoint came back",
+                found,
+                due,
+            )
         for group_set in self.sets:
             del group_set.slices[-1].module._buffers[_name(group_set)]
+        for hook in self.hooks:
+            hook.remove()
+        for module in self._readers() if self.hooks else ():
+            del module._buffers[_ENERGY]
+        self.hooks = []
         before = count(model)
         self.table = cut_zeros_(model, self.config.kinds, self.config.is_uniform, self.config.channel_multiple)
         self.comparison = Comparison(before=before, after=count(model))
@@ -145,18 +175,24 @@ class HessoCallback(CompactCallback):
         """What the config cannot say."""
         return self.table
 
+    def _readers(self) -> list[nn.Module]:
+        """Modules that read groups, in order."""
+        return list(dict.fromkeys(part.module for group_set in self.sets for part in group_set.slices if _is_read(part)))
+
     def states(self, group_set: GroupSet) -> Tensor:
         """State of every group of a set."""
         return group_set.slices[-1].module.get_buffer(_name(group_set))
 
     def _resume(self, model: PreTrainedModel, folder: Path, step: int) -> None:
-        """Take a cycle of CRIC up again.
+        """Go on with what has been chosen, or with a cycle of CRIC.
 
         Raises:
-            FormatError: the checkpoint lacks it.
+            FormatError: the checkpoint lacks the cycle, or another number of groups is chosen than the schedule says.
         """
         is_chosen = any(bool((self.states(group_set) != KEPT).any()) for group_set in self.sets)
         self.correction = None
+        done = max(0, min(-(-(step + 1 - self.config.first_step) // self.config.period_steps), self.config.num_periods))
+        self._check_chosen(self._due(1 if self.config.cric and is_chosen else done), step)
         if not self.config.cric or is_chosen or not self.config.warm_up_steps < step < self.config.first_step:
             return
         if not (folder / FILE_NAME).is_file():
@@ -171,10 +207,27 @@ class HessoCallback(CompactCallback):
 
     def _choose(self, period: int) -> None:
         """Mark the groups with the lowest scores, until as many as are due by the end of this period, from 1, are chosen."""
-        scores = self._scores()
+        self._mark(self._lowest(self._scores(), self._due(period)))
+        for module in self._readers() if self.hooks else ():
+            module.get_buffer(_ENERGY).mul_(0.5)
+
+    def _due(self, period: int) -> dict[str, int]:
+        """Groups of each kind that a block has lost by the end of a period, in the mean."""
         periods = self.config.num_periods
-        due = {k: count if period == periods else period * (count // periods) for k, count in self.counts.items()}
-        self._mark(self._lowest(scores, due))
+        return {kind: count if period == periods else period * (count // periods) for kind, count in self.counts.items()}
+
+    def _check_chosen(self, due: dict[str, int], step: int) -> None:
+        for kind, number in due.items():
+            mine = [group_set for group_set in self.sets if group_set.kind == kind]
+            chosen = [int((self.states(group_set) != KEPT).sum()) for group_set in mine]
+            pools = mine[0].num_pools
+            each = [number // pools * pools] * len(mine)
+            total = number * len(mine) // pools * pools
+            if chosen != each if self.config.is_uniform else sum(chosen) != total:
+                raise FormatError(
+                    f"after step {step} the schedule has chosen {each if self.config.is_uniform else total} of the {kind} of the blocks, "
+                    f"and the model has {chosen}: resume with the settings it was made with"
+                )
 
     def _mark(self, chosen: list[Tensor]) -> None:
         """Groups, given by a mask for each set, start to shrink."""
@@ -224,15 +277,28 @@ class HessoCallback(CompactCallback):
         return [found[group_set] for group_set in self.sets]
 
     def _scores_of_kind(self, sets: list[GroupSet]) -> list[Tensor]:
-        def sums(value: Any) -> Tensor:
+        energies = {m: m.get_buffer(_ENERGY).float().clone() for m in self._readers()} if self.hooks else {}
+        distributed.sum_(energies.values())
+
+        def sums(value: Callable[[Slice], Tensor]) -> Tensor:
             return torch.cat([group_set.totals(value) for group_set in sets])
 
-        def taken(part: Any) -> Tensor:
-            return self.before[part.parameter].float() - part.parameter.float()
+        def added(part: Slice) -> Tensor:
+            if part.module not in energies or not _is_read(part):
+                return torch.zeros_like(part.parameter)
+            energy = energies[part.module]
+            return part.parameter.float().square() * (energy if part.dim else energy[:, None])
+
+        def start(part: Slice) -> Tensor:
+            return self.before.get(part.parameter, part.parameter).float()
+
+        def taken(part: Slice) -> Tensor:
+            return start(part) - part.parameter.float()
 
         found = saliency(
-            sums(lambda part: self.before[part.parameter].float().square()),
-            sums(lambda part: self.before[part.parameter].float() * taken(part)),
+            sums(added),
+            sums(lambda part: start(part).square()),
+            sums(lambda part: start(part) * taken(part)),
             sums(lambda part: taken(part).square()),
             torch.cat([group_set.sizes() for group_set in sets]),
             self.config.weights,
@@ -278,7 +344,7 @@ def group_counts(model: PreTrainedModel, sets: list[GroupSet], config: HessoConf
     """How many groups of each kind a block loses, in the mean.
 
     Raises:
-        ConfigError: the floors forbid the target.
+        ConfigError: the floors forbid the target, or blocks differ in size.
     """
     firsts = {group_set.kind: group_set for group_set in sets}
 
@@ -287,6 +353,7 @@ def group_counts(model: PreTrainedModel, sets: list[GroupSet], config: HessoConf
             return sum(p.numel() for p in parts if p.dim() > 1)
         return sum(p.numel() * (p.element_size() if config.unit == "bytes" else 1) for p in parts)
 
+    _check_sizes(sets, firsts, config)
     counts = {}
     heads = 0.0
     for kind, first in firsts.items():
@@ -316,6 +383,19 @@ def group_counts(model: PreTrainedModel, sets: list[GroupSet], config: HessoConf
     return counts
 
 
+def _check_sizes(sets: list[GroupSet], firsts: dict[str, GroupSet], config: HessoConfig) -> None:
+    for kind, first in firsts.items():
+        sizes = sorted({group_set.num_groups for group_set in sets if group_set.kind == kind})
+        if len(sizes) > 1:
+            raise ConfigError(f"hesso needs blocks of one size, and their numbers of {kind} are {sizes}")
+        most = most_removed(first, config)
+        if "channels" not in firsts and config.target * first.num_groups >= most + first.num_pools:
+            raise ConfigError(
+                f"hesso.target {config.target} takes more of {first.num_groups} {kind} than hesso.min_kept {config.min_kept} allows, "
+                f"{most}, and there are no channels to make up for it: lower one of them or add kinds"
+            )
+
+
 def most_removed(group_set: GroupSet, config: HessoConfig) -> int:
     """How many groups of a block may go."""
     floor = max(group_set.num_pools, -(-int(config.min_kept * group_set.num_groups * 1000) // 1000))
@@ -333,6 +413,17 @@ def _multiple(number: int, multiple: int) -> int:
 
 def _group_cost(group_set: GroupSet, cost: Any) -> float:
     return sum(cost([part.parameter]) * part.index.shape[1] / part.parameter.shape[part.dim] for part in group_set.slices)
+
+
+def _is_read(part: Slice) -> bool:
+    """Whether the groups are inputs of a Linear or Conv1D there; an embedding writes along dimension 1."""
+    return part.parameter.dim() > 1 and part.dim == int(isinstance(part.module, nn.Linear))
+
+
+@torch.no_grad()
+def _add_energy(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    if module.training:
+        module.get_buffer(_ENERGY).add_(args[0].detach().flatten(0, -2).float().square().sum(0))
 
 
 def _name(group_set: GroupSet) -> str:

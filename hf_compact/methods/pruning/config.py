@@ -1,5 +1,6 @@
 """Settings of structured pruning in one shot."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -93,15 +94,19 @@ class HessoConfig:
     """In which all chosen groups are brought to zero; training goes on afterwards."""
     periods: int = 10
     """Parts of them; at the start of each the next share of the groups is chosen. With `cric` there is one."""
-    magnitude: float = 0.2
+    output: float = 1.0
+    """Weight of the root of the energy that a group adds to the output of what reads it, in the batches of training so far; what
+    came before the last choice counts half. The five weights below are 0.2 each, and this one is 0, in HESSO's paper; on pretrained
+    language models norms of weights say little about what a channel does."""
+    magnitude: float = 0.0
     """Weight of the norm of a group."""
-    avg_magnitude: float = 0.2
+    avg_magnitude: float = 0.0
     """Weight of its norm over its size."""
-    cosine: float = 0.2
+    cosine: float = 0.0
     """Weight of 1 + the cosine between a group and what the step takes off it."""
-    taylor_first: float = 0.2
+    taylor_first: float = 0.0
     """Weight of the absolute product of both."""
-    taylor_second: float = 0.2
+    taylor_second: float = 0.0
     """Weight of half of its square."""
     cric: bool = False
     """Whether groups are tried first: after the warm-up, cycles bring those with the lowest scores to zero and back, until all
@@ -133,17 +138,17 @@ class HessoConfig:
             raise ConfigError("hesso.warm_up_steps must be at least 0, periods and channel_multiple at least 1")
         if self.pruning_steps < self.num_periods:
             raise ConfigError(f"hesso.pruning_steps must be at least periods ({self.num_periods}), got {self.pruning_steps}")
-        if self.cric_cycles < 1 or self.cric_steps < 1 or self.loss < 0:
+        if self.cric_cycles < 1 or self.cric_steps < 1 or not 0 <= self.loss < math.inf:
             raise ConfigError("hesso.cric_cycles and cric_steps must be at least 1, loss at least 0")
-        if min(self.weights) < 0 or not any(self.weights):
+        if not all(0 <= weight < math.inf for weight in self.weights) or not any(self.weights):
             raise ConfigError(f"hesso: weights of scores must be at least 0 and not all 0, got {list(self.weights)}")
         if not 0 <= self.min_kept < 1:
             raise ConfigError(f"hesso.min_kept must be in [0, 1), got {self.min_kept}")
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """Of the five scores, in the order of their fields."""
-        return (self.magnitude, self.avg_magnitude, self.cosine, self.taylor_first, self.taylor_second)
+        """Of the six scores, in the order of their fields."""
+        return (self.output, self.magnitude, self.avg_magnitude, self.cosine, self.taylor_first, self.taylor_second)
 
     @property
     def num_periods(self) -> int:

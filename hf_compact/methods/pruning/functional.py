@@ -12,14 +12,14 @@ def ridged(gram: Tensor, damp: float) -> Tensor:
 
     Args:
         gram: `[in, in]` symmetric PSD, sum of h h^T. Not written to.
-        damp: ridge as a fraction of the mean diagonal.
+        damp: ridge as a fraction of the mean diagonal; 1e-9 at least, so that there is an inverse.
 
     >>> ridged(torch.diag(torch.tensor([3.0, 1.0])), damp=0.5).diagonal().tolist()
     [4.0, 2.0]
     """
     result = gram.to(torch.float64, copy=True)
-    ridge = damp * result.diagonal().mean()
-    result.diagonal().add_(ridge if ridge > 0 else 1.0)
+    mean = result.diagonal().mean()
+    result.diagonal().add_(max(damp, 1e-9) * mean if mean > 0 else 1.0)
     return result
 
 
@@ -156,26 +156,30 @@ def lowest(scores: Tensor, num_removed: int, per_pool: int) -> Tensor:
 
 
 def saliency(
-    squares: Tensor, products: Tensor, directions: Tensor, sizes: Tensor, weights: tuple[float, ...]
+    outputs: Tensor, squares: Tensor, products: Tensor, directions: Tensor, sizes: Tensor, weights: tuple[float, ...]
 ) -> Tensor:  # fmt: skip
-    """HESSO's score of each group, from sums over its weights `w` and what a step takes off them, `d`.
+    """Score of each group in training, from what it adds and from sums over its weights `w` and what a step takes off them, `d`.
 
-    Five scores, each over its own norm: `||w||`, `||w|| / n`, `1 + cos(w, d)`, `|w . d|`, `(w . d)^2 / 2`.
+    Six scores, each over its own norm: root of the output energy, and HESSO's `||w||`, `||w|| / n`, `1 + cos(w, d)`,
+    `|w . d|`, `(w . d)^2 / 2`.
 
     Args:
+        outputs: `[groups]` energy of what each adds to the output of what reads it.
         squares: `[groups]` sums of `w^2`.
         products: `[groups]` sums of `w d`.
         directions: `[groups]` sums of `d^2`.
         sizes: `[groups]` weights in a group.
-        weights: of the five.
-    Source: HESSO, arXiv 2409.09085; the direction is measured and not derived, so that it is any optimizer's.
+        weights: of the six.
+    Source: HESSO, arXiv 2409.09085; the direction is measured and not derived, so that it is any optimizer's. The output energy is
+    Wanda-sp's (arXiv 2306.11695, 2312.11983).
 
     >>> one, two = torch.tensor([1.0, 4.0]), torch.ones(2)
-    >>> saliency(one, two, two, two, (1.0, 0.0, 0.0, 0.0, 0.0)).argsort().tolist()
+    >>> saliency(two, one, two, two, two, (0.0, 1.0, 0.0, 0.0, 0.0, 0.0)).argsort().tolist()
     [0, 1]
     """
     norms = squares.sqrt()
     scores = (
+        outputs.sqrt(),
         norms,
         norms / sizes,
         1 + products / ((norms + 1e-8) * (directions.sqrt() + 1e-8)),

@@ -77,6 +77,14 @@ def test_units_are_removed_by_their_residual(width):
         gone.append(unit)
 
 
+def test_without_damping_the_size_of_the_inputs_does_not_matter():
+    weight, gram = problem()
+    index = torch.arange(12)[:, None]
+    found = [select_by_residual(weight, gram * scale, index, 5, 12, damp=0.0).tolist() for scale in (1.0, 1e-8)]
+    assert found[0] == found[1]
+    assert len(set(select_by_residual(weight, torch.ones(12, 12), index, 5, 12, damp=0.0).tolist())) == 5
+
+
 def test_pools_lose_equally_many():
     weight, gram = problem()
     removed = select_by_residual(weight, gram, torch.arange(12)[:, None], 6, 4, damp=0.01)

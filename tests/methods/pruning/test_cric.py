@@ -12,11 +12,12 @@ from hf_compact.groups import find_groups
 from hf_compact.methods.pruning.callback import KEPT, SHRINKING
 from hf_compact.methods.pruning.cric import FILE_NAME, Correction
 from tests.conftest import tiny_model
+from tests.methods.pruning.test_hesso import PAPER
 
 #: (layer, channel, token it answers to, token that must follow, residual dimension it reads, that it writes)
 PLANTED = ((0, 7, 300, 310, 28, 29), (2, 50, 301, 311, 30, 31))
 SETTINGS = {"target": 0.2, "unit": "groups", "kinds": ("channels",), "channel_multiple": 1, "warm_up_steps": 1, "pruning_steps": 4,
-            "periods": 1, "cric_cycles": 3, "cric_steps": 4}  # fmt: skip
+            "periods": 1, "cric_cycles": 3, "cric_steps": 4, **PAPER}  # fmt: skip
 
 
 def rows(number: int = 24, seed: int = 0) -> torch.Tensor:

@@ -8,14 +8,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from hf_compact import HessoCallback, HessoConfig
-from hf_compact.errors import ConfigError
+import hf_compact
+from hf_compact import HessoCallback, HessoConfig, MaskCallback, SortedNetCallback, SortedNetConfig, SparsityConfig
+from hf_compact.calibration import from_batches
+from hf_compact.errors import ConfigError, FormatError
 from hf_compact.groups import find_groups
 from hf_compact.methods.pruning.callback import KEPT, PRUNED, SHRINKING
+from hf_compact.methods.sparsity import MaskTraining
 from tests.conftest import tiny_inputs, tiny_model
 from tests.ranks import run_ranks
 
 SETTINGS = {"target": 0.3, "warm_up_steps": 1, "pruning_steps": 6, "periods": 2, "channel_multiple": 4}
+
+
+PAPER = {
+    "output": 0.0, "magnitude": 0.2, "avg_magnitude": 0.2, "cosine": 0.2, "taylor_first": 0.2, "taylor_second": 0.2,
+}  # fmt: skip
 
 
 class Tokens(torch.utils.data.Dataset):
@@ -136,7 +144,7 @@ def test_the_residual_stream_on_request(tmp_path):
 def test_dead_channels_go_first_and_chosen_ones_fall_linearly():
     model, callback = (
         tiny_model("llama"),
-        HessoCallback(target=0.3, pruning_steps=4, periods=1, channel_multiple=1, kinds=("channels",)),
+        HessoCallback(target=0.3, pruning_steps=4, periods=1, channel_multiple=1, kinds=("channels",), **PAPER),
     )
     mlp = model.model.layers[0].mlp
     for dead in (5, 40):
@@ -155,6 +163,29 @@ def test_dead_channels_go_first_and_chosen_ones_fall_linearly():
     assert PRUNED not in states
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_channels_that_add_nothing_go_first_however_large_they_are(family):
+    model = tiny_model(family).train()
+    callback = HessoCallback(target=0.1, unit="groups", pruning_steps=4, periods=1, channel_multiple=1, kinds=("channels",))
+    callback.prepare(model)
+    silent = {5, 40}
+    for group_set in callback.sets:
+        for part in group_set.slices:  # what reads them is large, and what makes them is zero
+            is_read = part is group_set.slices[-1]
+            part.parameter.data.index_fill_(part.dim, part.positions(torch.tensor(sorted(silent))), 100.0 if is_read else 0.0)
+    model(**tiny_inputs(family))
+    callback.before_update(model, 0)
+    callback.step(model, 1, 0.0)
+    for group_set in callback.sets:
+        chosen = set((callback.states(group_set) == SHRINKING).nonzero()[:, 0].tolist())
+        assert silent <= chosen
+        assert len(chosen) == callback.counts["channels"]
+    model.eval()(**tiny_inputs(family))
+    halved = group_set.slices[-1].module.pruning_energy.clone()
+    model(**tiny_inputs(family))
+    assert torch.equal(group_set.slices[-1].module.pruning_energy, halved)  # evaluation is not counted
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -164,6 +195,8 @@ def test_dead_channels_go_first_and_chosen_ones_fall_linearly():
         ({"kinds": ("kv_heads", "query_heads")}, "not both: they share query heads"),
         ({"warm_up_steps": -1}, "warm_up_steps must be at least 0"),
         ({"magnitude": -1.0}, "weights of scores must be at least 0"),
+        ({"cosine": float("nan")}, "weights of scores must be at least 0 and not all 0"),
+        ({"loss": float("nan")}, "loss at least 0"),
         ({"min_kept": 1.0}, r"min_kept must be in \[0, 1\), got 1.0"),
     ],
 )
@@ -172,13 +205,66 @@ def test_settings_out_of_range(settings, message):
         HessoConfig(**settings)
 
 
+def test_settings_beside_a_config_count():
+    assert HessoCallback(HessoConfig(target=0.4), periods=2).config == HessoConfig(target=0.4, periods=2)
+    assert MaskCallback(training=MaskTraining(interval=3), decay=0.1).training == MaskTraining(interval=3, decay=0.1)
+    both = SortedNetCallback(SortedNetConfig(seed=3), delay=0.1)
+    assert both.config == SortedNetConfig(seed=3, delay=0.1)
+
+
 def test_targets_that_cannot_be_met(tmp_path):
     with pytest.raises(ConfigError, match=r"needs \d+ of 72 channels of every block, and hesso\.min_kept 0\.2 forbids it"):
         HessoCallback(target=0.8, kinds=("channels",)).prepare(tiny_model("llama"))
     with pytest.raises(ConfigError, match="is less than one group of a block"):
         HessoCallback(target=0.3, kinds=("kv_heads",)).prepare(tiny_model("llama"))
+    with pytest.raises(ConfigError, match=r"takes more of 32 hidden than hesso\.min_kept 0\.5 allows, 16"):
+        HessoCallback(target=0.9, kinds=("hidden",), min_kept=0.5).prepare(tiny_model("llama"))
+    model = tiny_model("llama")
+    find_groups(model, ("channels",))[1].cut_(model, torch.arange(8))
+    with pytest.raises(ConfigError, match=r"needs blocks of one size, and their numbers of channels are \[8, 72\]"):
+        HessoCallback(**SETTINGS).prepare(model)
     with pytest.raises(ConfigError, match="must be at most the 4 steps of the run, got 7"):
         train(tiny_model("llama"), HessoCallback(**SETTINGS), tmp_path, max_steps=4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_what_one_shot_has_pruned_is_pruned_on(family, tmp_path):
+    model = tiny_model(family)
+    stage = {"method": "pruning", "head_sparsity": 0.5 if family == "gpt2" else 0.0}
+    hf_compact.compress(model, {"stages": [stage]}, calibration=from_batches([tiny_inputs(family)]))
+    channels, heads = (find_groups(model)[i].num_groups for i in (0, 1))
+    train(model, HessoCallback(**SETTINGS | {"target": 0.5, "channel_multiple": 1}), tmp_path, save_strategy="no")
+    assert [found.num_groups for found in find_groups(model, ("kv_heads",))] == [heads // 2] * 3
+    assert find_groups(model)[0].num_groups < channels
+    model.eval().save_pretrained(tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(again(**tiny_inputs(family)).logits, model(**tiny_inputs(family)).logits)
+
+
+def test_a_run_that_ends_early_is_told_about(tmp_path, caplog):
+    class Stopped(HessoCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            super().on_step_end(args, state, control, **kwargs)
+            control.should_training_stop = state.global_step == 5
+
+    callback = Stopped(**SETTINGS)
+    train(tiny_model("llama"), callback, tmp_path, save_strategy="no")
+    assert f"of {3 * callback.counts['channels']} groups are zero and are cut: training ended before the target" in caplog.text
+
+
+def test_a_checkpoint_of_another_schedule_is_refused(tmp_path):
+    train(tiny_model("llama"), HessoCallback(**SETTINGS), tmp_path, max_steps=7)
+    for changed in ({"target": 0.2}, {"target": 0.45}, {"periods": 3}, {"pruning_steps": 5, "warm_up_steps": 3}):
+        with pytest.raises(FormatError, match=r"after step 3 the schedule has chosen .* and the model has \["):
+            train(tiny_model("llama"), HessoCallback(**SETTINGS | changed), tmp_path, resume=str(tmp_path / "checkpoint-3"))
+
+
+def test_callbacks_that_swap_its_linears_are_refused(tmp_path):
+    callbacks = [HessoCallback(**SETTINGS), MaskCallback(SparsityConfig(pattern="2:4"))]
+    args = TrainingArguments(str(tmp_path), max_steps=9, report_to=[], use_cpu=True)
+    with pytest.raises(ConfigError, match=r"another callback has swapped Linears of model\.layers\.0 that HessoCallback prunes"):
+        Trainer(tiny_model("llama"), args, train_dataset=Tokens(), callbacks=callbacks).train()
 
 
 def _worker(rank: int, folder: str) -> None:
