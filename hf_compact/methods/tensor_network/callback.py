@@ -9,6 +9,7 @@ draws from a few shares of the rank, not from every rank.
 
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from ...functional.factor import spectrum, whitening_factor
 from ...select import replace_modules, select_names
 from ...training import CompactCallback
 from .config import TensorNetworkTraining
-from .functional import suffix_norms, truncate_energy
+from .functional import balance, suffix_norms, truncate_energy
 from .layer import TensorTrainLinear
 
 
@@ -30,9 +31,9 @@ class TensorNetworkCallback(CompactCallback):
     """See `TensorNetworkTraining`.
 
     Args:
-        training: the schedule; keyword arguments make one.
+        training: the schedule.
         grams: `[in, in]` second moments of the inputs by module name, for `trp`; without them the weights' own metric.
-        settings: fields of `TensorNetworkTraining`.
+        settings: fields of `TensorNetworkTraining`, in the place of those of `training`.
 
     >>> TensorNetworkCallback(schedule="trp", interval=50).training.interval
     50
@@ -43,13 +44,13 @@ class TensorNetworkCallback(CompactCallback):
     ) -> None:  # fmt: skip
         """Keep the settings."""
         super().__init__()
-        self.training = training or TensorNetworkTraining(**settings)
+        self.training = replace(training or TensorNetworkTraining(), **settings)
         self.rights = {name: whitening_factor(gram, 0.01) for name, gram in (grams or {}).items()}
         self.names: list[str] = []
         self.frozen: list[nn.Parameter] = []
 
     def swap_(self, model: PreTrainedModel) -> None:
-        """Freeze all but the factors (heal), find the Linears (trp), or factor them at full rank (maestro).
+        """Freeze all but the factors (heal; pivoted products become plain and balanced ones meanwhile), find the Linears (trp), or factor them at full rank (maestro).
 
         Raises:
             ConfigError: a schedule does not fit the model.
@@ -62,7 +63,9 @@ class TensorNetworkCallback(CompactCallback):
                 parameter.is_floating_point() for train in modules for core in train.cores for parameter in core.parameters()
             ):
                 raise ConfigError("training.schedule heal needs a decomposed model whose cores are not quantized, got none")
-            factors = {id(p) for train in modules for p in train.parameters()}
+            self.names = [n for n, m in zip(trains, modules, strict=True) if m.is_pivoted and not m.ties and _is_plain(m)]
+            self._set_pivots_(model, False)
+            factors = {id(p) for name in trains for p in model.get_submodule(name).parameters()}
             self.frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in factors]
             for parameter in self.frozen:
                 parameter.requires_grad_(False)
@@ -117,11 +120,13 @@ class TensorNetworkCallback(CompactCallback):
 
     @torch.no_grad()
     def restore_(self, model: PreTrainedModel) -> None:
-        """Thaw (heal); factor what has become low rank (trp); drop components that do nothing (maestro)."""
+        """Thaw and pivot again (heal); factor what has become low rank (trp); drop components that do nothing (maestro)."""
         for parameter in self.frozen:
             parameter.requires_grad_(True)
         self.frozen = []
-        if self.training.schedule == "trp":
+        if self.training.schedule == "heal":
+            self._set_pivots_(model, True)
+        elif self.training.schedule == "trp":
             replace_modules(model, self.names, lambda name, module: self._factor(name, module))
         elif self.training.schedule == "maestro":
             self.step(model, 0, 0.0)
@@ -130,11 +135,34 @@ class TensorNetworkCallback(CompactCallback):
                 module.set_rank(_kept_rank(module, self.training.threshold))
 
     def modules(self, model: PreTrainedModel) -> dict[str, dict[str, Any]]:
-        """All trains of the model."""
+        """All trains of the model; healing changes the table in its place."""
         if self.training.schedule == "heal":
             return {}
         trains = {name: module for name, module in model.named_modules() if isinstance(module, TensorTrainLinear)}
         return {name: {"layer": "tensor_train_linear", **train.spec()} for name, train in trains.items()}
+
+    def _set_pivots_(self, model: PreTrainedModel, is_pivoted: bool) -> None:
+        """Write the same products the other way, in the model and in its modules table.
+
+        The rows of a pivoted product are outputs, and their combinations multiply every change of them; steps at which a
+        balanced product learns make it worse.
+        """
+
+        def build(_: str, train: nn.Module) -> TensorTrainLinear:
+            weight = train.core1.weight
+            sizes = ([train.out_features, 1], [1, train.in_features], train.ranks)
+            new = TensorTrainLinear(*sizes, is_pivoted=is_pivoted, device=weight.device, dtype=weight.dtype)
+            new.register_parameter("bias", train.bias)
+            factors = train.factors()
+            return new.load_factors_(*(factors if is_pivoted else balance(*factors))).train(train.training)
+
+        replace_modules(model, self.names, build)
+        config = getattr(model.config, "quantization_config", None)
+        if config is not None:
+            prefix = f"{model.base_model_prefix}."
+            for name in self.names:
+                key = next(k for k in (name, prefix + name, name.removeprefix(prefix)) if k in config.modules)
+                config.modules[key] = {"layer": "tensor_train_linear", **model.get_submodule(name).spec()}
 
     def _truncate_(self, name: str, linear: nn.Linear, model: PreTrainedModel, shrink: float) -> None:
         matrix, _ = truncate_energy(linear.weight, self.training.energy, shrink, self.rights.get(name))
@@ -152,6 +180,11 @@ class TensorNetworkCallback(CompactCallback):
             linear, out_factors=[linear.out_features, 1], in_factors=[1, linear.in_features], ranks=[rank], is_pivoted=True
         )
         return train.load_factors_(*spectrum(linear.weight, right).truncate(rank))
+
+
+def _is_plain(train: TensorTrainLinear) -> bool:
+    """Whether no core is quantized or carries an adapter."""
+    return all(type(core) is nn.Linear for core in train.cores)
 
 
 def _full_train(linear: nn.Linear) -> TensorTrainLinear:

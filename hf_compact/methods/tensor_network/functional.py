@@ -329,6 +329,22 @@ def pivot(up: Tensor, down: Tensor) -> Pivoted:
     return Pivoted(order, combinations, up[chosen] @ down)
 
 
+def balance(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product with the singular values shared evenly between two orthogonal factors, as gradients like it.
+
+    Args:
+        up: `[out, r]`.
+        down: `[r, in]`.
+
+    >>> [factor.abs().tolist() for factor in balance(torch.tensor([[1.0]]), torch.tensor([[4.0]]))]
+    [[[2.0]], [[2.0]]]
+    """
+    left, right = torch.linalg.qr(up.double()), torch.linalg.qr(down.double().T)
+    u, values, v = torch.linalg.svd(left.R @ right.R.T)
+    root = values.sqrt()
+    return (left.Q @ (u * root)).to(up.dtype), ((root[:, None] * v) @ right.Q.T).to(down.dtype)
+
+
 def low_rank_values(out_features: int, in_features: int, rank: int, is_pivoted: bool) -> int:
     """Values of a plain product of that rank.
 
