@@ -1,11 +1,13 @@
 """What every measurement shares: its arguments, steps that are kept as they are done, bars and their table."""
 
 import argparse
+import importlib.util
 import json
 import platform
 import subprocess
 from collections.abc import Callable, Collection
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -30,6 +32,14 @@ def commit() -> str:
     """Of the code that measures."""
     command = ["git", "rev-parse", "--short", "HEAD"]
     return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
+
+
+def script(name: str) -> ModuleType:
+    """A file of `scripts/` as a module; the folder is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def parser(description: str, work: str) -> argparse.ArgumentParser:

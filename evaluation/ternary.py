@@ -3,20 +3,29 @@ r"""Everything that is claimed of 1.58-bit training, in one run that goes on whe
     python -m evaluation.ternary --train wiki.utf8 --train technical.utf8 --train tiny.utf8 \
         --model SmolLM2-135M-Instruct.Q4_1.gguf --text wiki.test.raw --text c4.utf8 --work runs/ternary
 
-Four parts: language models trained from scratch (`scripts/train_ternary_from_scratch.py`; full precision, ternary, and ternary
-with doubled hidden size, three seeds, and a sweep of learning rate and weight decay), the time of a training step, cached
-distillation of a damaged model against plain cross-entropy, and the conversion of SmolLM2 (`scripts/convert_to_ternary.py`)
-against post-training quantization to as many bits. Every single run leaves its JSON in the work folder. Results go to
+Four parts: language models trained from scratch (`scripts/train_ternary_from_scratch.py`; a sweep of learning rate and weight
+decay on the smaller size, then full precision, ternary, and ternary with doubled hidden size at the rates that were best for
+full precision and for ternary weights, three seeds), the time of a training step, cached distillation of a damaged model against
+plain cross-entropy, each at its best rate, and the conversion of SmolLM2 (`scripts/convert_to_ternary.py`) against post-training
+quantization to as many bits. Every single run leaves its JSON in the work folder, and is taken by one process only: the same
+command, given twice at once, shares the runs. Results go to
 `evaluation/results/04-ternary.json` and `.md`; `--part` runs some parts only, `--quick` shows that it all works.
 """
 
 import argparse
 import copy
+import fcntl
 import json
+import math
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +33,7 @@ import torch
 import yaml
 
 from evaluation.steps import RESULTS, bar, bar_table, commit, machine
+from hf_compact.checkpoint import write_text
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 PARTS = ("scratch", "steps", "distillation", "conversion")
@@ -38,49 +48,101 @@ KINDS = {
     "ternary, absmedian, doubled": ({"scale": "absmedian"}, 2),
 }
 LEARNING_RATES, DECAYS = (6e-4, 2e-3, 6e-3), (0.0, 0.01, 0.1)
-TOKENS = {False: 3_000_000, True: 4096}
+SWEPT = ("full precision", "ternary, absmean")
+HEALED = ("cross-entropy", "cached top-64")
+HEALING_RATES = (3e-4, 1e-3, 3e-3)
+#: All runs together are to take less than three hours of one core.
+TOKENS = {False: 450_000, True: 4096}
 
 
-def script(name: str, output: Path, arguments: dict[str, Any], texts: list[str]) -> dict[str, Any]:
-    """Run a training script once; a folder that has its `training.json` is done."""
+@contextmanager
+def taken(place: Path, is_patient: bool = True) -> Iterator[int | None]:
+    """One process at a time; the lock's file descriptor, or None where another one holds it and this one does not wait."""
+    with Path(f"{place}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if is_patient else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield None
+        else:
+            yield lock.fileno()
+
+
+def kept(place: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What has been measured, or is now, by one process."""
+    with taken(place):
+        if not place.exists():
+            write_text(place, json.dumps(measure(), indent=2) + "\n")
+            print(f"done: {place.stem}", flush=True)
+        return json.loads(place.read_text())
+
+
+def script(
+    name: str, output: Path, arguments: dict[str, Any], texts: list[str], is_patient: bool = True
+) -> dict[str, Any] | None:  # fmt: skip
+    """Run a training script once; a folder that has its `training.json` is done. None where another process runs it now."""
     done = output / "training.json"
-    if not done.exists():
-        command = [sys.executable, str(SCRIPTS / f"{name}.py"), "--output", str(output), "--text", *texts]
-        for key, value in arguments.items():
-            command += [f"--{key.replace('_', '-')}"] + ([] if value is True else [str(value)])
-        with Path(f"{output}.log").open("w") as log:
-            subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
-    print(f"done: {output.name}", flush=True)
-    return json.loads(done.read_text())
+    with taken(output, is_patient) as lock:
+        if lock is None:
+            return None
+        if not done.exists():
+            shutil.rmtree(output, ignore_errors=True)  # what a run that was killed has left
+            command = [sys.executable, str(SCRIPTS / f"{name}.py"), "--output", str(output), "--text", *texts]
+            for key, value in arguments.items():
+                command += [f"--{key.replace('_', '-')}"] + ([] if value is True else [str(value)])
+            with Path(f"{output}.log").open("w") as log:  # the script holds the lock too, should this process be killed
+                subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, pass_fds=[lock])
+            print(f"done: {output.name}", flush=True)
+        return json.loads(done.read_text())
 
 
-def scratch(options: argparse.Namespace) -> dict[str, Any]:
-    """All sizes, kinds and seeds at equal tokens, then the sweep on the smaller size."""
+def from_scratch(options: argparse.Namespace, runs: list[tuple[str, str, float, float, int]]) -> list[dict[str, Any]]:
+    """Rows of the runs (size, kind, learning rate, weight decay, seed): first those that no other process has taken."""
     common = {"tokens": TOKENS[options.quick], "cpu": True} | (
         {"vocabulary": 300, "length": 64, "layers": 1} if options.quick else {}
     )
-    rows = []
+    for is_patient in (False, True):
+        rows = []
+        for size, kind, rate, decay, seed in runs:
+            settings, factor = KINDS[kind]
+            arguments = {**common, "learning_rate": rate, "weight_decay": decay, "seed": seed, **settings}
+            arguments |= {"hidden_size": (32 if options.quick else SIZES[size]) * factor} | ({"bits": 1.58} if settings else {})
+            output = options.work / scratch_name(size, kind, rate, decay, seed)
+            found = script("train_ternary_from_scratch", output, arguments, options.train, is_patient)
+            if found is not None:
+                rows.append({"size": size, "kind": kind, **{key: value for key, value in found.items() if key != "losses"}})
+    return rows
 
-    def one(label: str, size: str, seed: int, **arguments: Any) -> None:
-        name = label.replace(", ", "-").replace(" ", "_")
-        found = script(
-            "train_ternary_from_scratch",
-            options.work / f"{size}-{name}-{seed}",
-            {**common, **arguments, "seed": seed},
-            options.train,
-        )
-        rows.append({"size": size, "kind": label, **{key: value for key, value in found.items() if key != "losses"}})
 
-    for size, hidden in SIZES.items():
-        for kind, (settings, factor) in KINDS.items():
-            for seed in SEEDS[:1] if options.quick else SEEDS:
-                bits = {"bits": 1.58} if settings else {}
-                one(kind, size, seed, hidden_size=(32 if options.quick else hidden) * factor, **bits, **settings)
-    for rate in LEARNING_RATES[:1] if options.quick else LEARNING_RATES:
-        for decay in DECAYS:
-            hidden = 32 if options.quick else SIZES["1M"]
-            one(f"sweep {rate:g} {decay:g}", "1M", 0, hidden_size=hidden, bits=1.58, learning_rate=rate, weight_decay=decay)
-    return {"rows": rows, "seconds": sum(row["seconds"] for row in rows)}
+def scratch_name(size: str, kind: str, rate: float, decay: float, seed: int) -> str:
+    """Of the folder of a run."""
+    return f"{size}-{kind.replace(', ', '-').replace(' ', '_')}-{rate:g}-{decay:g}-{seed}"
+
+
+def scratch(options: argparse.Namespace) -> dict[str, Any]:
+    """The sweep on the smaller size, then all sizes, kinds and seeds at equal tokens and the best rates of the sweep."""
+    rates, seeds = (LEARNING_RATES[:1], SEEDS[:1]) if options.quick else (LEARNING_RATES, SEEDS)
+    sweep = from_scratch(
+        options, [("1M", kind, rate, decay, SEEDS[0]) for kind in SWEPT for rate in rates for decay in DECAYS]
+    )  # fmt: skip
+    best = {kind: best_of([row for row in sweep if row["kind"] == kind]) for kind in SWEPT}
+    rows = from_scratch(
+        options,
+        [(size, kind, *best[SWEPT[bool(KINDS[kind][0])]], seed) for size in SIZES for kind in KINDS for seed in seeds],
+    )
+    every = {
+        scratch_name(row["size"], row["kind"], row["learning_rate"], row["weight_decay"], row["seed"]): row
+        for row in (*sweep, *rows)
+    }
+    return {
+        "sweep": sweep, "rows": rows, "seconds": sum(row["seconds"] for row in every.values()),
+        "cpu_seconds": sum(row["cpu_seconds"] for row in every.values()),
+    }  # fmt: skip
+
+
+def best_of(rows: list[dict[str, Any]]) -> tuple[float, float]:
+    """Learning rate and weight decay with the least perplexity."""
+    best = min(rows, key=lambda row: row["held_out_perplexity"])
+    return best["learning_rate"], best["weight_decay"]
 
 
 def steps(options: argparse.Namespace) -> dict[str, Any]:
@@ -116,45 +178,60 @@ def steps(options: argparse.Namespace) -> dict[str, Any]:
     return {"steps": result, "seconds": time.perf_counter() - started}
 
 
-def distillation(options: argparse.Namespace) -> dict[str, Any]:
-    """A trained model is damaged by noise and healed by as many tokens of either loss; held-out perplexities."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, default_data_collator
+def healed(
+    teacher: Any, cache: Any, texts: list[torch.Tensor], held_out: torch.Tensor, length: int, seed: int, kind: str, rate: float
+) -> dict[str, Any]:
+    """The teacher, damaged by noise and trained on the texts."""
+    from transformers import Trainer, TrainingArguments, default_data_collator
 
     from hf_compact import DistillationCallback
+    from hf_compact.scoring import perplexity
+
+    model = copy.deepcopy(teacher)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2 and ".layers." in name:
+                parameter += 0.5 * parameter.std() * torch.randn(parameter.shape, generator=generator)
+    if kind != "damaged":
+        callbacks = [DistillationCallback(cache=cache)] if kind == "cached top-64" else []
+        dataset = [{"input_ids": row, "labels": row} for row in texts]
+        with tempfile.TemporaryDirectory() as folder:  # nothing is saved there, but the Trainer makes it
+            args = TrainingArguments(
+                folder, per_device_train_batch_size=16, num_train_epochs=1, learning_rate=rate, seed=seed, report_to="none",
+                save_strategy="no", use_cpu=True, disable_tqdm=True, lr_scheduler_type="cosine",
+            )  # fmt: skip
+            Trainer(model, args, train_dataset=dataset, data_collator=default_data_collator, callbacks=callbacks).train()
+    found = perplexity(model.eval(), held_out, length, None)["perplexity"]
+    return {"kind": kind, "seed": seed, "learning_rate": rate, "perplexity": found, "tokens": len(texts) * length}
+
+
+def distillation(options: argparse.Namespace) -> dict[str, Any]:
+    """A trained model is damaged by noise and healed by as many tokens of either loss; held-out perplexities."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     from hf_compact.calibration import read_texts, sample
     from hf_compact.config import CalibrationConfig
     from hf_compact.methods.distillation import write_cache
     from hf_compact.scoring import perplexity
 
     started = time.perf_counter()
-    folder = options.work / "4M-full_precision-0"
-    if not (folder / "training.json").exists():
+    folders = sorted(options.work.glob("4M-full_precision-*-0/training.json"))
+    if not folders:
         raise SystemExit("the part distillation needs the models of the part scratch: run that first")
+    folder = folders[0].parent
     length = 64 if options.quick else 256
     teacher, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     rows: list[dict[str, Any]] = []
+    rates = HEALING_RATES[:1] if options.quick else HEALING_RATES
     for seed in SEEDS[:1] if options.quick else SEEDS:
         size = CalibrationConfig(num_sequences=16 if options.quick else 512, sequence_length=length, batch_size=16)
         data = sample(tokenizer, read_texts(options.train), size, seed, options.train)
         texts = [row for batch in data.batches for row in batch["input_ids"]]
         cache = write_cache(teacher, texts, options.work / f"teacher-{seed}", tokenizer)
-        for kind in ("damaged", "cross-entropy", "cached top-64"):
-            model = copy.deepcopy(teacher)
-            generator = torch.Generator().manual_seed(seed)
-            with torch.no_grad():
-                for name, parameter in model.named_parameters():
-                    if parameter.dim() == 2 and ".layers." in name:
-                        parameter += 0.5 * parameter.std() * torch.randn(parameter.shape, generator=generator)
-            if kind != "damaged":
-                args = TrainingArguments(
-                    str(options.work / "trainer"), per_device_train_batch_size=16, num_train_epochs=1, learning_rate=1e-3, seed=seed,
-                    report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True, lr_scheduler_type="cosine",
-                )  # fmt: skip
-                callbacks = [DistillationCallback(cache=cache)] if kind == "cached top-64" else []
-                dataset = [{"input_ids": row, "labels": row} for row in texts]
-                Trainer(model, args, train_dataset=dataset, data_collator=default_data_collator, callbacks=callbacks).train()
-            held_out = perplexity(model.eval(), data.held_out, length, None)["perplexity"]
-            rows.append({"kind": kind, "seed": seed, "perplexity": held_out, "tokens": len(texts) * length})
+        heal = partial(healed, teacher, cache, texts, data.held_out, length, seed)
+        for kind, rate in (("damaged", 0.0), *((kind, rate) for kind in HEALED for rate in rates)):
+            rows.append(kept(options.work / f"healed-{seed}-{kind.replace(' ', '_')}-{rate:g}.json", partial(heal, kind, rate)))
     return {
         "rows": rows,
         "dense": perplexity(teacher.eval(), data.held_out, length, None)["perplexity"],
@@ -207,14 +284,13 @@ def check(found: dict[str, Any]) -> list[dict[str, Any]]:
                     part["seconds"],
                 )
             )
+        hours = round(part["cpu_seconds"] / 3600, 2)
+        result.append(bar("models from scratch, CPU hours", "< 3", hours, hours < 3, part, part["seconds"]))
     for dtype, row in found.get("steps", {}).get("steps", {}).items():
         part, ratio = found["steps"], round(row["ratio"], 3)
         result.append(bar(f"training step in {dtype}, × plain", "<= 1.35", ratio, ratio <= 1.35, part, part["seconds"]))
     if part := found.get("distillation"):
-        by_kind = {
-            kind: [row["perplexity"] for row in part["rows"] if row["kind"] == kind]
-            for kind in ("cross-entropy", "cached top-64")
-        }
+        by_kind = {kind: best_healing(part["rows"], kind) for kind in HEALED}
         plain, cached = (statistics.mean(values) for values in by_kind.values())
         won = all(b < a for a, b in zip(*by_kind.values(), strict=True))
         claim = "cached top-64 distillation, perplexity × cross-entropy, better with every seed"
@@ -222,12 +298,24 @@ def check(found: dict[str, Any]) -> list[dict[str, Any]]:
     return result
 
 
+def best_healing(rows: list[dict[str, Any]], kind: str) -> list[float]:
+    """Perplexities of all seeds at the learning rate with the least mean."""
+    by_rate: dict[float, list[float]] = {}
+    for row in rows:
+        if row["kind"] == kind:
+            by_rate.setdefault(row["learning_rate"], []).append(row["perplexity"])
+    return min(by_rate.values(), key=statistics.mean)
+
+
 def mean_perplexities(rows: list[dict[str, Any]]) -> dict[tuple[str, str], tuple[float, float]]:
     """(size, kind) -> mean and standard deviation over the seeds."""
     values: dict[tuple[str, str], list[float]] = {}
     for row in rows:
         values.setdefault((row["size"], row["kind"]), []).append(row["held_out_perplexity"])
-    return {key: (statistics.mean(some), statistics.pstdev(some)) for key, some in values.items()}
+    return {
+        key: (statistics.mean(some), statistics.pstdev(some) if all(map(math.isfinite, some)) else math.inf)
+        for key, some in values.items()
+    }  # fmt: skip
 
 
 def write(found: dict[str, Any], common: dict[str, Any], folder: Path) -> str:
@@ -240,9 +328,16 @@ def write(found: dict[str, Any], common: dict[str, Any], folder: Path) -> str:
             f"| {size} | {kind} | {mean:.3f} | {spread:.3f} |"
             for (size, kind), (mean, spread) in mean_perplexities(part["rows"]).items()
         ]
+        lines += ["", "| 1M, seed 0 | learning rate | weight decay | held-out perplexity |", "|---|---|---|---|"]
+        lines += [
+            f"| {row['kind']} | {row['learning_rate']:g} | {row['weight_decay']:g} | {row['held_out_perplexity']:.3f} |"
+            for row in part["sweep"]
+        ]
     if part := found.get("distillation"):
-        lines += ["", "| damaged model, healed by | seed | held-out perplexity |", "|---|---|---|"]
-        lines += [f"| {row['kind']} | {row['seed']} | {row['perplexity']:.3f} |" for row in part["rows"]]
+        lines += ["", "| damaged model, healed by | learning rate | seed | held-out perplexity |", "|---|---|---|---|"]
+        lines += [
+            f"| {row['kind']} | {row['learning_rate']:g} | {row['seed']} | {row['perplexity']:.3f} |" for row in part["rows"]
+        ]
     if part := found.get("conversion"):
         training = part["training"]
         lines += [
@@ -258,8 +353,8 @@ def write(found: dict[str, Any], common: dict[str, Any], folder: Path) -> str:
         ]
     lines += ["", bar_table(bars)]
     text = "\n".join(lines) + "\n"
-    (folder / "04-ternary.json").write_text(json.dumps({"bars": [b | common for b in bars], **found}, indent=2) + "\n")
-    (folder / "04-ternary.md").write_text(text)
+    write_text(folder / "04-ternary.json", json.dumps({"bars": [b | common for b in bars], **found}, indent=2) + "\n")
+    write_text(folder / "04-ternary.md", text)
     return text
 
 
@@ -282,14 +377,14 @@ def main() -> int:
     runs = {"scratch": scratch, "steps": steps, "distillation": distillation, "conversion": conversion}
     for part in parts:
         path = options.work / f"{part}.json"
-        if not path.exists():
-            path.write_text(json.dumps({**runs[part](options), "commit": at}, indent=2) + "\n")
-        print(f"done: {part}", flush=True)
+        if part == "scratch" and not path.exists():
+            scratch(options)  # with whoever else is at it; what follows only collects
+        kept(path, lambda part=part: {**runs[part](options), "commit": at})
     found = {part: json.loads(path.read_text()) for part in PARTS if (path := options.work / f"{part}.json").exists()}
     command = " ".join(__doc__.split("\n\n")[1].replace("\\\n", "").split())
-    print(
-        write(found, {"seeds": list(SEEDS), "machine": machine(), "command": command}, options.work if options.quick else RESULTS)
-    )
+    with taken(options.work / "results"):
+        common = {"seeds": list(SEEDS), "machine": machine(), "command": command}
+        print(write(found, common, options.work if options.quick else RESULTS))
     return 0
 
 

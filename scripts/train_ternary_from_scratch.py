@@ -5,7 +5,7 @@ r"""A small Llama-shaped language model, in full precision or at 1.58 (2, 3, 4) 
         --bits 1.58 --scale absmedian --learning-rate 3e-3
 
 An ordinary Trainer script; the one line that makes it quantization-aware is the callback. A block has about 12 D^2 weights:
-128 x 5 layers is 1M of them, 48 x 4 is 110K, 256 x 5 is 4M, 512 x 15 is 47M. The last twentieth of the text is held out. The
+128 x 5 layers is 1M of them, 48 x 4 is 110K, 256 x 5 is 4M, 512 x 15 is 47M. The last twentieth of every text is held out. The
 tokenizer is a byte-level BPE trained on the rest, the same for the same text and size. The result is OUTPUT, which
 `from_pretrained` loads, and OUTPUT/training.json.
 """
@@ -57,13 +57,19 @@ def body_parameters(model: torch.nn.Module) -> int:
     return sum(module.weight.numel() for module in model.model.layers.modules() if isinstance(module, torch.nn.Linear))
 
 
+def split(text: str) -> tuple[str, str]:
+    """The first 19 twentieths, up to the end of a line, and the rest."""
+    stop = len(text) * 19 // 20
+    cut = text.rfind("\n", 0, stop) + 1 or stop
+    return text[:cut], text[cut:]
+
+
 def train(options: argparse.Namespace) -> dict:
     """Train, save, score."""
     check_output(options.output)
-    text = read_texts(options.text)
-    cut = text.rfind("\n", 0, len(text) * 19 // 20) + 1
-    tokenizer = train_tokenizer(text[:cut], options.vocabulary)
-    ids, held_out = tokenize(tokenizer, text[:cut]), tokenize(tokenizer, text[cut:])
+    text, rest = ("".join(parts) for parts in zip(*(split(read_texts([path])) for path in options.text), strict=True))
+    tokenizer = train_tokenizer(text, options.vocabulary)
+    ids, held_out = tokenize(tokenizer, text), tokenize(tokenizer, rest)
     if len(ids) < options.length or len(held_out) < options.length:
         raise ConfigError(
             f"--length must be at most the tokens of the text, {len(held_out)} of them held out, got {options.length}"
@@ -86,15 +92,16 @@ def train(options: argparse.Namespace) -> dict:
         logging_steps=50, use_cpu=options.cpu, bf16=options.bf16, dataloader_pin_memory=False,
     )  # fmt: skip
     trainer = Trainer(model, arguments, train_dataset=rows, data_collator=default_data_collator, callbacks=callbacks)
-    started = time.perf_counter()
+    started, began = time.perf_counter(), time.process_time()
     trainer.train()
-    seconds = time.perf_counter() - started
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - began
     scratch.cleanup()
     model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
     scores = perplexity(model.eval(), held_out, options.length, options.windows)
     result = {
         "body_parameters": weights, "tokens": arguments.max_steps * tokens_per_step, "seconds": round(seconds, 1),
+        "cpu_seconds": round(cpu_seconds, 1),
         "seed": options.seed, "bits": options.bits, "scale": options.scale if options.bits else None,
         "learning_rate": options.learning_rate, "weight_decay": options.weight_decay, "hidden_size": options.hidden_size,
         "held_out_perplexity": scores["perplexity"], "held_out_tokens": scores["num_tokens"],

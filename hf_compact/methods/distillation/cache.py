@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...capture import without_cache
 from ...checkpoint import check_same_run, disk_errors, write_shard, write_text
-from ...errors import ConfigError, FormatError
+from ...errors import ConfigError, FormatError, NumericalError
 from .functional import top_log_probs, with_tail
 
 INDEX = "cache.json"
@@ -137,6 +137,7 @@ def write_cache(
 
     Raises:
         ConfigError: a setting is out of range, or there are no rows.
+        NumericalError: the teacher puts out something that is not finite.
         OutputError: the folder was made with other settings, or cannot be written.
     """
     folder = Path(folder)
@@ -180,6 +181,8 @@ def _outputs(teacher: PreTrainedModel, rows: Sequence[Any], settings: Mapping[st
     for row in rows:
         logits = teacher(input_ids=torch.as_tensor(row, device=teacher.device)[None]).logits[0]
         ids, log_probs, tail = top_log_probs(logits, settings["count"], settings["temperature"])
+        if log_probs.isnan().any():
+            raise NumericalError(f"the teacher's outputs of a sequence of {len(row)} tokens are not finite: try another dtype")
         for name, tensor in (("ids", ids), ("log_probs", log_probs.half()), ("tail", tail)):
             found[name].append(tensor.cpu())
     lengths = torch.tensor([0, *(len(row) for row in rows)])

@@ -6,6 +6,7 @@ micro-batch would be as many times too large.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ class DistillationCallback(TrainerCallback):
     Args:
         teacher: a model with the same tokenizer, or
         cache: what `write_cache` has stored of one.
-        terms: what is added up; keyword arguments make them.
-        settings: fields of `DistillationTerms`.
+        terms: what is added up.
+        settings: fields of `DistillationTerms`, in the place of those of `terms`.
 
     Raises:
         ConfigError: not exactly one of teacher and cache is given, or the cache cannot give the terms.
@@ -49,7 +50,7 @@ class DistillationCallback(TrainerCallback):
         """Open the cache."""
         if (teacher is None) == (cache is None):
             raise ConfigError("exactly one of teacher and cache must be given")
-        self.terms = terms or DistillationTerms(**settings)
+        self.terms = replace(terms or DistillationTerms(), **settings)
         self.teacher = teacher
         self.cache = TeacherCache(cache) if isinstance(cache, str | Path) else cache
         if self.cache is not None and self.terms.needs_teacher:
@@ -84,11 +85,21 @@ class DistillationCallback(TrainerCallback):
         self._seen.clear()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """As `attach_`; the tokenizer that the Trainer knows must be that of the cache."""
+        """As `attach_`; the tokenizer that the Trainer knows must be that of the cache.
+
+        Raises:
+            ConfigError: the Trainer smooths labels, and so has a loss of its own, or it compiles the modules that terms look into.
+        """
+        if getattr(args, "label_smoothing_factor", 0):
+            raise ConfigError(
+                f"label_smoothing_factor must be 0, got {args.label_smoothing_factor}: its loss would replace this one"
+            )
+        if getattr(args, "torch_compile", False) and self.terms.needs_teacher:
+            raise ConfigError("terms of hidden states and relations need hooks inside the model, which torch_compile leaves out")
         tokenizer = kwargs.get("processing_class")
         if self.cache is not None and tokenizer is not None:
             TeacherCache(self.cache.folder, tokenizer=tokenizer)
-        if self.teacher is not None:
+        if self.teacher is not None and self.teacher.device != args.device:  # some quantized models cannot be moved
             self.teacher.to(args.device)
         self.detach_()
         self.attach_(kwargs["model"])
@@ -128,6 +139,7 @@ class DistillationCallback(TrainerCallback):
 
         return hook
 
+    @torch.compiler.disable
     def _replace_loss(self, model: PreTrainedModel, args: Any, kwargs: Mapping[str, Any], output: Any) -> Any:
         if not model.training:
             self._seen.clear()
@@ -162,16 +174,21 @@ class DistillationCallback(TrainerCallback):
         if target is not None:
             log_p, log_q = ((values.float() / terms.temperature).log_softmax(-1) for values in (target, logits[kept]))
         else:
-            ids, log_p = self._stored(inputs, kept)
+            ids, log_p = self._stored(inputs, kept, logits.shape[-1])
             log_q = gather_log_probs(logits[kept], ids, terms.temperature)
         if terms.divergence == "balanced":
             return balanced_kl(log_p, log_q, terms.balance, terms.balance_weight, terms.balance_slope)
         return kl_divergence(log_p, log_q) if terms.divergence == "forward" else kl_divergence(log_q, log_p)
 
-    def _stored(self, inputs: Mapping[str, Any], kept: Tensor) -> tuple[Tensor, Tensor]:
+    def _stored(self, inputs: Mapping[str, Any], kept: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         found = [self.cache.read(row[own]) for row, own in zip(ids, mask, strict=True)]
+        highest = max(int(stored.max()) for stored, _ in found)
+        if highest >= vocabulary:
+            raise ConfigError(
+                f"cache and student must have one vocabulary, got outputs for id {highest} and {vocabulary} entries"
+            )
         chosen = [own[there] for own, there in zip(kept, mask, strict=True)]
         return tuple(
             torch.cat([part[position][own.cpu()] for part, own in zip(found, chosen, strict=True)]).to(ids.device)
@@ -181,6 +198,11 @@ class DistillationCallback(TrainerCallback):
     def _distance(self, pair: tuple[str, str, str], mask: Tensor | None) -> Tensor:
         """`[B, T]`."""
         student, teacher = self._seen[f"student {pair[0]}"], self._seen[f"teacher {pair[1]}"]
+        if torch.is_grad_enabled() and not student.requires_grad:
+            raise ConfigError(
+                f"the output of {pair[0]} has no gradient: nothing before it is trained, or gradient checkpointing is reentrant, "
+                "which gradient_checkpointing_kwargs={'use_reentrant': False} changes"
+            )
         if pair[2] == "relation":
             try:
                 return relation_divergence(student, teacher, self.terms.relation_heads, mask)

@@ -12,6 +12,7 @@ model as it was.
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,9 +36,9 @@ class TernaryCallback(CompactCallback):
 
     Args:
         config: the levels, and which Linears; by default 1.58 bits in all blocks.
-        training: the schedule; keyword arguments make one.
+        training: the schedule.
         calibration: model inputs, for the norms' first gains only; without them the gains start at 1.
-        settings: fields of `TernaryTraining`.
+        settings: fields of `TernaryTraining`, in the place of those of `training`.
 
     >>> TernaryCallback(ramp="cosine").training.ramp
     'cosine'
@@ -49,7 +50,7 @@ class TernaryCallback(CompactCallback):
     ) -> None:  # fmt: skip
         """Keep the settings."""
         super().__init__()
-        self.config, self.training = config or TernaryConfig(), training or TernaryTraining(**settings)
+        self.config, self.training = config or TernaryConfig(), replace(training or TernaryTraining(), **settings)
         self.calibration = calibration
         self.num_steps = self.training.num_steps
         self.arch: Architecture | None = None

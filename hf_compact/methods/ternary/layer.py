@@ -225,10 +225,11 @@ class LatentLinear(nn.Module):
         packed = TernaryLinear(
             self.out_features, self.in_features, bits=config.bits, packing=config.packing, granularity=config.granularity,
             activation_bits=config.activation_bits, is_sub_norm=self.sub_norm is not None, device=matrix.device,
-            dtype=torch.float32,
+            dtype=matrix.dtype,
         )  # fmt: skip
         packed.register_parameter("bias", self.bias)
-        packed.register_parameter("sub_norm", self.sub_norm)
+        if self.sub_norm is not None:
+            packed.sub_norm.copy_(self.sub_norm)
         return packed.load_levels_(levels, factor)
 
     def extra_repr(self) -> str:

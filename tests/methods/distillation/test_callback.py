@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers.trainer_callback import TrainerControl, TrainerState
 
 from hf_compact import DistillationCallback, TernaryCallback
 from hf_compact.distillation import divergence
-from hf_compact.errors import ConfigError, FormatError, OutputError
+from hf_compact.errors import ConfigError, FormatError, NumericalError, OutputError
 from hf_compact.methods.distillation import DistillationTerms, TeacherCache, write_cache
 from hf_compact.methods.distillation.callback import labelled
 from tests.conftest import VOCABULARY, tiny_inputs, tiny_model
@@ -274,6 +275,55 @@ def test_labels_of_other_models_are_not_shifted():
     mask = torch.tensor([[1, 0, 1]])
     assert labelled(model, torch.zeros(1, 3, 7), {"attention_mask": mask}).tolist() == [[True, False, True]]
     assert labelled(model, torch.zeros(2, 7), {"labels": torch.zeros(2)}).tolist() == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("settings", "terms", "match"),
+    [({"label_smoothing_factor": 0.1}, {}, "label_smoothing_factor must be 0, got 0.1"),
+     ({"torch_compile": True, "torch_compile_backend": "eager"}, {"hidden_weight": 1.0}, "which torch_compile leaves out")],
+    ids=["smoothing", "compiled"],
+)  # fmt: skip
+def test_trainings_that_would_leave_terms_out_are_refused(settings, terms, match, tmp_path):
+    own = DistillationCallback(tiny_model("llama"), **terms)
+    with pytest.raises(ConfigError, match=match):
+        own.on_train_begin(arguments(tmp_path, **settings), TrainerState(), TrainerControl(), model=damaged())
+
+
+def test_a_compiled_training_learns_from_the_cache_as_well(tmp_path, tokenizer):
+    """The hook reads files, which no graph can hold."""
+    cache = cached(tmp_path / "cache", tokenizer, count=8)
+    plain, compiled = (
+        gradients(damaged(), tmp_path, 4, DistillationCallback(cache=cache), **settings)
+        for settings in ({}, {"torch_compile": True, "torch_compile_backend": "eager"})
+    )
+    assert any(gradient.any() for gradient in plain.values())
+    for name in plain:
+        torch.testing.assert_close(compiled[name], plain[name], rtol=1e-4, atol=1e-7)
+
+
+def test_a_cache_of_a_larger_vocabulary_is_refused(tmp_path, tokenizer):
+    cache = write_cache(tiny_model("llama"), list(ROWS % 90), tmp_path, tokenizer)
+    model = tiny_model("llama", vocab_size=100).train()
+    DistillationCallback(cache=cache).attach_(model)
+    with pytest.raises(ConfigError, match=r"must have one vocabulary, got outputs for id \d+ and 100 entries"):
+        model(input_ids=ROWS % 90)
+
+
+def test_a_teacher_that_overflows_is_not_kept(tmp_path, tokenizer):
+    teacher = tiny_model("llama")
+    torch.nn.init.constant_(teacher.model.layers[1].mlp.up_proj.weight, float("inf"))
+    with pytest.raises(NumericalError, match="outputs of a sequence of 12 tokens are not finite"):
+        write_cache(teacher, list(ROWS), tmp_path, tokenizer)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_terms_without_a_gradient_are_refused():
+    """As inside a block with reentrant checkpointing, where the loss has one all the same."""
+    model = damaged().train().requires_grad_(False)
+    model.model.norm.requires_grad_()
+    DistillationCallback(tiny_model("llama"), relation_weight=1.0).attach_(model)
+    with pytest.raises(ConfigError, match=r"output of model.layers.2.self_attn.q_proj has no gradient"):
+        model(input_ids=ROWS)
 
 
 def test_adapters_are_distilled_through_their_wrapper(tmp_path):

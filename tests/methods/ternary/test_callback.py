@@ -72,6 +72,16 @@ def test_what_was_trained_is_saved_packed(kind, tmp_path):
     assert hf_compact.inspect_folder(tmp_path / "out")["body_bits_per_weight"] < 5
 
 
+def test_norms_of_a_bfloat16_model_do_not_make_it_a_float32_one(tmp_path):
+    model = tiny_model("llama", torch.bfloat16)
+    own = callback("norms")
+    own.finalize(own.prepare(model)).save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.dtype == torch.bfloat16
+    with torch.no_grad():
+        assert torch.equal(again(**tiny_inputs("llama")).logits, model(**tiny_inputs("llama")).logits)
+
+
 def test_a_checkpoint_in_the_middle_is_a_dense_one(tmp_path):
     train("ternary", tmp_path)
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-3", output_loading_info=True)
@@ -96,8 +106,9 @@ def test_the_packed_model_is_what_was_trained(tmp_path):
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
         {"bf16": True},
+        {"torch_compile": True, "torch_compile_backend": "eager"},
     ],
-    ids=["checkpointing", "accumulation", "bf16"],
+    ids=["checkpointing", "accumulation", "bf16", "compiled"],
 )
 def test_other_ways_to_train_give_the_same_model(settings, tmp_path, recwarn):
     recwarn.clear()
