@@ -9,6 +9,7 @@ Once-for-all (arXiv 1908.09791), its head start as in DepS (arXiv 2407.06167), w
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -27,9 +28,9 @@ class SortedNetCallback(CompactCallback):
     """Trains all sub-models of a causal language model at once in a stock Trainer; `extract` takes them out.
 
     Args:
-        config: which ones; keyword arguments make one.
+        config: which ones.
         batches: model inputs that say which units come first, where the model is not sorted yet; without them the weights do.
-        settings: fields of `SortedNetConfig`.
+        settings: fields of `SortedNetConfig`, in the place of those of `config`.
 
     >>> SortedNetCallback(widths=(0.5, 1.0), depths=(1.0,)).config.sub_models
     [(0.5, 1.0)]
@@ -40,7 +41,7 @@ class SortedNetCallback(CompactCallback):
     ) -> None:  # fmt: skip
         """Keep the settings."""
         super().__init__()
-        self.config, self.batches = config or SortedNetConfig(**settings), batches
+        self.config, self.batches = replace(config or SortedNetConfig(), **settings), batches
         self.num_steps = self.config.num_steps
         self.parts: list[SubModel] = []
         self.draw: random.Random | None = None

@@ -5,11 +5,12 @@ the masks are in buffers of the model, so a checkpoint holds them. With a patter
 the largest of every M; its masks follow from the weights.
 
 Sources: Zhu and Gupta (arXiv 1710.01878); SR-STE (arXiv 2102.04010); BDWP (arXiv 2309.13015). Beside HESSO and quantization
-the order of the callbacks is HESSO, masks, quantization.
+the order of the callbacks is HESSO, masks, quantization; those that swap Linears do not go with HESSO, a pattern among them.
 """
 
 import hashlib
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,8 +38,8 @@ class MaskCallback(CompactCallback):
 
     Args:
         config: how many weights go, and of which Linears; by default half of those in all blocks.
-        training: the schedule; keyword arguments make one.
-        settings: fields of `MaskTraining`.
+        training: the schedule.
+        settings: fields of `MaskTraining`, in the place of those of `training`.
 
     >>> MaskCallback(SparsityConfig(pattern="2:4"), backward="own").training.backward
     'own'
@@ -49,7 +50,7 @@ class MaskCallback(CompactCallback):
     ) -> None:  # fmt: skip
         """Keep the settings."""
         super().__init__()
-        self.config, self.training = config or SparsityConfig(), training or MaskTraining(**settings)
+        self.config, self.training = config or SparsityConfig(), replace(training or MaskTraining(), **settings)
         self.num_steps = self.training.num_steps
         self.dense: dict[str, nn.Linear | Conv1D] = {}
         self.masks: dict[str, Tensor] = {}
@@ -118,23 +119,33 @@ class MaskCallback(CompactCallback):
 
     @torch.no_grad()
     def restore_(self, model: PreTrainedModel) -> None:
-        """Put the dense modules back with zeros in them, or what is left of them."""
+        """Put the dense modules back with zeros in them, or what is left of them.
+
+        Without a pattern what is zero is masked: HESSO may have cut rows, and the best checkpoint have come back, since the last mask.
+        """
         for name, module in self.dense.items():
             if self.config.n_m is None:
-                mask = self._mask(name)
                 del module._buffers[_BUFFER]
+                self.masks[name] = module.weight != 0
             else:
                 masked = model.get_submodule(name)
                 masked.remask_()
-                mask = _matrix(module, masked.masks[0])
-            module.weight.masked_fill_(~mask, 0)
-            self.masks[name] = mask
-        replace = {
-            name: module if self.training.storage == "dense" else self._packed(name) for name, module in self.dense.items()
-        }
-        replace_modules(model, list(self.dense), lambda name, _: replace[name])
-        if self.training.storage == "bitmap":
-            self.table = {name: METHOD.table_entry(module) for name, module in replace.items()}
+                self.masks[name] = _matrix(module, masked.masks[0])
+                module.weight.masked_fill_(~self.masks[name], 0)
+        if self.config.n_m is None:
+            self._check_sparsity()
+        is_dense = self.training.storage == "dense"
+        cut = getattr(getattr(model.config, "quantization_config", None), "modules", {})
+        stuck = [name for name in self.dense if name in cut]
+        if stuck and not is_dense:
+            logger.warning(
+                "%d Linears stay dense with zeros, as the config cannot say their width; one is %s", len(stuck), stuck[0]
+            )
+        new = {name: m if is_dense or name in cut else self._packed(name) for name, m in self.dense.items()}
+        replace_modules(model, list(self.dense), lambda name, _: new[name])
+        if not is_dense:
+            packed = {name: METHOD.table_entry(module) for name, module in new.items() if name not in cut}
+            self.table = {**cut, **packed}
         self.masks = {}
 
     def modules(self, model: PreTrainedModel) -> dict[str, dict[str, Any]]:
@@ -147,14 +158,6 @@ class MaskCallback(CompactCallback):
         self.masks = {}
         super().on_train_begin(args, state, control, **kwargs)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Finalise once; a model that was stopped before its sparsity is told about."""
-        if self.config.n_m is None and state.global_step < self.update_steps[1]:
-            logger.warning(
-                "training ended at step %d, before the sparsity %s was reached", state.global_step, self.config.sparsity
-            )
-        super().on_train_end(args, state, control, **kwargs)
-
     def _share(self, share: float) -> int:
         """Steps that a share of the training takes.
 
@@ -164,6 +167,15 @@ class MaskCallback(CompactCallback):
         if self.num_steps is None:
             raise ConfigError("training.num_steps must be given in a loop of your own")
         return round(share * self.num_steps)
+
+    def _check_sparsity(self) -> None:
+        due = sum(int(self.config.sparsity * mask.numel() + 1e-9) for mask in self.masks.values())
+        found = sum(int((~mask).sum()) for mask in self.masks.values())
+        if found < due:
+            logger.warning(
+                "the model has %d zeros of %d that sparsity %s asks for: training ended early, or an earlier checkpoint came back",
+                found, due, self.config.sparsity,
+            )  # fmt: skip
 
     def _mask(self, name: str) -> Tensor:
         """In the layout of the weight."""

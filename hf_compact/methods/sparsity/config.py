@@ -1,5 +1,6 @@
 """Settings of masks on single weights."""
 
+import math
 import re
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -84,7 +85,7 @@ class MaskTraining:
             raise ConfigError(
                 f"training.start_share and end_share must be 0 <= start <= end <= 1, got {self.start_share} and {self.end_share}"
             )
-        if self.interval < 1 or self.decay < 0:
+        if self.interval < 1 or not 0 <= self.decay < math.inf:
             raise ConfigError("training.interval must be at least 1 and decay at least 0")
         if self.backward not in ("same", "own"):
             raise ConfigError(f"training.backward must be one of same, own, got {self.backward}")

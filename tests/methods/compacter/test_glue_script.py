@@ -1,7 +1,6 @@
 """The comparison on GLUE: the files it reads, what is compared with what, and rows that are never lost."""
 
 import csv
-import importlib.util
 import json
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+from evaluation import steps
 from tests.conftest import VOCABULARY
 
 PATH = Path(__file__).parents[3] / "scripts" / "glue_compacter.py"
@@ -19,10 +19,7 @@ TINY = {"hypercomplex_division": 4, "reduction_factor": 8, "rank": 2}
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("glue_compacter", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return steps.script("glue_compacter")
 
 
 @pytest.fixture(scope="module")

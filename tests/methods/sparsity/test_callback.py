@@ -7,7 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from hf_compact import MaskCallback, SparsityConfig
+import hf_compact
+from hf_compact import HessoCallback, MaskCallback, SparsityConfig
+from hf_compact.calibration import from_batches
 from hf_compact.errors import ConfigError, NothingMatched, UnsupportedModel
 from hf_compact.methods.sparsity.layer import MaskedLinear, SparseLinear
 from tests.conftest import tiny_inputs, tiny_model
@@ -22,7 +24,8 @@ def train(model, callback, folder: Path, resume: str | None = None, family: str 
         **({"max_steps": 8, "weight_decay": 0.1} | settings),
     )  # fmt: skip
     ids = [tiny_inputs(family, 1, 16, seed)["input_ids"][0] for seed in range(16)]
-    Trainer(model, args, train_dataset=[{"input_ids": row, "labels": row} for row in ids], callbacks=[callback]).train(
+    callbacks = callback if isinstance(callback, list) else [callback]
+    Trainer(model, args, train_dataset=[{"input_ids": row, "labels": row} for row in ids], callbacks=callbacks).train(
         resume_from_checkpoint=resume
     )
 
@@ -131,7 +134,54 @@ def test_a_run_that_ends_early_is_told_about(tmp_path, caplog):
             control.should_training_stop = state.global_step == 3
 
     train(tiny_model("llama"), Stopped(**SHORT), tmp_path)
-    assert "training ended at step 3, before the sparsity 0.5 was reached" in caplog.text
+    assert "0 zeros of 14976 that sparsity 0.5 asks for: training ended early" in caplog.text
+
+
+@pytest.mark.parametrize("storage", ["bitmap", "dense"])
+def test_what_hesso_has_cut_is_packed(storage, tmp_path):
+    model = tiny_model("llama")
+    pruner = HessoCallback(target=0.3, pruning_steps=6, periods=2, channel_multiple=4)
+    train(model, [pruner, MaskCallback(SparsityConfig(sparsity=0.6), **SHORT, storage=storage)], tmp_path)
+    assert model.config.intermediate_size < 72
+    weight = model.model.layers[0].mlp.down_proj
+    weight = weight.weight if storage == "dense" else weight.to_dense()
+    assert weight.shape[1] == model.config.intermediate_size
+    assert (weight == 0).float().mean() > 0.3
+    with torch.no_grad():
+        before = model.eval()(**tiny_inputs("llama")).logits
+    model.save_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()(**tiny_inputs("llama")).logits, before)
+
+
+def test_widths_that_the_config_cannot_say_stay_dense(tmp_path, caplog):
+    model = tiny_model("gpt2")
+    stage = {"method": "pruning", "channel_sparsity": 0.0, "head_sparsity": 0.5}
+    hf_compact.compress(model, {"stages": [stage]}, calibration=from_batches([tiny_inputs("gpt2")]))
+    train(model, MaskCallback(**SHORT), tmp_path, family="gpt2", save_strategy="no")
+    assert "6 Linears stay dense with zeros" in caplog.text
+    assert isinstance(model.transformer.h[0].mlp.c_fc, SparseLinear)
+    assert (model.transformer.h[0].attn.c_attn.weight == 0).float().mean() == 0.5
+    with torch.no_grad():
+        before = model.eval()(**tiny_inputs("gpt2")).logits
+    model.save_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()(**tiny_inputs("gpt2")).logits, before)
+
+
+def test_the_best_checkpoint_keeps_its_own_zeros(tmp_path, caplog):
+    class Earlier(MaskCallback):
+        def on_train_end(self, args, state, control, **kwargs):
+            model = kwargs["model"]
+            model.load_state_dict(load_file(tmp_path / "checkpoint-5" / "model.safetensors"), strict=False)
+            super().on_train_end(args, state, control, **kwargs)
+
+    model = tiny_model("llama")
+    train(model, Earlier(SparsityConfig(sparsity=0.6), **SHORT, storage="dense"), tmp_path)
+    stored = load_file(tmp_path / "checkpoint-5" / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(model.state_dict()[name], stored[name])
+    assert "an earlier checkpoint came back" in caplog.text
 
 
 def _worker(rank: int, folder: str) -> None:
