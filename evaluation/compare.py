@@ -25,11 +25,13 @@ from matplotlib.figure import Figure
 from evaluation.pareto import draw_front
 from hf_compact.checkpoint import write_text
 from hf_compact.errors import CompactError, ConfigError
-from hf_compact.results import ModelResult, Results
+from hf_compact.results import ModelResult, Results, with_error
 
 #: What of a protocol stands behind a column of a text and behind one of a task.
 TEXT_SETTINGS = ("windows", "dtype")
 TASK_SETTINGS = ("limit", "num_fewshot", "batch_size", "dtype")
+#: Names are names, with dollar signs in them too.
+PLAIN = {"text.parse_math": False}
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1500px; padding: 0 1rem; color: #1c2024; background: #fff; }
 table { border-collapse: collapse; display: block; overflow-x: auto; }
@@ -71,6 +73,8 @@ def merge(files: Iterable[tuple[str, Results]]) -> Results:
         else:
             merged.skipped |= results.skipped
             merged.base = merged.base or results.base
+            merged.versions = results.versions | merged.versions
+            merged.protocol = _joined(merged.protocol, results.protocol)
     if merged is None:
         raise ConfigError("no results were given")
     return dataclasses.replace(merged, models=[model for _, model in models.values()])
@@ -88,7 +92,19 @@ def _settings(results: Results) -> dict[str, Any]:
         for task in protocol["tasks"]
     }
     speed = {} if protocol["speed"] is None else {"speed": {**protocol["speed"], "machine": results.machine}}
-    return texts | tasks | speed
+    shared = {
+        "perplexity": {key: protocol[key] for key in TEXT_SETTINGS} if texts else None,
+        "tasks": {"lm_eval": version, **{key: protocol[key] for key in TASK_SETTINGS}} if tasks else None,
+    }  # the page states these once
+    return texts | tasks | speed | {name: value for name, value in shared.items() if value is not None}
+
+
+def _joined(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    """One protocol for what two files measured: the settings of texts, tasks and speed from a file that has them."""
+    kept = {key: (a if a["texts"] else b)[key] for key in TEXT_SETTINGS}
+    kept |= {key: (a if a["tasks"] else b)[key] for key in TASK_SETTINGS if key not in kept}
+    lists = {"texts": b["texts"] | a["texts"], "task_data": b["task_data"] | a["task_data"]}
+    return {**a, **kept, **lists, "tasks": list(dict.fromkeys([*a["tasks"], *b["tasks"]])), "speed": a["speed"] or b["speed"]}
 
 
 def _difference(a: dict[str, Any], b: dict[str, Any]) -> str:
@@ -118,10 +134,11 @@ def main_metric(task: dict[str, Any]) -> str:
 
 
 def mean_score(model: ModelResult, tasks: Sequence[str]) -> float | None:
-    """Mean of the quoted metrics; None unless the model has all of the tasks."""
+    """Mean of the quoted metrics; None unless the model has all of the tasks, with finite values."""
     if not tasks or not set(tasks) <= set(model.tasks):
         return None
-    return sum(model.tasks[task]["metrics"][main_metric(model.tasks[task])]["value"] for task in tasks) / len(tasks)
+    values = [model.tasks[task]["metrics"][main_metric(model.tasks[task])]["value"] for task in tasks]
+    return None if None in values else sum(values) / len(values)
 
 
 #: A cell: what is shown, and what stands below it in small print.
@@ -161,10 +178,10 @@ def columns(results: Results) -> dict[str, Callable[[ModelResult], Cell]]:
 def markdown(results: Results) -> str:
     """The table; small print in brackets."""
     heads = columns(results)
-    lines = ["| model | " + " | ".join(heads) + " |", "|---" + "|---:" * len(heads) + "|"]
+    lines = ["| model | " + " | ".join(map(_plain, heads)) + " |", "|---" + "|---:" * len(heads) + "|"]
     for model in results.models:
         cells = [f"{shown} ({small})" if small else shown for shown, small in (cell(model) for cell in heads.values())]
-        lines.append(f"| {model.name.replace('|', chr(92) + '|')} | " + " | ".join(cells) + " |")
+        lines.append(f"| {_plain(model.name)} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", *(f"- {note}" for note in stated(results))]) + "\n"
 
 
@@ -215,6 +232,7 @@ def stated(results: Results) -> list[str]:
     return lines + [f"skipped: {name}: {reason}" for name, reason in results.skipped.items()]
 
 
+@rc_context(PLAIN)
 def pictures(results: Results) -> dict[str, Figure]:
     """Bytes against quality, and bars of the tasks with their errors; what can be drawn of these."""
     texts = list(dict.fromkeys(text for model in results.models for text in model.perplexity))
@@ -242,6 +260,7 @@ def _bars(models: Sequence[ModelResult], tasks: Sequence[str]) -> Figure:
     for number, (axes, task) in enumerate(zip(figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0], tasks, strict=True)):
         having = [(place, model.tasks[task]) for place, model in enumerate(models) if task in model.tasks]
         metric = main_metric(having[0][1])
+        having = [(place, found) for place, found in having if found["metrics"][metric]["value"] is not None]
         values = [found["metrics"][metric] for _, found in having]
         errors = [value["stderr"] or 0.0 for value in values]
         axes.barh(
@@ -258,10 +277,15 @@ def _bars(models: Sequence[ModelResult], tasks: Sequence[str]) -> Figure:
 def _svg(figure: Figure) -> str:
     """The figure as an element of a page, its text as text."""
     stream = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "hf_compact"}):
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "hf_compact", **PLAIN}):
         figure.savefig(stream, format="svg", metadata={"Date": None})
     text = stream.getvalue()
     return text[text.index("<svg") :]
+
+
+def _plain(name: str) -> str:
+    """A name that ends neither its cell nor its row."""
+    return " ".join(name.replace("|", "\\|").split())
 
 
 def _small(text: str) -> str:
@@ -301,13 +325,11 @@ def _task(model: ModelResult, task: str) -> Cell:
     value = found["metrics"][metric]
     beside = (model.comparison or {"tasks": {}})["tasks"].get(task)
     small = (
-        "" if beside is None else f"{_plus_minus(**beside['metrics'][metric], sign='+')}, {100 * beside['agreement']:.1f} % same"
+        ""
+        if beside is None
+        else f"{with_error(**beside['metrics'].get(metric, {'difference': None, 'stderr': None}), sign='+')}, {100 * beside['agreement']:.1f} % same"
     )
-    return _plus_minus(value["value"], value["stderr"]), small
-
-
-def _plus_minus(difference: float, stderr: float | None, sign: str = "") -> str:
-    return f"{difference:{sign}.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
+    return with_error(value["value"], value["stderr"]), small
 
 
 def _speed(model: ModelResult, kind: str) -> Cell:

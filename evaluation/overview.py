@@ -15,6 +15,7 @@ be made is named with its reason, and the others go on. The table goes to `evalu
 import argparse
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -146,6 +147,9 @@ def make(options: argparse.Namespace, commit: str) -> tuple[list[Path], dict[str
         folder, kept = options.work / name, options.work / f"{name}.seconds.json"
         if not kept.exists():
             started = time.perf_counter()
+            if ROWS[name] is not from_recipe:  # which alone goes on with what a stopped run has left
+                for remnant in (folder, Path(f"{folder}.partial")):
+                    shutil.rmtree(remnant, ignore_errors=True)
             try:
                 ROWS[name](name, folder, options)
             except subprocess.CalledProcessError as error:

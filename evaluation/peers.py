@@ -28,6 +28,7 @@ from hf_compact import Protocol, SpeedConfig, Windows, api, measure
 from hf_compact.arch import describe
 from hf_compact.benchmark import Loaded
 from hf_compact.calibration import Calibration
+from hf_compact.checkpoint import REPORT_NAME
 from hf_compact.results import ModelResult, Results
 
 #: Calibrates a peer that needs it: ours by default, so that both see the same tokens.
@@ -291,7 +292,7 @@ def matching(label: str, found: ModelResult, options: argparse.Namespace) -> Pat
     if not stage:
         return None
     folder = options.output.with_suffix("") / ("ours-" + "-".join(str(value) for value in stage.values() if value is not None))
-    if not folder.exists():
+    if not (folder / REPORT_NAME).exists():  # it goes on where it was stopped
         folder.parent.mkdir(exist_ok=True)
         recipe = folder.with_suffix(".yaml")
         recipe.write_text(yaml.safe_dump({"stages": [stage], "calibration": CALIBRATION, "dtype": "bfloat16"}))
@@ -340,7 +341,12 @@ def markdown(rows: list[dict], texts: list[str]) -> str:
             lines.append(f"| {Path(row['label']).name} | skipped: {row['skipped']} |" + " |" * (1 + 2 * len(names)))
             continue
         size = "" if row["file_bytes"] is None else f"{row['file_bytes'] / 1e6:.1f}"
-        cells = [f"{row['scores'][name]:.3f} | {row['scores'][name] / dense['scores'][name]:.4f}" for name in names]
+        cells = [
+            "not finite |"
+            if row["scores"][name] is None
+            else f"{row['scores'][name]:.3f} | {row['scores'][name] / dense['scores'][name]:.4f}"
+            for name in names
+        ]
         bits = "" if row["body_bits_per_weight"] is None else f"{row['body_bits_per_weight']:.3f}"
         lines.append(f"| {Path(row['label']).name} | {bits} | {size} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

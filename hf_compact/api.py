@@ -578,7 +578,7 @@ def export(folder: str | Path, output: str | Path, kind: ExportKind = "dense") -
 
 def push(
     folder: str | Path, repo_id: str, *, private: bool = True, force: bool = False, overwrite: bool = False,
-    token: str | None = None, commit_message: str | None = None,
+    base: str | None = None, token: str | None = None, commit_message: str | None = None,
 ) -> str:  # fmt: skip
     """Upload a folder to the Hub: weights, config, tokenizer, chat template, recipe, report, plots and card.
 
@@ -586,10 +586,12 @@ def push(
     `model.push_to_hub` does the same for a compressed model in memory.
     """
     folder = Path(folder)
-    if not is_adapter(folder) and getattr(_read_config(folder), "quantization_config", None):
-        inspect_folder(folder)
+    if (folder / "config.json").is_file() and not is_adapter(folder):
+        quantization = getattr(_read_config(folder), "quantization_config", None)
+        if isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD:
+            inspect_folder(folder)
     return push_folder(
-        folder, repo_id, private=private, force=force, overwrite=overwrite, token=token, commit_message=commit_message
+        folder, repo_id, private=private, force=force, overwrite=overwrite, base=base, token=token, commit_message=commit_message
     )
 
 

@@ -142,7 +142,13 @@ def measure(
     if output is not None:
         results = _continued(results, Path(output))
     work = _Work(protocol, contents, tasks, progress)
-    rest = [path for path, name in names.items() if results.named(name) is None]
+    rest = []
+    for path, name in names.items():
+        kept = results.named(name)
+        if kept is None:
+            rest.append(path)
+        elif path not in ready and _fingerprint(path) != kept.fingerprint:
+            raise OutputError(f"--output {str(output)!r} holds {name} with other weights: choose another --output or delete it")
     beside = None
     if base is not None and rest:
         beside = ready.get(base) or _open(str(compare_with), base, protocol)
@@ -358,11 +364,10 @@ def _described(opened: Loaded) -> ModelResult:
     )
     if opened.path is None:
         return found
+    found.fingerprint = _fingerprint(opened.path)
     if opened.path.endswith(".gguf"):
-        found.fingerprint = hash_files([Path(opened.path)])
         return found
     folder = local_folder(opened.path)
-    found.fingerprint = hash_files(sorted(folder.glob("*.safetensors")))
     config = folder / "config.json"
     quantization = json.loads(config.read_text()).get("quantization_config", {}) if config.exists() else {}
     if quantization.get("quant_method") == QUANT_METHOD:
@@ -378,6 +383,11 @@ def _described(opened: Loaded) -> ModelResult:
             "is_verified": report.is_verified,
         }
     return found
+
+
+def _fingerprint(path: str) -> str:
+    """SHA-256 of a model's weight files."""
+    return hash_files([Path(path)] if path.endswith(".gguf") else sorted(local_folder(path).glob("*.safetensors")))
 
 
 def _memory(path: str, work: _Work) -> dict[str, Any]:

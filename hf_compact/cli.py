@@ -23,7 +23,7 @@ from .errors import CompactError, OutputError
 from .methods.compacter import CompacterConfig
 from .planner import BudgetPlan
 from .report import format_bytes
-from .results import Results
+from .results import Results, with_error
 from .scoring import Windows
 from .speed import SpeedConfig
 
@@ -324,7 +324,8 @@ def _print_perplexities(rows: list[dict[str, Any]], results: Results) -> None:
         beside = [] if not is_compared else ["", ""]
         if model.comparison is not None:
             found = model.comparison["perplexity"][Path(row["text"]).name]
-            beside = [f"{found['kl']:.4f}", f"{100 * found['top1_agreement']:.1f} %"]
+            divergence = "not finite" if found["kl"] is None else f"{found['kl']:.4f}"
+            beside = [divergence, f"{100 * found['top1_agreement']:.1f} %"]
         numbers = (f"{row['perplexity']:.3f}", f"{row['ratio']:.4f}", *beside, f"{row['file_bytes'] / 1e6:.1f}")
         table.add_row(row["model"], Path(row["text"]).name, *numbers, str(row["num_tokens"]), f"{row['seconds']:.1f}")
     out().print(table)
@@ -361,13 +362,9 @@ def _print_tasks(results: Results) -> None:
             for metric, found in result["metrics"].items():
                 change = None if beside is None else beside["metrics"].get(metric)
                 agreement = "" if beside is None else f"{100 * beside['agreement']:.1f} %"
-                cells = (_with_error(found["value"], found["stderr"]), "" if change is None else _with_error(**change, sign="+"))
+                cells = (with_error(found["value"], found["stderr"]), "" if change is None else with_error(**change, sign="+"))
                 table.add_row(model.name, task, metric, *cells, agreement, str(result["num_items"]))
     out().print(table)
-
-
-def _with_error(difference: float, stderr: float | None, sign: str = "") -> str:
-    return f"{difference:{sign}.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
 
 
 def _print_speed(results: Results) -> None:
@@ -519,7 +516,8 @@ def export(
 
 @app.command(
     epilog="Examples:\n\n    hf-compact push ./my-model-4bit me/my-model-4bit\n\n"
-    "    HF_TOKEN=$(cat token.txt) hf-compact push ./my-model-4bit me/my-model-4bit --public --message 'First version'",
+    "    HF_TOKEN=$(cat token.txt) hf-compact push ./my-model-4bit me/my-model-4bit --public --message 'First version'\n\n"
+    "    hf-compact push ./my-model-4bit-adapter me/my-adapter --base me/my-model-4bit",
 )
 def push(
     folder: Annotated[Path, typer.Argument(help="A folder of compress, recover or export.", metavar="DIR")],
@@ -527,6 +525,9 @@ def push(
     public: Annotated[bool, typer.Option("--public", help="Everybody may read it; without, nobody else may.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Although it was not verified, or has changed since.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the repository holds.")] = False,
+    base: Annotated[
+        str | None, typer.Option(help="Where the model of an adapter is, if it was trained on a folder.", metavar="USER/NAME")
+    ] = None,
     message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
 ) -> None:
     """Upload a verified folder to the Hub; interrupted, the same command goes on.
@@ -535,7 +536,7 @@ def push(
     """
     with _errors():
         address = api.push(
-            folder, repo_id, private=not public, force=force, overwrite=overwrite, commit_message=message
+            folder, repo_id, private=not public, force=force, overwrite=overwrite, base=base, commit_message=message
         )  # fmt: skip
     out().print(address, highlight=False, soft_wrap=True)
 

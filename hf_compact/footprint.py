@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from .arch import describe
 from .checkpoint import write_plot
 from .groups import shape_of
+from .reorder import head_width
 from .stored import StoredLinear, StoredModule
 
 
@@ -129,8 +130,7 @@ def count(model: PreTrainedModel) -> Footprint:
     """
     arch = describe(model)
     tied = {*model.get_expanded_tied_weights_keys(all_submodels=True), *(f"{name}.weight" for name in arch.tied)}
-    config = model.config.get_text_config(decoder=True)
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head = head_width(model)
     blocks = {}
     for block in arch.blocks:
         found = {"parameters": _parameters(model.get_submodule(block))}

@@ -137,9 +137,10 @@ def offline_configs(names: Sequence[str], task_data: Path) -> dict[str, dict[str
         splits = _splits(stock[name])
         scored = splits["test_split"] or splits["validation_split"]
         files = {scored: str(path.absolute())}
+        shown = splits["fewshot_split"] or splits["training_split"]
         train = task_data / f"{name}.train.jsonl"
-        if train.is_file() and splits["training_split"]:
-            files[splits["training_split"]] = str(train.absolute())
+        if train.is_file() and shown and shown != scored:
+            files[shown] = str(train.absolute())
         kept = {key: split if split in files else None for key, split in splits.items()}
         configs[name] = {
             "include": str(stock[name]),
@@ -180,10 +181,11 @@ def run_tasks(
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    if num_fewshot:
-        for name, task in tasks.items():
-            if not task.has_training_docs() and task.config.fewshot_split is None:
-                raise ConfigError(f"num_fewshot: {name} has no rows to show: put {name}.train.jsonl into task_data")
+    for name, task in tasks.items():  # without any, the harness would show rows that it scores
+        count = task.config.num_fewshot if num_fewshot is None else num_fewshot
+        own = (task.fewshot_cfg.split, task.fewshot_cfg.samples)
+        if count and own == (None, None) and not task.has_training_docs():
+            raise ConfigError(f"num_fewshot: {name} has no rows to show {count} of: put {name}.train.jsonl into task_data")
     with _quiet():
         lm = register()(model, tokenizer=tokenizer, batch_size=batch_size)
         lm.progress = progress
@@ -234,7 +236,7 @@ def _stock_files(names: Sequence[str]) -> dict[str, Path]:
     """The YAML files that define tasks, found by their text: reading all of them as YAML takes a minute."""
     import lm_eval.tasks
 
-    pattern = re.compile(rf"""^task:\s*["']?({"|".join(map(re.escape, names))})["']?\s*$""".encode(), re.MULTILINE)
+    pattern = re.compile(rf"""^["']?task["']?:\s*["']?({"|".join(map(re.escape, names))})["']?\s*$""".encode(), re.MULTILINE)
     found: dict[str, Path] = {}
     for path in sorted(Path(lm_eval.tasks.__file__).parent.rglob("*.yaml")):
         match = pattern.search(path.read_bytes())

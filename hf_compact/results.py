@@ -1,7 +1,7 @@
 """What was measured of models, in one schema: `results.json`, written by `hf-compact evaluate --output`.
 
 Rows of the tasks and windows of the texts are kept, so that any two models of the same protocol can be compared pair by pair
-later; `docs/results.md` explains every field.
+later; `docs/evaluation.md` explains every field.
 """
 
 import json
@@ -153,7 +153,7 @@ def compare_items(items: Mapping[str, Sequence[Any]], base: Mapping[str, Sequenc
 
     Returns:
         `metrics`: metric -> `difference` of the means and its `stderr`, row by row; `agreement`: share of the rows with the
-        same choice, or where nothing is chosen, the same first metric; `num_lost` and `num_gained`: rows that only the base,
+        same choice, or where nothing is chosen, both right or both wrong (without `acc`, the same first metric); `num_lost` and `num_gained`: rows that only the base,
         or only the model, has right (`acc`, where the task has it); with choices also `kl` (`KL(base || model)` of the
         distribution over them, nats per row) and its `kl_stderr`.
 
@@ -163,10 +163,10 @@ def compare_items(items: Mapping[str, Sequence[Any]], base: Mapping[str, Sequenc
     """
     metrics = {}
     for name, values in items.items():
-        if name in base and name != "choice" and values and isinstance(values[0], float):
-            difference, stderr = paired_difference(torch.tensor(values), torch.tensor(base[name]))
+        if name in base and name not in ("hash", "choice", "choices"):
+            difference, stderr = paired_difference(_numbers(values), _numbers(base[name]))
             metrics[name] = {"difference": difference, "stderr": stderr}
-    judged = "choice" if "choice" in items else next(iter(metrics), "hash")
+    judged = next((name for name in ("choice", "acc", *metrics) if name in items and name in base), "hash")
     pairs = list(zip(items[judged], base[judged], strict=True))
     found: dict[str, Any] = {"metrics": metrics, "agreement": sum(a == b for a, b in pairs) / len(pairs)}
     if "acc" in items and "acc" in base:
@@ -174,13 +174,27 @@ def compare_items(items: Mapping[str, Sequence[Any]], base: Mapping[str, Sequenc
         found |= {"num_lost": sum(a < b for a, b in rows), "num_gained": sum(a > b for a, b in rows)}
     if "choices" in items and "choices" in base:
         divergences = [
-            kl_divergence(
-                torch.tensor(p, dtype=torch.float64).log_softmax(-1), torch.tensor(q, dtype=torch.float64).log_softmax(-1)
-            )
+            kl_divergence(_numbers(p).log_softmax(-1), _numbers(q).log_softmax(-1))
             for q, p in zip(items["choices"], base["choices"], strict=True)
         ]
         found["kl"], found["kl_stderr"] = mean_and_error(torch.stack(divergences))
     return found
+
+
+def _numbers(values: Sequence[float | None]) -> torch.Tensor:
+    """NaN in the place of what a file had no number for."""
+    return torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float64)
+
+
+def with_error(difference: float | None, stderr: float | None, sign: str = "") -> str:
+    """A value or a difference in words; `not finite` where JSON had no number for it.
+
+    >>> with_error(0.5, 0.1, sign="+")
+    '+0.5000 ± 0.1000'
+    """
+    if difference is None:
+        return "not finite"
+    return f"{difference:{sign}.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
 
 
 def _finite(value: Any) -> Any:

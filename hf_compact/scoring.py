@@ -208,7 +208,7 @@ def compare_windows(found: dict[str, Any], base: dict[str, Any]) -> dict[str, An
         for entry in (found, base)
     )
     difference, stderr = paired_difference(values, others)
-    gap = found["mean_nll"] - base["mean_nll"]
+    gap = math.nan if None in (found["mean_nll"], base["mean_nll"]) else found["mean_nll"] - base["mean_nll"]
     ratio = math.exp(gap) if gap < 700 else math.inf
     return {"ratio": ratio, "nll_difference": difference, "nll_difference_stderr": stderr}
 

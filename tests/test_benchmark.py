@@ -182,6 +182,11 @@ def test_a_stopped_run_goes_on(dense_folder, small, text_file, tmp_path, monkeyp
         hf_compact.measure(
             [small], [text_file], Protocol(windows=Windows(window_length=16)), compare_with=dense_folder, output=output
         )
+    held = json.loads(output.read_text())
+    held["models"][1]["fingerprint"] = "of the folder before it was made anew"
+    output.write_text(json.dumps(held))
+    with pytest.raises(OutputError, match=r"holds small with other weights: choose another --output or delete it"):
+        hf_compact.measure([small], [text_file], protocol, compare_with=dense_folder, output=output)
     output.write_text("mine")
     with pytest.raises(OutputError, match="exists and is no results file: choose another --output"):
         hf_compact.measure([small], [text_file], protocol, output=output)
@@ -204,6 +209,12 @@ def test_rows_of_tasks_are_compared_pair_by_pair():
     models = [ModelResult(name=n, fingerprint="", dtype="", file_bytes=1, num_parameters=1, tasks={"t": {"items": i}}) for n, i in (("m", items), ("b", {**base, "hash": ["x"] * 4}))]  # fmt: skip
     with pytest.raises(ConfigError, match="m and b were not given the same rows of t"):
         compare(*models)
+
+
+def test_the_same_answer_is_not_the_same_likelihood():
+    """LAMBADA's first metric is a log-probability, which no two models share."""
+    items = {"hash": ["a", "b"], "perplexity": [-3.0, -1.0], "acc": [0.0, 1.0]}
+    assert compare_items(items, {"hash": ["a", "b"], "perplexity": [-3.1, -0.9], "acc": [0.0, 0.0]})["agreement"] == 0.5
 
 
 def test_strides_score_every_token_once_with_more_before_it():

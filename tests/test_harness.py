@@ -129,7 +129,9 @@ def test_lm_eval_prints_these_numbers(found, task_data, dense_folder, tmp_path, 
 def test_examples_are_shown_from_the_train_file(task_data, tmp_path, tokenizer):
     pytest.importorskip("lm_eval")
     write_tasks(tmp_path)
-    with pytest.raises(ConfigError, match=r"num_fewshot: arc_easy has no rows to show: put arc_easy.train.jsonl into task_data"):
+    with pytest.raises(
+        ConfigError, match=r"num_fewshot: arc_easy has no rows to show 2 of: put arc_easy.train.jsonl into task_data"
+    ):
         harness.run_tasks(tiny_model("llama"), tokenizer, harness.load_tasks(["arc_easy"], tmp_path), num_fewshot=2)
     shown = [{**row, "question": f"Shown {i}?"} for i, row in enumerate(ROWS["arc_easy"])]
     (tmp_path / "arc_easy.train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in shown))
@@ -137,6 +139,20 @@ def test_examples_are_shown_from_the_train_file(task_data, tmp_path, tokenizer):
     result = harness.run_tasks(tiny_model("llama"), tokenizer, tasks, num_fewshot=2, limit=2)["arc_easy"]
     assert result["num_fewshot"] == 2
     assert tasks["arc_easy"].instances[0].args[0].count("Shown") == 2
+
+
+def test_scored_rows_are_not_shown(tmp_path, tokenizer):
+    """GSM8K shows five rows by itself; MMLU takes them from a split that is not called train."""
+    pytest.importorskip("lm_eval")
+    rows = [{"question": f"What is {i}?", "answer": f"#### {i}"} for i in range(4)]
+    choices = [{"question": f"What is {i}?", "subject": "x", "choices": ["a", "b", "c", "d"], "answer": i} for i in range(4)]
+    write_tasks(tmp_path, gsm8k=rows, mmlu_anatomy=choices)
+    with pytest.raises(ConfigError, match=r"num_fewshot: gsm8k has no rows to show 5 of: put gsm8k.train.jsonl into task_data"):
+        harness.run_tasks(tiny_model("llama"), tokenizer, harness.load_tasks(["gsm8k"], tmp_path))
+    write_tasks(tmp_path, **{"mmlu_anatomy.train": [row | {"question": "Shown?"} for row in choices]})
+    tasks = harness.load_tasks(["mmlu_anatomy"], tmp_path)
+    harness.run_tasks(tiny_model("llama"), tokenizer, tasks, num_fewshot=2, limit=1)
+    assert tasks["mmlu_anatomy"].instances[0].args[0].count("Shown?") == 2
 
 
 def test_the_hub_out_of_reach_is_said(monkeypatch):

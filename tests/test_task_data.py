@@ -1,16 +1,14 @@
 """Rows in another layout become rows of the stock data sets: the harness makes the prompts and answers they stand for."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
+from evaluation import steps
 from hf_compact import harness
 from hf_compact.errors import ConfigError
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "convert_task_data.py"
 SOURCES = {
     "arc_easy.jsonl": {"query": "Question: What is hot?", "choices": ["ice", "fire", "snow"], "gold": 1},
     "openbook_qa.jsonl": {"query": "Cats eat", "choices": ["mice", "rocks"], "gold": 0},
@@ -34,10 +32,7 @@ EXPECTED = {
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("convert_task_data", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return steps.script("convert_task_data")
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..checkpoint import REPORT_NAME, write_plot, write_text
+from ..checkpoint import QUANT_METHOD, REPORT_NAME, write_plot, write_text
 from ..footprint import Comparison
 from ..report import Report, format_bytes
 
@@ -21,12 +21,26 @@ model = {auto}.from_pretrained("{place}")
 ```
 
 Without the import, transformers does not know the format and loading fails with a size mismatch."""
-_USE_PLAIN = """An ordinary model of transformers, no other library is needed:
+_USE_PLAIN = """An ordinary model of transformers, {needs}:
 
 ```python
 from transformers import {auto}
 
-model = {auto}.from_pretrained("{place}")
+model = {auto}.from_pretrained("{place}"{trust})
+```"""
+_ALONE = "no other library is needed"
+_USE_GGUF = f"""A file for llama.cpp, here by `pip install llama-cpp-python huggingface_hub`:
+
+```python
+from llama_cpp import Llama
+
+model = Llama.from_pretrained("{PLACEHOLDER}", filename="*.gguf")
+```"""
+_USE_ADAPTER = f"""```python
+import hf_compact  # registers the formats with transformers and PEFT
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("{PLACEHOLDER}")
 ```"""
 
 
@@ -54,7 +68,7 @@ def model_card(report: Report) -> str:
         "## Measured",
         replace(report, model=name).to_markdown(),
         "## Use",
-        (_USE_PLAIN if report.is_plain else _USE).format(auto=report.auto_class, place=PLACEHOLDER),
+        (_USE_PLAIN if report.is_plain else _USE).format(auto=report.auto_class, place=PLACEHOLDER, needs=_ALONE, trust=""),
         "## Layers with the largest error",
         "| layer | bits per weight | relative output error |\n|---|---|---|\n"
         + "\n".join(f"| {layer.name} | {layer.bits_per_weight:.2f} | {layer.relative_error:.2e} |" for layer in worst),
@@ -76,15 +90,29 @@ def model_card(report: Report) -> str:
     return text
 
 
-def short_card(name: str, model_class: str | None, methods: Iterable[str]) -> str:
-    """The card of a model without a report: what it is and how it is loaded, no number.
+def short_card(name: str, folder: Path) -> str:
+    """The card of a folder that has none: what it is and how it is loaded, no number.
 
-    >>> short_card("tiny", None, ["codebook"]).splitlines()[1]
-    'library_name: transformers'
+    >>> short_card("tiny", Path("a-folder-of-an-adapter")).splitlines()[1]
+    'library_name: peft'
     """
-    data = ModelCardData(library_name="transformers", tags=_tags(methods))
-    is_causal = model_class is None or model_class.endswith(("ForCausalLM", "LMHeadModel"))
-    use = _USE.format(auto="AutoModelForCausalLM" if is_causal else model_class, place=PLACEHOLDER)
+    path = folder / "config.json"
+    library, use, methods = "peft", _USE_ADAPTER, []
+    if path.is_file():
+        config = json.loads(path.read_text(encoding="utf-8"))
+        quantization = config.get("quantization_config") or {}
+        is_ours = quantization.get("quant_method") == QUANT_METHOD
+        methods = [stage["method"] for stage in quantization["stages"]] if is_ours else []
+        library, use = "transformers", _USE if is_ours else _USE_PLAIN
+        model_class = (config.get("architectures") or ["AutoModel"])[0]
+        auto = "AutoModelForCausalLM" if model_class.endswith(("ForCausalLM", "LMHeadModel")) else model_class
+        needs = "`pip install compressed-tensors`" if quantization.get("quant_method") == "compressed-tensors" else _ALONE
+        use = use.format(
+            auto=auto, place=PLACEHOLDER, needs=needs, trust=", trust_remote_code=True" if "auto_map" in config else ""
+        )
+    elif any(folder.glob("*.gguf")):
+        library, use = "gguf", _USE_GGUF
+    data = ModelCardData(library_name=library, tags=_tags(methods))
     return f"---\n{data.to_yaml()}\n---\n\n# {name}\n\nNo measured report is part of this model.\n\n## Use\n\n{use}\n"
 
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UnsupportedModel
 from ..functional.feedback import spread_groups
+from ..reorder import head_width
 from .export import block_layers, compressed_modules, ternary_layers
 from .grid import IntegerGrid, integer_grid
 
@@ -223,7 +224,7 @@ def _check_half(model: PreTrainedModel) -> None:
 
 def _widths(model: PreTrainedModel) -> list[tuple[int, int, int]]:
     """Query heads, key heads and channels of the MLP, layer by layer."""
-    head_dim = _head_dim(model)
+    head_dim = head_width(model)
     rows = (
         (layer.self_attn.q_proj.out_features, layer.self_attn.k_proj.out_features, layer.mlp.up_proj.out_features)
         for layer in model.model.layers
@@ -235,13 +236,8 @@ def _differs(model: PreTrainedModel) -> bool:
     return len(set(_widths(model))) > 1
 
 
-def _head_dim(model: PreTrainedModel) -> int:
-    config = model.config
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
 def _write_settings(writer: gguf.GGUFWriter, model: PreTrainedModel, kind: str) -> None:
-    config, head_dim = model.config, _head_dim(model)
+    config, head_dim = model.config, head_width(model)
     heads, key_heads, channels = (list(column) for column in zip(*_widths(model), strict=True))
     is_table = _differs(model)
     writer.add_block_count(config.num_hidden_layers)
@@ -264,7 +260,7 @@ def _write_tensors(
     writer: gguf.GGUFWriter, model: PreTrainedModel, packed: Mapping[str, tuple[Tensor, gguf.GGMLQuantizationType]], kind: str,
     arch: gguf.MODEL_ARCH,
 ) -> None:  # fmt: skip
-    has_pairs, head_dim = _FAMILIES[model.config.model_type][1], _head_dim(model)
+    has_pairs, head_dim = _FAMILIES[model.config.model_type][1], head_width(model)
     names = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
         if name in model.all_tied_weights_keys:

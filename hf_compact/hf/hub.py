@@ -35,7 +35,7 @@ _PROBE_TOKENS = 32
 
 
 def push_folder(
-    folder: Path, repo_id: str, *, private: bool = True, force: bool = False, overwrite: bool = False,
+    folder: Path, repo_id: str, *, private: bool = True, force: bool = False, overwrite: bool = False, base: str | None = None,
     token: str | None = None, commit_message: str | None = None,
 ) -> str:  # fmt: skip
     """Upload a folder as a model repository; interrupted, the same call goes on.
@@ -45,9 +45,10 @@ def push_folder(
     Args:
         folder: complete, as `compress`, `recover` or `export` leave it.
         repo_id: `user/name`; created if it does not exist.
-        private: create it private, and refuse one that is public.
+        private: create it private, and refuse one that is public; False creates it public, and refuses one that is private.
         force: send a folder that was not verified, or has changed since.
         overwrite: replace what the repository holds; its history keeps the old files.
+        base: Hub id of the model that an adapter stands on; None is the one its config names, which must not be a folder then.
         token: with the right to write; None is the one of `HF_TOKEN` or `hf auth login`.
         commit_message: of the commit.
 
@@ -57,14 +58,12 @@ def push_folder(
     Raises:
         VerificationError: the folder was not verified; nothing is sent.
         FormatError: the folder is not complete; nothing is sent.
-        OutputError: no token or no right to write, a repository that holds something else, or the Hub failed.
+        OutputError: no token or no right to write, a repository that holds something else, an adapter on a model that nobody
+            else has, or the Hub failed.
     """
-    if "/" not in repo_id:
-        raise OutputError(f"repo_id must be user/name, got {repo_id!r}")
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise OutputError(f"repo_id {repo_id!r} is not valid: {error}") from error
+    for field, name in (("repo_id", repo_id), ("base", base)):
+        if name is not None:
+            _check_name(field, name)
     if token is None and get_token() is None:
         raise OutputError("pushing needs a token with the right to write: run `hf auth login`, or set HF_TOKEN")
     if Journal.is_unfinished(folder):
@@ -72,9 +71,10 @@ def push_folder(
     reason = _unverified(folder)
     if reason and not force:
         raise VerificationError(f"{folder} {reason}: verify it, or force the push")
+    _check_base(folder, base)
     hub = HfApi(token=token)
     with tempfile.TemporaryDirectory() as scratch, _hub_errors(repo_id):
-        staged = _stage(folder, Path(scratch), repo_id)
+        staged = _stage(folder, Path(scratch), repo_id, base)
         _check_card(staged / "README.md")
         info = _existing(hub, repo_id)
         if info is None:
@@ -136,10 +136,7 @@ def push_model(  # noqa: PLR0913 - by keyword
             tokenizer.save_pretrained(folder)
         verification = _verify(model, folder)
         file_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        if report is None:
-            methods = sorted({stage["method"] for stage in model.config.quantization_config.stages})
-            write_text(folder / "README.md", short_card(repo_id.rpartition("/")[2], type(model).__name__, methods))
-        else:
+        if report is not None:
             report.verification = {**(report.verification or {}), **verification}
             report.file_bytes = file_bytes
             write_text(folder / "recipe.json", json.dumps(report.recipe, indent=2) + "\n")
@@ -166,19 +163,42 @@ def _unverified(folder: Path) -> str | None:
         except (ValueError, KeyError, TypeError) as error:
             raise FormatError(f"{folder / _ADAPTER_REPORT} is no report of recover: {type(error).__name__}") from error
     if not (folder / "config.json").is_file():
+        if any(folder.glob("*.gguf")):
+            return f"has no {REPORT_NAME}"
         raise FormatError(f"{folder} has no config.json: push sends folders of compress, recover or export")
+    files = TensorSource.in_folder(folder).files
     if not (folder / REPORT_NAME).is_file():
         return f"has no {REPORT_NAME}"
     report = Report.read(folder / REPORT_NAME)
     if not report.is_verified:
         return f"failed its verification ({(report.verification or {}).get('reason', 'it was never reloaded')})"
-    size = sum(path.stat().st_size for path in TensorSource.in_folder(folder).files)
+    size = sum(path.stat().st_size for path in files)
     if size != report.file_bytes:
         return f"has changed since it was verified (its weights take {size} bytes, then {report.file_bytes})"
     return None
 
 
-def _stage(folder: Path, scratch: Path, repo_id: str) -> Path:
+def _check_name(field: str, name: str) -> None:
+    if "/" not in name:
+        raise OutputError(f"{field} must be user/name, got {name!r}")
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise OutputError(f"{field} {name!r} is not valid: {error}") from error
+
+
+def _check_base(folder: Path, base: str | None) -> None:
+    """Raise OutputError if an adapter would name a folder of this machine, on which the Hub refuses its card too."""
+    if not (folder / "adapter_config.json").is_file():
+        if base is not None:
+            raise OutputError(f"base belongs to an adapter, and {folder} holds none")
+        return
+    named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if base is None and (not named or Path(named).is_absolute() or Path(named).exists()):
+        raise OutputError(f"{folder} stands on {named!r}, which nobody else has: push that first, and name it (--base user/name)")
+
+
+def _stage(folder: Path, scratch: Path, repo_id: str, base: str | None) -> Path:
     """A folder of links to what is sent, a card that names the repository, and reports without paths of this machine."""
     staged = scratch / "staged"
     staged.mkdir()
@@ -193,10 +213,22 @@ def _stage(folder: Path, scratch: Path, repo_id: str) -> Path:
             (staged / name).unlink()
             write_text(staged / name, json.dumps(values, indent=2) + "\n")
     card = staged / "README.md"
-    text = card.read_text(encoding="utf-8") if card.exists() else short_card(repo_id.rpartition("/")[2], None, [])
+    text = card.read_text(encoding="utf-8") if card.exists() else short_card(repo_id.rpartition("/")[2], folder)
     card.unlink(missing_ok=True)
-    card.write_text(text.replace(PLACEHOLDER, repo_id), encoding="utf-8")
+    write_text(card, (text if base is None else _on_base(text, base)).replace(PLACEHOLDER, repo_id))
+    if base is not None:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")) | {"base_model_name_or_path": base}
+        (staged / "adapter_config.json").unlink()
+        write_text(staged / "adapter_config.json", json.dumps(config, indent=2) + "\n")
     return staged
+
+
+def _on_base(text: str, base: str) -> str:
+    """An adapter's card that names the model it stands on, where PEFT has written a folder."""
+    card = ModelCard(text)
+    card.data.base_model = base
+    card.data.tags = [tag for tag in card.data.tags or [] if not tag.startswith("base_model:")] + [f"base_model:adapter:{base}"]
+    return str(card)
 
 
 def _without_places(values: dict[str, Any]) -> dict[str, Any]:
@@ -223,6 +255,8 @@ def _check_repository(info: ModelInfo, staged: Path, private: bool, overwrite: b
     """Raise OutputError where the push would publish what is to be private, or replace what is not its own earlier part."""
     if private and not info.private:
         raise OutputError(f"{info.id} exists and is public: say so (--public), or choose another name")
+    if info.private and not private:
+        raise OutputError(f"{info.id} exists and is private: leave out --public, or make it public on the Hub first")
     files = (other for other in info.siblings or [] if other.rfilename != ".gitattributes")
     for other in () if overwrite else files:
         path = staged / other.rfilename

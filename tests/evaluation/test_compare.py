@@ -139,11 +139,36 @@ def test_page_needs_nothing_else(both):
     assert compare.page(both, "A & B") == text
 
 
+def test_names_are_no_formulas_and_end_no_cell():
+    base, odd = model("dense", 4_000_000, [3.0, 2.0, 2.5], "++-+"), model("a$x^$ | b", 1_000_000, [3.1, 2.2, 2.5], "++--")
+    text = compare.page(results(base, odd), "Models")
+    assert "a$x^$ | b" in Page(text).texts["text"]
+    (row,) = (line for line in compare.markdown(results(base, odd)).splitlines() if "x^" in line)
+    assert row.startswith("| a$x^$ \\| b | 1.0 |")
+
+
+def test_a_page_of_several_files_states_what_each_has_measured(both):
+    texts, tasks = results(both.models[0], tasks=[], speed=None), results(both.models[1], texts={})
+    merged = compare.merge([("a", texts), ("b", tasks)])
+    assert [note.split(":")[0] for note in compare.stated(merged)[:3]] == ["perplexity", "tasks", "speed"]
+    other = results(both.models[1], texts={"c4": "beef"}, windows={**both.protocol["windows"], "num_windows": 5})
+    with pytest.raises(ConfigError, match="perplexity was not measured alike in a and b: windows "):
+        compare.merge([("a", texts), ("b", other)])
+
+
 def test_what_is_not_finite_is_said_and_not_drawn(both):
     both.models[1].perplexity["wiki"]["perplexity"] = None
     both.models[1].comparison["perplexity"]["wiki"]["ratio"] = None
     assert "| not finite |" in compare.markdown(both)
     assert "perplexity on wiki" not in [axes.get_ylabel() for axes in compare.pictures(both)["pareto"].axes]
+    for found in both.models:
+        task = found.tasks["piqa"]
+        task["metrics"], task["items"]["perplexity"] = {"perplexity": task["metrics"]["acc"]}, task["items"].pop("acc")
+    task["metrics"]["perplexity"]["value"] = task["items"]["perplexity"][0] = None
+    both.models[1].comparison = paired(both.models[1], both.models[0]) | {"speed": None}
+    both = Results.from_dict(both.to_dict())
+    assert "| not finite (not finite, 75.0 % same) |" in compare.markdown(both)
+    assert "pareto" not in compare.pictures(both)
 
 
 @pytest.mark.cli

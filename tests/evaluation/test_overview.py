@@ -1,5 +1,6 @@
 """Every method in one table: the quick form on a tiny model, stopped and gone on with."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -72,6 +73,18 @@ def test_quick_form(dense_folder, text_file, tmp_path, monkeypatch, capsys):
     assert "skipped: ternary" in table
     assert "<svg" in (tmp_path / "results" / "08-overview.html").read_text()
     assert str(tmp_path) not in table
+
+
+def test_a_row_that_was_stopped_begins_anew(tmp_path, monkeypatch):
+    """A killed `recover` leaves its folder under another name, which the next one refuses to write over."""
+    name = "codebook-3bit-adapter"
+    for remnant in (name, f"{name}.partial"):
+        (tmp_path / remnant).mkdir()
+        (tmp_path / remnant / "adapter_model.safetensors").write_bytes(b"half")
+    seen = []
+    monkeypatch.setitem(overview.ROWS, name, lambda *_: seen.extend(tmp_path.iterdir()))
+    folders, skipped = overview.make(argparse.Namespace(row=[name], work=tmp_path), "c0ffee")
+    assert (folders, skipped, seen) == ([tmp_path / name], {}, [])
 
 
 def test_every_method_has_a_row():

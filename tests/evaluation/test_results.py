@@ -61,8 +61,10 @@ def test_a_missed_claim_is_not_held(label, change):
 
 
 def test_table_has_every_row_and_its_ratio():
-    table = peers.markdown([*ROWS, {"label": "absent", "skipped": "no module"}], ["a/wiki", "b/c4"])
-    assert len(table.splitlines()) == 2 + len(ROWS) + 1
+    broken = row("broken", 2.0, None, 99.0)
+    table = peers.markdown([*ROWS, broken, {"label": "absent", "skipped": "no module"}], ["a/wiki", "b/c4"])
+    assert len(table.splitlines()) == 2 + len(ROWS) + 2
+    assert "| broken | 2.000 |  | not finite | | 99.000 | 3.3000 |" in table
     assert "| 21.000 | 1.0500 | 32.000 | 1.0667 |" in table
     assert "| absent | skipped: no module |" in table
 
@@ -131,6 +133,12 @@ def test_a_match_takes_the_bytes_of_the_peer(tmp_path, monkeypatch):
     recipe = yaml.safe_load(folder.with_suffix(".yaml").read_text())
     assert Recipe.from_dict(recipe).stages[0].bits == 4.478
     assert made[0][-6:] == ["--recipe", str(folder.with_suffix(".yaml")), "--output", str(folder), "--calibration", "a.txt"]
+    folder.mkdir()  # stopped on the way: the same command goes on
+    peers.matching("HQQ 4 bit g64", model, options)
+    assert made[1] == made[0]
+    (folder / "compression_report.json").write_text("{}")
+    peers.matching("HQQ 4 bit g64", model, options)
+    assert len(made) == 2
     folder = peers.matching("Torch-Pruning, 20 % of channels", model, options)
     assert yaml.safe_load(folder.with_suffix(".yaml").read_text())["stages"] == [{"method": "pruning", "channel_sparsity": 0.2}]
     assert peers.matching("nearest, 4 bit g64 (control)", model, options) is None

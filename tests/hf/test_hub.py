@@ -218,6 +218,11 @@ def test_damaged_folders_are_refused_even_if_forced(folder, hub):
     shard = sorted(folder.glob("*.safetensors"))[-1]
     data = shard.read_bytes()
     shard.write_bytes(data[:-3])
+    report = (folder / "compression_report.json").read_bytes()
+    (folder / "compression_report.json").unlink()  # as an export
+    with pytest.raises(FormatError, match="is not a complete safetensors file"):
+        hub_module.push_folder(folder, "me/small", force=True)
+    (folder / "compression_report.json").write_bytes(report)
     with pytest.raises(FormatError, match="is not a complete safetensors file"):
         hf_compact.push(folder, "me/small", force=True)
     shard.write_bytes(data)
@@ -257,6 +262,11 @@ def test_what_is_public_is_not_pushed_to_by_accident(folder, hub):
     assert not hub.repositories["me/small"].private
     with pytest.raises(OutputError, match=r"me/small exists and is public: say so \(--public\), or choose another name"):
         hub_module.push_folder(folder, "me/small")
+    hub.repositories["me/small"].private = True
+    with pytest.raises(
+        OutputError, match="me/small exists and is private: leave out --public, or make it public on the Hub first"
+    ):
+        hub_module.push_folder(folder, "me/small", private=False)
 
 
 def test_a_card_that_the_hub_does_not_take(folder, hub):
@@ -344,7 +354,63 @@ def test_an_adapter_is_pushed_with_its_report(hub, tmp_path):
         hf_compact.push(folder, "me/adapter")
     values["verification"]["verified"] = True
     (folder / "recovery.json").write_text(json.dumps(values))
-    hf_compact.push(folder, "me/adapter")
+    local = str(tmp_path / "base")
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": local, "r": 8}))
+    card = f"---\nbase_model: {local}\nlibrary_name: peft\ntags:\n- base_model:adapter:{local}\n- more\n---\n# An adapter\n"
+    (folder / "README.md").write_text(card)
+    with pytest.raises(
+        OutputError, match=r"stands on '.*base', which nobody else has: push that first, and name it \(--base user"
+    ):
+        hf_compact.push(folder, "me/adapter")
+    with pytest.raises(OutputError, match="base must be user/name, got 'base'"):
+        hf_compact.push(folder, "me/adapter", base="base")
+    assert not hub.log
+    hf_compact.push(folder, "me/adapter", base="me/base")
     sent = hub.repositories["me/adapter"].files
     assert "adapter_model.safetensors" in sent
     assert json.loads(sent["recovery.json"]) == values | {"model": "base", "output": "adapter"}
+    assert json.loads(sent["adapter_config.json"]) == {"base_model_name_or_path": "me/base", "r": 8}
+    data = yaml.safe_load(sent["README.md"].decode().split("---")[1])
+    assert (data["base_model"], data["tags"]) == ("me/base", ["more", "base_model:adapter:me/base"])
+    assert (folder / "README.md").read_text() == card
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "me/base"}))
+    (folder / "README.md").unlink()
+    hf_compact.push(folder, "me/another")
+    assert b'AutoPeftModelForCausalLM.from_pretrained("me/another")' in hub.repositories["me/another"].files["README.md"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "use"),
+    [
+        ("dense", "no other library is needed:"),
+        ("compressed-tensors", "transformers, `pip install compressed-tensors`:"),
+        ("q4_0", 'Llama.from_pretrained("me/small", filename="*.gguf")'),
+    ],
+)
+def test_an_export_is_pushed_by_force_with_a_card_of_its_own(kind, use, hub, tokenizer, tmp_path):
+    if kind == "compressed-tensors":
+        pytest.importorskip("compressed_tensors")
+    model = tiny_model("llama", intermediate_size=96)
+    stage = {"method": "codebook", "rounding": "nearest", "group_size": 32, "scale_bits": None, "symmetric": True}
+    hf_compact.compress(model, {"stages": [stage]}, calibration=from_batches([tiny_inputs("llama")]))
+    model.save_pretrained(tmp_path / "ours")
+    tokenizer.save_pretrained(tmp_path / "ours")
+    hf_compact.export(tmp_path / "ours", tmp_path / "out", kind)
+    with pytest.raises(VerificationError, match=r"out has no compression_report.json: verify it, or force the push"):
+        hf_compact.push(tmp_path / "out", "me/small")
+    with pytest.raises(OutputError, match=r"base belongs to an adapter, and .*out holds none"):
+        hf_compact.push(tmp_path / "out", "me/small", force=True, base="me/base")
+    hf_compact.push(tmp_path / "out", "me/small", force=True)
+    files = hub.repositories["me/small"].files
+    assert {path.name for path in (tmp_path / "out").iterdir()} <= set(files)
+    card = files["README.md"].decode()
+    assert use in card
+    assert "import hf_compact" not in card
+
+
+def test_another_librarys_format_is_no_damage(folder, hub):
+    """What `--to bitnet` writes, for one."""
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "bitnet"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    hf_compact.push(folder, "me/small")
+    assert "config.json" in hub.repositories["me/small"].files
