@@ -14,7 +14,11 @@ from torch import multiprocessing as mp
 
 def run_ranks(work: Callable[..., None], folder: str | Path, *arguments: Any, seconds: float, count: int = 2) -> None:
     """Run `work(rank, folder, *arguments)` in each of the processes of a group; all are ended if they take too long."""
-    context = mp.start_processes(_in_group, (work, count, folder, *arguments), nprocs=count, join=False, start_method="spawn")
+    # A server that has imported what every rank needs forks them: an import takes longer than most of what is tested.
+    mp.set_forkserver_preload(["transformers.trainer", "hf_compact", "tests.conftest"])
+    context = mp.start_processes(
+        _in_group, (work, count, folder, *arguments), nprocs=count, join=False, start_method="forkserver"
+    )
     deadline = time.monotonic() + seconds
     try:
         while not context.join(timeout=1):  # true once all have ended; raises what one of them raised

@@ -47,6 +47,17 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(file), f"{relative(page)} links to {target}, which has no such heading"
 
 
+def test_parts_that_pages_include_are_there():
+    """In the one form that the site builder knows; anything else is shown as it stands."""
+    included = [
+        line for page in PAGES for line in page.read_text(encoding="utf-8").splitlines() if line.lstrip().startswith("--8")
+    ]
+    names = [re.fullmatch(r'--8<-- "([^":]+)(:\d+)?"', line) for line in included]
+    assert all(names), included
+    assert {"scripts/examples/trainer_callback.py", "evaluation/results/02-pareto.md"} <= {found[1] for found in names}
+    assert all((ROOT / found[1]).is_file() for found in names)
+
+
 def test_every_page_is_in_the_menu():
     def files(entries):
         for entry in entries:
