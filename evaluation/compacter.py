@@ -9,7 +9,6 @@ folder. Results go to `evaluation/results/06-compacter.json` and `.md`; `--part`
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import statistics
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 
-from evaluation.steps import RESULTS, bar, bar_table, commit, machine
+from evaluation.steps import RESULTS, bar, bar_table, commit, machine, script
 
 HERE = Path(__file__).parent
 GLUE = HERE.parent / "scripts" / "glue_compacter.py"
@@ -206,19 +205,17 @@ def bars(found: dict[str, Any], table: list[dict[str, Any]]) -> list[dict[str, A
 
 def write(found: dict[str, Any], command: str) -> None:
     """The JSON and the tables of what has been run."""
-    spec = importlib.util.spec_from_file_location("glue_compacter", GLUE)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    table = script.summary(found["glue"]["rows"]) if "glue" in found else []
+    glue = script("glue_compacter")
+    table = glue.summary(found["glue"]["rows"]) if "glue" in found else []
     result = [{"seed": 0, **row, "machine": machine(), "command": command} for row in bars(found, table)]
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "06-compacter.json").write_text(json.dumps({"bars": result, **found}, indent=2) + "\n")
     text = f"# Compacter\n\n{machine()}; the commit of each part is in the JSON.\n\n" + bar_table(result) + "\n"
     if table:
-        script.plot(table, RESULTS / "06-compacter.png")
-        text += "\n## GLUE\n\n" + script.markdown(table)
-        rates = ", ".join(f"{name} {script.LEARNING_RATES[name]:g}" for name in GLUE_METHODS)
-        size = ", ".join(f"{name} {value}" for name, value in script.SIZE.items())
+        glue.plot(table, RESULTS / "06-compacter.png")
+        text += "\n## GLUE\n\n" + glue.markdown(table)
+        rates = ", ".join(f"{name} {glue.LEARNING_RATES[name]:g}" for name in GLUE_METHODS)
+        size = ", ".join(f"{name} {value}" for name, value in glue.SIZE.items())
         text += f"\nLearning rates: {rates}. Compacter: {size}.\n"
     if "decode" in found:
         text += "\n## Decoding\n\n| | milliseconds per token |\n|---|---|\n"
