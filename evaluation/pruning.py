@@ -43,6 +43,8 @@ BEFORE = {
 STEPS, LENGTH, BATCH, LEARNING_RATE = 400, 512, 2, 1e-4
 #: HESSO's own scores, without what a group adds to the output.
 PAPER = {"output": 0.0} | dict.fromkeys(("magnitude", "avg_magnitude", "cosine", "taylor_first", "taylor_second"), 0.2)
+#: How HESSO's rows choose and refit, if their names do not say otherwise.
+REFIT = {"periods": 5, "refit_steps": 4}
 #: HESSO warms up for a twentieth of the steps and prunes for a quarter of them, or for a half.
 WARM_UP, PRUNING, SLOW = 20, 4, 2
 PREFILL_RATIO, DECODE_RATIO, OVERHEAD = 1.3, 1.2, 0.1
@@ -81,7 +83,7 @@ def share_of_groups(options: argparse.Namespace, target: float) -> dict[str, flo
 
 def trained(
     options: argparse.Namespace, name: str, target: float | None = None, is_distilled: bool = False, pruning: int = PRUNING,
-    **scores: float,
+    **settings: float,
 ) -> dict[str, Any]:  # fmt: skip
     """Train the dense model as it is, with HESSO, or after it was pruned in one shot; then score."""
     started = time.perf_counter()
@@ -91,10 +93,9 @@ def trained(
     if is_distilled:
         callbacks.append(DistillationCallback(api.open_dense(options.model, "float32", is_whole=True).model))
     if target is not None:
-        warm_up, periods = max(1, options.steps // WARM_UP), 2 if options.quick else 10
-        callbacks.append(
-            HessoCallback(target=target, warm_up_steps=warm_up, pruning_steps=options.steps // pruning, periods=periods, **scores)
-        )
+        schedule = {"warm_up_steps": max(1, options.steps // WARM_UP), "pruning_steps": options.steps // pruning}
+        settings |= {"periods": 2} if options.quick else {}
+        callbacks.append(HessoCallback(target=target, **schedule, **settings))
     elif name != "trained-dense":
         pruned = options.work / name.removesuffix("-trained")
         shares = share_of_groups(options, 0.2)
@@ -136,11 +137,11 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def overhead(options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of training steps and of the callback in them, over a warm-up, two periods and the time after."""
+    """Seconds of training steps and of the callback in them, over a warm-up, a period and the time after, as often as in a run."""
     started = time.perf_counter()
     opened = api.open_dense(options.model, "float32", is_whole=True)
-    model, number = opened.model.train(), 8 if options.quick else 40
-    callback = HessoCallback(target=0.2, warm_up_steps=number // 4, pruning_steps=number // 2, periods=2)
+    model, number = opened.model.train(), 8 if options.quick else STEPS // REFIT["periods"] // 2
+    callback = HessoCallback(target=0.2, warm_up_steps=number // 4, pruning_steps=number // 2, **REFIT | {"periods": 1})
     hooked, started_at = 0.0, 0.0
 
     def note_start(*_: Any) -> None:
@@ -163,6 +164,7 @@ def overhead(options: argparse.Namespace) -> dict[str, Any]:
     steps, calls = [], []
     for step in range(number):
         at, hooked = time.perf_counter(), 0.0
+        callback.begin_step(model, step)
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
@@ -192,10 +194,11 @@ def steps(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]
     found |= {name: lambda name=name: compressed(options, name) for name in ONE_SHOT}
     found["trained-dense"] = lambda: trained(options, "trained-dense")
     for percent in TRAINED:
-        found[f"hesso-{percent}"] = lambda percent=percent: trained(options, f"hesso-{percent}", percent / 100)
-    found["hesso-20-slow"] = lambda: trained(options, "hesso-20-slow", 0.2, pruning=SLOW)
+        found[f"hesso-{percent}"] = lambda percent=percent: trained(options, f"hesso-{percent}", percent / 100, **REFIT)
+    found["hesso-20-not-refitted"] = lambda: trained(options, "hesso-20-not-refitted", 0.2)
+    found["hesso-20-slow"] = lambda: trained(options, "hesso-20-slow", 0.2, pruning=SLOW, **REFIT)
     found["hesso-20-slow-paper-scores"] = lambda: trained(options, "hesso-20-slow-paper-scores", 0.2, pruning=SLOW, **PAPER)
-    found["hesso-20-distilled"] = lambda: trained(options, "hesso-20-distilled", 0.2, is_distilled=True)
+    found["hesso-20-distilled"] = lambda: trained(options, "hesso-20-distilled", 0.2, is_distilled=True, **REFIT)
     found |= {f"{name}-20-trained": lambda name=name: trained(options, f"{name}-20-trained") for name in BEFORE}
     found["speed"] = lambda: speed(options)
     found["overhead"] = lambda: overhead(options)
