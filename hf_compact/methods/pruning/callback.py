@@ -336,7 +336,8 @@ class HessoCallback(CompactCallback):
     @torch.no_grad()
     def _add_gram(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if module.training and self.is_watching:
-            add_gram_(module.get_buffer(_GRAM), args[0].detach())
+            with torch.autocast(args[0].device.type, enabled=False):  # which would multiply in bfloat16
+                add_gram_(module.get_buffer(_GRAM), args[0].detach())
 
     def _lowest_in_each(self, sets: list[tuple[GroupSet, Tensor]], due: int) -> dict[GroupSet, Tensor]:
         """The lowest of every set, equally many of each pool."""

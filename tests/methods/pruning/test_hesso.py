@@ -223,6 +223,18 @@ def test_what_is_chosen_is_made_up_for_in_closed_form(family):
     assert not part.module.pruning_gram.any()
 
 
+def test_moments_are_summed_in_float32_under_autocast():
+    model = tiny_model("llama").train()
+    callback = HessoCallback(**SETTINGS | {"kinds": ("channels",), "refit_steps": 2})
+    callback.prepare(model)
+    reader, inputs = model.model.layers[0].mlp.down_proj, []
+    reader.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach().flatten(0, -2).double()))
+    callback.begin_step(model, 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**tiny_inputs("llama", 8, 16))
+    torch.testing.assert_close(reader.pruning_gram.double(), inputs[0].T @ inputs[0], rtol=1e-5, atol=1e-7)
+
+
 def test_refitting_keeps_more_than_zeroing(tmp_path):
     """The block's output after all choices, no training in between."""
     lost = {}
