@@ -232,7 +232,7 @@ def test_moments_are_summed_in_float32_under_autocast():
     callback.begin_step(model, 0)
     with torch.autocast("cpu", torch.bfloat16):
         model(**tiny_inputs("llama", 8, 16))
-    torch.testing.assert_close(reader.pruning_gram.double(), inputs[0].T @ inputs[0], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(reader.pruning_gram.double(), inputs[0].T @ inputs[0], rtol=1e-5, atol=2e-6)
 
 
 def test_refitting_keeps_more_than_zeroing(tmp_path):
