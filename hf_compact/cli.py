@@ -229,7 +229,7 @@ def evaluate(  # noqa: PLR0913 - one argument per option
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Rows of each task, from the first. Default: all.")] = None,
     num_fewshot: Annotated[int | None, typer.Option(help="Examples shown before each row. Default: the task's own.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Sequences of the tasks at a time.")] = 8,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences of the tasks at a time. Default: 8.")] = None,
     compare: Annotated[
         str | None,
         typer.Option(
@@ -243,8 +243,8 @@ def evaluate(  # noqa: PLR0913 - one argument per option
     prompt_tokens: Annotated[int | None, typer.Option(help="With --speed: tokens of the prompt. Default: 256.")] = None,
     new_tokens: Annotated[int | None, typer.Option(help="With --speed: tokens that are generated. Default: 32.")] = None,
     repeats: Annotated[int | None, typer.Option(help="With --speed: counted turns, after one to warm up. Default: 5.")] = None,
-    windows: Annotated[int, typer.Option(help="Windows from the start of each text.", min=1)] = 40,
-    window_length: Annotated[int, typer.Option(help="Tokens per window.", min=2)] = 1024,
+    windows: Annotated[int | None, typer.Option(help="Windows from the start of each text. Default: 40.", min=1)] = None,
+    window_length: Annotated[int | None, typer.Option(help="Tokens per window. Default: 1024.", min=2)] = None,
     stride: Annotated[int | None, typer.Option(help="Tokens between the beginnings of windows. Default: side by side.")] = None,
     bos: Annotated[bool, typer.Option("--bos", help="Put the tokenizer's BOS token before every window.")] = False,
     dtype: Annotated[
@@ -266,27 +266,29 @@ def evaluate(  # noqa: PLR0913 - one argument per option
 
     Perplexity is that of consecutive windows, no overlap, no special tokens, unless --stride or --bos say otherwise.
     """
-    timing = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats}
+    timing: dict[str, Any] = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats}
+    cut: dict[str, Any] = {"windows": windows, "window_length": window_length, "stride": stride, "bos": bos or None}
+    asked: dict[str, Any] = {"limit": limit, "num_fewshot": num_fewshot, "batch_size": batch_size}
     if not text and not tasks and not speed:
         raise typer.BadParameter("at least one of --text, --tasks and --speed must be given", context)
     for owner, is_given, others in (
-        ("--text", text, {"--stride": stride, "--bos": bos or None, "--json": json_file}),
-        ("--tasks", tasks, {"--task-data": task_data, "--limit": limit, "--num-fewshot": num_fewshot}),
-        ("--speed", speed, {f"--{name.replace('_', '-')}": value for name, value in timing.items()}),
+        ("--text", text, cut | {"json": json_file}),
+        ("--tasks", tasks, asked | {"task_data": task_data}),
+        ("--speed", speed, timing),
     ):
         for name, value in others.items():
             if value is not None and not is_given:
-                raise typer.BadParameter(f"{name} belongs to {owner}, which is not given", context)
+                raise typer.BadParameter(f"--{name.replace('_', '-')} belongs to {owner}, which is not given", context)
     with _errors(), progress_bar("scoring") as advance:
         if json_file is not None and not (
             json_file.absolute().parent.is_dir() and os.access(json_file.absolute().parent, os.W_OK)
         ):
             raise OutputError(f"--json {str(json_file)!r} cannot be written: its folder must exist and be writable")
-        given = {name: value for name, value in timing.items() if value is not None}
+        cut["num_windows"] = cut.pop("windows")
+        timing, cut, asked = ({k: v for k, v in given.items() if v is not None} for given in (timing, cut, asked))
         protocol = benchmark.Protocol(
-            windows=Windows(window_length=window_length, num_windows=windows, stride=stride, bos=bos),
-            tasks=tuple(name for name in (tasks or "").split(",") if name), limit=limit, num_fewshot=num_fewshot,
-            batch_size=batch_size, speed=SpeedConfig(**given) if speed else None, dtype=dtype, device=device,
+            windows=Windows(**cut), tasks=tuple(name for name in (tasks or "").split(",") if name), **asked,
+            speed=SpeedConfig(**timing) if speed else None, dtype=dtype, device=device,
         )  # fmt: skip
         results = benchmark.measure(
             models, text or (), protocol, compare_with=compare, task_data=task_data, output=output, progress=advance

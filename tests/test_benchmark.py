@@ -328,6 +328,9 @@ def test_models_with_one_name_are_told_apart_by_their_paths(dense_folder, tmp_pa
     [
         ([], "at least one of --text, --tasks and --speed must be given"),
         (["--speed", "--bos"], "--bos belongs to --text, which is not given"),
+        (["--speed", "--windows", "4"], "--windows belongs to --text, which is not given"),
+        (["--speed", "--window-length", "64"], "--window-length belongs to --text, which is not given"),
+        (["--text", "a", "--batch-size", "2"], "--batch-size belongs to --tasks, which is not given"),
         (["--text", "a", "--limit", "3"], "--limit belongs to --tasks, which is not given"),
         (["--text", "a", "--new-tokens", "3"], "--new-tokens belongs to --speed, which is not given"),
     ],
