@@ -43,7 +43,7 @@ BEFORE = {
 STEPS, LENGTH, BATCH, LEARNING_RATE = 400, 512, 2, 1e-4
 #: HESSO's own scores, without what a group adds to the output.
 PAPER = {"output": 0.0} | dict.fromkeys(("magnitude", "avg_magnitude", "cosine", "taylor_first", "taylor_second"), 0.2)
-#: How HESSO's rows choose and refit, if their names do not say otherwise.
+#: How HESSO's row with a refit at every choice chooses.
 REFIT = {"periods": 5, "refit_steps": 4}
 #: HESSO warms up for a twentieth of the steps and prunes for a quarter of them, or for a half.
 WARM_UP, PRUNING, SLOW = 20, 4, 2
@@ -137,11 +137,11 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def overhead(options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of training steps and of the callback in them, over a warm-up, a period and the time after, as often as in a run."""
+    """Seconds of training steps and of the callback in them, over a warm-up, two periods and the time after."""
     started = time.perf_counter()
     opened = api.open_dense(options.model, "float32", is_whole=True)
-    model, number = opened.model.train(), 8 if options.quick else STEPS // REFIT["periods"] // 2
-    callback = HessoCallback(target=0.2, warm_up_steps=number // 4, pruning_steps=number // 2, **REFIT | {"periods": 1})
+    model, number = opened.model.train(), 8 if options.quick else 40
+    callback = HessoCallback(target=0.2, warm_up_steps=number // 4, pruning_steps=number // 2, periods=2)
     hooked, started_at = 0.0, 0.0
 
     def note_start(*_: Any) -> None:
@@ -194,11 +194,11 @@ def steps(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]
     found |= {name: lambda name=name: compressed(options, name) for name in ONE_SHOT}
     found["trained-dense"] = lambda: trained(options, "trained-dense")
     for percent in TRAINED:
-        found[f"hesso-{percent}"] = lambda percent=percent: trained(options, f"hesso-{percent}", percent / 100, **REFIT)
-    found["hesso-20-not-refitted"] = lambda: trained(options, "hesso-20-not-refitted", 0.2)
-    found["hesso-20-slow"] = lambda: trained(options, "hesso-20-slow", 0.2, pruning=SLOW, **REFIT)
+        found[f"hesso-{percent}"] = lambda percent=percent: trained(options, f"hesso-{percent}", percent / 100)
+    found["hesso-20-refitted"] = lambda: trained(options, "hesso-20-refitted", 0.2, **REFIT)
+    found["hesso-20-slow"] = lambda: trained(options, "hesso-20-slow", 0.2, pruning=SLOW)
     found["hesso-20-slow-paper-scores"] = lambda: trained(options, "hesso-20-slow-paper-scores", 0.2, pruning=SLOW, **PAPER)
-    found["hesso-20-distilled"] = lambda: trained(options, "hesso-20-distilled", 0.2, is_distilled=True, **REFIT)
+    found["hesso-20-distilled"] = lambda: trained(options, "hesso-20-distilled", 0.2, is_distilled=True)
     found |= {f"{name}-20-trained": lambda name=name: trained(options, f"{name}-20-trained") for name in BEFORE}
     found["speed"] = lambda: speed(options)
     found["overhead"] = lambda: overhead(options)
