@@ -43,8 +43,6 @@ BEFORE = {
 STEPS, LENGTH, BATCH, LEARNING_RATE = 400, 512, 2, 1e-4
 #: HESSO's own scores, without what a group adds to the output.
 PAPER = {"output": 0.0} | dict.fromkeys(("magnitude", "avg_magnitude", "cosine", "taylor_first", "taylor_second"), 0.2)
-#: How HESSO's row with a refit at every choice chooses.
-REFIT = {"periods": 5, "refit_steps": 4}
 #: HESSO warms up for a twentieth of the steps and prunes for a quarter of them, or for a half.
 WARM_UP, PRUNING, SLOW = 20, 4, 2
 PREFILL_RATIO, DECODE_RATIO, OVERHEAD = 1.3, 1.2, 0.1
@@ -83,7 +81,7 @@ def share_of_groups(options: argparse.Namespace, target: float) -> dict[str, flo
 
 def trained(
     options: argparse.Namespace, name: str, target: float | None = None, is_distilled: bool = False, pruning: int = PRUNING,
-    **settings: float,
+    **scores: float,
 ) -> dict[str, Any]:  # fmt: skip
     """Train the dense model as it is, with HESSO, or after it was pruned in one shot; then score."""
     started = time.perf_counter()
@@ -93,9 +91,10 @@ def trained(
     if is_distilled:
         callbacks.append(DistillationCallback(api.open_dense(options.model, "float32", is_whole=True).model))
     if target is not None:
-        schedule = {"warm_up_steps": max(1, options.steps // WARM_UP), "pruning_steps": options.steps // pruning}
-        settings |= {"periods": 2} if options.quick else {}
-        callbacks.append(HessoCallback(target=target, **schedule, **settings))
+        warm_up, periods = max(1, options.steps // WARM_UP), 2 if options.quick else 10
+        callbacks.append(
+            HessoCallback(target=target, warm_up_steps=warm_up, pruning_steps=options.steps // pruning, periods=periods, **scores)
+        )
     elif name != "trained-dense":
         pruned = options.work / name.removesuffix("-trained")
         shares = share_of_groups(options, 0.2)
@@ -164,7 +163,6 @@ def overhead(options: argparse.Namespace) -> dict[str, Any]:
     steps, calls = [], []
     for step in range(number):
         at, hooked = time.perf_counter(), 0.0
-        callback.begin_step(model, step)
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
@@ -195,7 +193,6 @@ def steps(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]
     found["trained-dense"] = lambda: trained(options, "trained-dense")
     for percent in TRAINED:
         found[f"hesso-{percent}"] = lambda percent=percent: trained(options, f"hesso-{percent}", percent / 100)
-    found["hesso-20-refitted"] = lambda: trained(options, "hesso-20-refitted", 0.2, **REFIT)
     found["hesso-20-slow"] = lambda: trained(options, "hesso-20-slow", 0.2, pruning=SLOW)
     found["hesso-20-slow-paper-scores"] = lambda: trained(options, "hesso-20-slow-paper-scores", 0.2, pruning=SLOW, **PAPER)
     found["hesso-20-distilled"] = lambda: trained(options, "hesso-20-distilled", 0.2, is_distilled=True)

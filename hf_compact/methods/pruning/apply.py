@@ -17,7 +17,7 @@ from ...errors import UnsupportedModel
 from ...functional.gram import centered, output_energy
 from ...groups import GroupSet, block_groups, drop_layers_
 from .config import PruningConfig
-from .functional import loss_increase, lowest, refit_columns, ridged, select_by_residual, unit_energy
+from .functional import loss_increase, lowest, refit_columns, select_by_residual, unit_energy
 
 #: What the second-order score takes gradients of.
 TAYLOR_TOKENS = 8192
@@ -186,7 +186,7 @@ def _chosen(
     """Numbers of the groups that go."""
     per_pool = group_set.num_groups // group_set.num_pools
     if config.score == "obs":
-        return select_by_residual(dense, torch.linalg.inv(ridged(gram, config.damp)), index, count, per_pool)[0]
+        return select_by_residual(dense, gram, index, count, per_pool, config.damp)
     if config.score == "random":
         seed = int.from_bytes(hashlib.sha256(f"{config.seed} {name}".encode()).digest()[:7])
         scores = torch.rand(group_set.num_groups, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -10,7 +10,7 @@ and the direction is what the optimizer's step has really taken off.
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,17 +21,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
 from ... import distributed
-from ...arch import as_linear, dense_shape, describe
+from ...arch import dense_shape, describe
 from ...checkpoint import disk_errors, write_shard, write_text
 from ...errors import ConfigError, FormatError
 from ...footprint import Comparison, count
-from ...functional.gram import add_gram_
 from ...groups import HIDDEN, GroupSet, cut_zeros_, find_groups
 from ...reorder import Slice
 from ...training import CompactCallback, check_same_on_all_ranks
 from .config import HessoConfig
 from .cric import FILE_NAME, Correction
-from .functional import eliminate, ridged, saliency, select_by_residual
+from .functional import saliency
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +38,6 @@ logger = logging.getLogger(__name__)
 KEPT, SHRINKING, PRUNED = 0, 1, 2
 #: Buffer `[in]` of a module that reads groups: sums of its squared inputs in training.
 _ENERGY = "pruning_energy"
-#: Buffer `[in, in]` float32 of it: the gram matrix of its inputs in the steps before a choice.
-_GRAM = "pruning_gram"
 
 
 class HessoCallback(CompactCallback):
@@ -62,7 +59,6 @@ class HessoCallback(CompactCallback):
         self.counts: dict[str, int] = {}
         self.before: dict[nn.Parameter, Tensor] = {}
         self.hooks: list[Any] = []
-        self.is_watching = False
         self.table: dict[str, Any] = {}
         self.correction: Correction | None = None
         self.comparison: Comparison | None = None
@@ -81,13 +77,9 @@ class HessoCallback(CompactCallback):
             reader = group_set.slices[-1].module
             states = torch.zeros(group_set.num_groups, dtype=torch.uint8, device=reader.weight.device)
             reader.register_buffer(_name(group_set), states)
-        for module in self._readers() if self.config.output or self.config.refit_steps else ():
-            num_inputs, device = dense_shape(module)[1], module.weight.device
-            module.register_buffer(_ENERGY, torch.zeros(num_inputs, device=device))
+        for module in self._readers() if self.config.output else ():
+            module.register_buffer(_ENERGY, torch.zeros(dense_shape(module)[1], device=module.weight.device))
             self.hooks.append(module.register_forward_pre_hook(_add_energy))
-            if self.config.refit_steps:
-                module.register_buffer(_GRAM, torch.zeros(num_inputs, num_inputs, device=device))
-                self.hooks.append(module.register_forward_pre_hook(self._add_gram))
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """As the base; the run must be long enough.
@@ -126,10 +118,6 @@ class HessoCallback(CompactCallback):
                 folder.mkdir(parents=True, exist_ok=True)
                 write_text(folder / "pruning_report.json", json.dumps(self.comparison.to_dict(), indent=2) + "\n")
                 self.comparison.plot(folder / "removed.png")
-
-    def begin_step(self, model: PreTrainedModel, step: int) -> None:
-        """Whether the inputs of this step are for a refit."""
-        self.is_watching = any(self._position(step + 1 + i) == 0 for i in range(self.config.refit_steps))
 
     def before_update(self, model: PreTrainedModel, step: int) -> None:
         """Where groups are scored after this step, remember the weights; in a cycle of CRIC, add the gradients up."""
@@ -176,7 +164,6 @@ class HessoCallback(CompactCallback):
             hook.remove()
         for module in self._readers() if self.hooks else ():
             del module._buffers[_ENERGY]
-            module._buffers.pop(_GRAM, None)
         self.hooks = []
         before = count(model)
         self.table = cut_zeros_(model, self.config.kinds, self.config.is_uniform, self.config.channel_multiple)
@@ -220,14 +207,7 @@ class HessoCallback(CompactCallback):
 
     def _choose(self, period: int) -> None:
         """Mark the groups with the lowest scores, until as many as are due by the end of this period, from 1, are chosen."""
-        for module in self._readers() if self.config.refit_steps else ():
-            _invert_(module.get_buffer(_GRAM), self.config.damp)
-        chosen = self._lowest(self._scores(self._due(period)), self._due(period))
-        self._mark(chosen)
-        for group_set, mask in zip(self.sets, chosen, strict=True) if self.config.refit_steps else ():
-            _refit_(group_set, mask.nonzero()[:, 0])
-            states = self.states(group_set)
-            states[mask.to(states.device)] = PRUNED
+        self._mark(self._lowest(self._scores(), self._due(period)))
         for module in self._readers() if self.hooks else ():
             module.get_buffer(_ENERGY).mul_(0.5)
 
@@ -288,18 +268,17 @@ class HessoCallback(CompactCallback):
             found |= self._lowest_in_each(mine, due[kind]) if self.config.is_uniform else self._lowest_in_all(mine, due[kind])
         return [found[group_set] for group_set in self.sets]
 
-    def _scores(self, due: Mapping[str, int] | None = None) -> list[Tensor]:
-        """Of every set; groups compete within their kind. With a refit it matters how many are due."""
+    def _scores(self) -> list[Tensor]:
+        """Of every set; groups compete within their kind."""
         found: dict[GroupSet, Tensor] = {}
         for kind in dict.fromkeys(group_set.kind for group_set in self.sets):
             mine = [group_set for group_set in self.sets if group_set.kind == kind]
-            found |= dict(zip(mine, self._scores_of_kind(mine, due[kind] if due else 0), strict=True))
+            found |= dict(zip(mine, self._scores_of_kind(mine), strict=True))
         return [found[group_set] for group_set in self.sets]
 
-    def _scores_of_kind(self, sets: list[GroupSet], due: int) -> list[Tensor]:
+    def _scores_of_kind(self, sets: list[GroupSet]) -> list[Tensor]:
         energies = {m: m.get_buffer(_ENERGY).float().clone() for m in self._readers()} if self.hooks else {}
         distributed.sum_(energies.values())
-        residuals = [self._residuals(group_set, due) for group_set in sets] if self.config.refit_steps else []
 
         def sums(value: Callable[[Slice], Tensor]) -> Tensor:
             return torch.cat([group_set.totals(value) for group_set in sets])
@@ -317,7 +296,7 @@ class HessoCallback(CompactCallback):
             return start(part) - part.parameter.float()
 
         found = saliency(
-            torch.cat(residuals) if residuals else sums(added),
+            sums(added),
             sums(lambda part: start(part).square()),
             sums(lambda part: start(part) * taken(part)),
             sums(lambda part: taken(part).square()),
@@ -325,19 +304,6 @@ class HessoCallback(CompactCallback):
             self.config.weights,
         )
         return list(found.split([group_set.num_groups for group_set in sets]))
-
-    def _residuals(self, group_set: GroupSet, due: int) -> Tensor:
-        """What groups cost once all that stay are refitted, one after the other until as many as are due have gone."""
-        part, is_gone = group_set.slices[-1], self.states(group_set) != KEPT
-        weight, inverse = as_linear(part.module).weight.detach(), part.module.get_buffer(_GRAM).double()
-        per_pool, missing = group_set.num_groups // group_set.num_pools, max(0, due - int(is_gone.sum()))
-        return select_by_residual(weight, inverse, part.index.to(inverse.device), missing, per_pool, is_gone)[1].cpu()
-
-    @torch.no_grad()
-    def _add_gram(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if module.training and self.is_watching:
-            with torch.autocast(args[0].device.type, enabled=False):  # which would multiply in bfloat16
-                add_gram_(module.get_buffer(_GRAM), args[0].detach())
 
     def _lowest_in_each(self, sets: list[tuple[GroupSet, Tensor]], due: int) -> dict[GroupSet, Tensor]:
         """The lowest of every set, equally many of each pool."""
@@ -458,24 +424,6 @@ def _is_read(part: Slice) -> bool:
 def _add_energy(module: nn.Module, args: tuple[Tensor, ...]) -> None:
     if module.training:
         module.get_buffer(_ENERGY).add_(args[0].detach().flatten(0, -2).float().square().sum(0))
-
-
-def _invert_(gram: Tensor, damp: float) -> None:
-    """Of the inputs of all ranks, in place: nothing needs the matrix itself."""
-    total = gram.double()
-    distributed.sum_([total])
-    gram.copy_(torch.cholesky_inverse(torch.linalg.cholesky(ridged(total, damp))))
-
-
-def _refit_(group_set: GroupSet, groups: Tensor) -> None:
-    """Zero groups, and refit what reads them to the output of all; the inverse gives way to the next gram matrix."""
-    part = group_set.slices[-1]
-    reader, inverse = part.module, part.module.get_buffer(_GRAM)
-    if len(groups):
-        weight = eliminate(as_linear(reader).weight.detach(), inverse, part.positions(groups).to(inverse.device))
-        reader.weight.data.copy_(weight if as_linear(reader) is reader else weight.T)
-        group_set.scale_(groups, 0)
-    inverse.zero_()
 
 
 def _name(group_set: GroupSet) -> str:

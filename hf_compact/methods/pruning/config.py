@@ -98,12 +98,6 @@ class HessoConfig:
     """Weight of the root of the energy that a group adds to the output of what reads it, in the batches of training so far; what
     came before the last choice counts half. The five weights below are 0.2 each, and this one is 0, in HESSO's paper; on pretrained
     language models norms of weights say little about what a channel does."""
-    refit_steps: int = 0
-    """Steps before a choice whose inputs the refit sees; 0 does without. With it the output score is what a group costs once all
-    that stay are refitted, and what is chosen is zero at once, as what reads it is refitted to the output of all in closed form.
-    Takes a matrix `[in, in]` of float32 for each of them, in checkpoints too, and its inverse at a choice."""
-    damp: float = 0.01
-    """Ridge of the refit, as a fraction of the mean diagonal."""
     magnitude: float = 0.0
     """Weight of the norm of a group."""
     avg_magnitude: float = 0.0
@@ -150,13 +144,6 @@ class HessoConfig:
             raise ConfigError(f"hesso: weights of scores must be at least 0 and not all 0, got {list(self.weights)}")
         if not 0 <= self.min_kept < 1:
             raise ConfigError(f"hesso.min_kept must be in [0, 1), got {self.min_kept}")
-        self._check_refit()
-
-    def _check_refit(self) -> None:
-        if self.refit_steps < 0 or not 0 < self.damp <= 1:
-            raise ConfigError(f"hesso.refit_steps must be at least 0 and damp in (0, 1], got {self.refit_steps} and {self.damp}")
-        if self.refit_steps and (self.cric or self.kinds == ("hidden",)):
-            raise ConfigError(f"hesso.refit_steps must be 0 with cric and with hidden dimensions, got {self.refit_steps}")
 
     @property
     def weights(self) -> tuple[float, ...]:

@@ -65,58 +65,34 @@ def loss_increase(weight: Tensor, gram: Tensor, index: Tensor, outputs: Tensor) 
     return 0.5 * (gram.double()[pairs] * inner[pairs]).sum((1, 2))
 
 
-def eliminate(weight: Tensor, inverse: Tensor, columns: Tensor) -> Tensor:
-    """The weights without some columns, all others refitted to the output of all: `W - W_J C_JJ^-1 C_J`, exactly zero in J.
-
-    The same as `refit_columns`, from the inverse that `select_by_residual` takes.
-
-    Args:
-        weight: `[out, in]`. Not written to.
-        inverse: `[in, in]`, C, of the ridged gram matrix.
-        columns: J.
-
-    >>> inverse = torch.linalg.inv(torch.tensor([[1.001, 1.0], [1.0, 1.001]]))
-    >>> eliminate(torch.tensor([[1.0, 2.0]]), inverse, torch.tensor([1])).round(decimals=2).tolist()
-    [[3.0, 0.0]]
-    """
-    w, c = weight.double(), inverse.double()
-    result = w - w[:, columns] @ torch.linalg.solve(c[columns][:, columns], c[columns])
-    result[:, columns] = 0
-    return result.to(weight.dtype)
-
-
-def select_by_residual(
-    weight: Tensor, inverse: Tensor, index: Tensor, num_removed: int, per_pool: int, is_gone: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def select_by_residual(weight: Tensor, gram: Tensor, index: Tensor, num_removed: int, per_pool: int, damp: float) -> Tensor:
     """Remove units one by one, each time the one that costs least when all that stay are refitted (OBS).
 
-    The cost of J is `tr(W_J C_JJ^-1 W_J^T)`; then `W -= W_J C_JJ^-1 C_J` and C loses J. The sum of the costs is the Schur
-    complement of what is removed.
+    With `C = (G + damp)^-1` the cost of J is `tr(W_J C_JJ^-1 W_J^T)`; then `W -= W_J C_JJ^-1 C_J` and C loses J. The sum of
+    the costs is the Schur complement of what is removed.
 
     Args:
         weight: `[out, in]`. Not written to.
-        inverse: `[in, in]` float64, C, of the ridged gram matrix. Written to.
+        gram: `[in, in]`.
         index: `[units, width]` columns.
         num_removed: units to remove.
         per_pool: the units fall into pools of this size, in order, of which equally many are removed.
-        is_gone: `[units]`, those that were removed before, equally many of each pool; none if None.
+        damp: ridge, as a fraction of the mean diagonal.
 
     Returns:
-        Numbers of the removed units in the order of removal, and what each unit cost at its turn, those that stay at the end, but
-        no less than any that went before: `[units]` float64.
+        Numbers of the removed units in the order of removal.
     Source: SparseGPT's and OBC's elimination (arXiv 2208.11580) for whole columns, as in ZipLM (arXiv 2302.04089).
 
-    >>> select_by_residual(torch.tensor([[1.0, 1.0, 0.1]]), torch.eye(3).double(), torch.arange(3)[:, None], 1, 3)[0].tolist()
+    >>> select_by_residual(torch.tensor([[1.0, 1.0, 0.1]]), torch.eye(3), torch.arange(3)[:, None], 1, 3, 0.0).tolist()
     [2]
     """
     units, width = index.shape
     num_pools = units // per_pool
-    w, c = weight.to(torch.float64, copy=True), inverse
-    is_gone = torch.zeros(units, dtype=torch.bool, device=w.device) if is_gone is None else is_gone.clone()
-    already = int(is_gone.sum()) // num_pools
-    costs = torch.zeros(units, dtype=torch.float64, device=w.device)
+    w = weight.double().clone()
+    c = torch.linalg.inv(ridged(gram, damp))
+    is_gone = torch.zeros(units, dtype=torch.bool)
     removed: list[int] = []
-    for turn in range(num_removed + 1):
+    for turn in range(num_removed):
         if width == 1:
             cost = w.square().sum(0)[index[:, 0]] / c.diagonal()[index[:, 0]].clamp_min(1e-30)
         else:
@@ -124,12 +100,9 @@ def select_by_residual(
             columns = w[:, index].permute(1, 2, 0)  # [units, width, out]
             blocks = blocks + torch.diag_embed(is_gone.double()[:, None].expand(-1, width))
             cost = (columns * torch.linalg.solve(blocks, columns)).sum((1, 2))
-        costs = torch.where(is_gone, costs, cost)
-        if turn == num_removed:
-            break
         cost = cost.masked_fill(is_gone, torch.inf)
         if num_pools > 1:  # pools take turns: none is ahead of another by more than one
-            counts = is_gone.view(num_pools, per_pool).sum(1) - already
+            counts = is_gone.view(num_pools, per_pool).sum(1)
             cost = cost.masked_fill((counts > turn // num_pools).repeat_interleave(per_pool), torch.inf)
         best = int(cost.argmin())
         columns_of = index[best]
@@ -141,11 +114,7 @@ def select_by_residual(
         w[:, columns_of] = 0
         c[:, columns_of] = 0
         c[columns_of] = 0
-    order = torch.tensor(removed, dtype=torch.long, device=w.device)
-    if removed:
-        rising = costs[order].cummax(0).values
-        costs = costs.clamp_min(rising[-1] * (1 + 1e-9)).index_copy(0, order, rising)
-    return order, costs
+    return torch.tensor(removed, dtype=torch.long)
 
 
 def refit_columns(weight: Tensor, gram: Tensor, kept: Tensor, damp: float) -> Tensor:

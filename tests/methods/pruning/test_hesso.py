@@ -10,12 +10,10 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import hf_compact
 from hf_compact import HessoCallback, HessoConfig, MaskCallback, SortedNetCallback, SortedNetConfig, SparsityConfig
-from hf_compact.arch import as_linear
 from hf_compact.calibration import from_batches
 from hf_compact.errors import ConfigError, FormatError
 from hf_compact.groups import find_groups
 from hf_compact.methods.pruning.callback import KEPT, PRUNED, SHRINKING
-from hf_compact.methods.pruning.functional import refit_columns
 from hf_compact.methods.sparsity import MaskTraining
 from tests.conftest import tiny_inputs, tiny_model
 from tests.ranks import run_ranks
@@ -105,10 +103,9 @@ def test_the_target_counts_what_it_says(unit):
         assert abs(1 - left / whole - 0.5) <= 3 * 32 / (2 * whole) * 3
 
 
-@pytest.mark.parametrize("refit_steps", [0, 3])
 @pytest.mark.parametrize("is_uniform", [True, False], ids=["uniform", "free"])
-def test_a_run_stopped_in_a_period_ends_with_the_same_weights(is_uniform, refit_steps, tmp_path):
-    settings = SETTINGS | {"is_uniform": is_uniform, "kinds": ("channels", "query_heads"), "refit_steps": refit_steps}
+def test_a_run_stopped_in_a_period_ends_with_the_same_weights(is_uniform, tmp_path):
+    settings = SETTINGS | {"is_uniform": is_uniform, "kinds": ("channels", "query_heads")}
     model, again = tiny_model("llama"), tiny_model("llama")
     train(model, HessoCallback(**settings), tmp_path)
     train(again, HessoCallback(**settings), tmp_path, resume=str(tmp_path / "checkpoint-3"))
@@ -189,81 +186,9 @@ def test_channels_that_add_nothing_go_first_however_large_they_are(family):
     assert torch.equal(group_set.slices[-1].module.pruning_energy, halved)  # evaluation is not counted
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_what_is_chosen_is_made_up_for_in_closed_form(family):
-    model = tiny_model(family).train()
-    settings = {"target": 0.1, "unit": "groups", "pruning_steps": 2, "periods": 2, "channel_multiple": 1, "kinds": ("channels",)}
-    callback = HessoCallback(**settings, refit_steps=1, damp=1e-4)
-    callback.prepare(model)
-    group_set = callback.sets[0]
-    part = group_set.slices[-1]
-    twin = int(part.index[7, 0])
-    for other in group_set.slices:  # channel 7 does what channel 3 does: one of them is worth nothing beside the other
-        other.parameter.data.index_copy_(
-            other.dim, torch.tensor([twin]), other.parameter.data.index_select(other.dim, part.index[3])
-        )
-    reads = as_linear(part.module).weight
-    inputs = []
-    hook = part.module.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach().flatten(0, -2).double()))
-    callback.begin_step(model, 0)
-    model(**tiny_inputs(family, 32, 16))
-    hook.remove()
-    dense = reads.detach().double().clone()
-    callback.before_update(model, 0)
-    callback.step(model, 1, 0.0)
-    gone = (callback.states(group_set) == PRUNED).nonzero()[:, 0]
-    assert len(gone) == callback.counts["channels"] // 2
-    assert len({3, 7} & set(gone.tolist())) == 1
-    gram = inputs[0].T @ inputs[0]
-    kept = torch.tensor([i for i in range(len(gram)) if i not in set(part.index[gone].flatten().tolist())])
-    wanted = refit_columns(dense, gram, kept, 1e-4)
-    found = as_linear(part.module).weight.detach().double()
-    torch.testing.assert_close(inputs[0][:, kept] @ found[:, kept].T, inputs[0][:, kept] @ wanted.T, rtol=1e-3, atol=1e-4)
-    assert not found[:, part.index[gone].flatten()].any()
-    assert not part.module.pruning_gram.any()
-
-
-def test_moments_are_summed_in_float32_under_autocast():
-    model = tiny_model("llama").train()
-    callback = HessoCallback(**SETTINGS | {"kinds": ("channels",), "refit_steps": 2})
-    callback.prepare(model)
-    reader, inputs = model.model.layers[0].mlp.down_proj, []
-    reader.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach().flatten(0, -2).double()))
-    callback.begin_step(model, 0)
-    with torch.autocast("cpu", torch.bfloat16):
-        model(**tiny_inputs("llama", 8, 16))
-    torch.testing.assert_close(reader.pruning_gram.double(), inputs[0].T @ inputs[0], rtol=1e-5, atol=2e-6)
-
-
-def test_refitting_keeps_more_than_zeroing(tmp_path):
-    """The block's output after all choices, no training in between."""
-    lost = {}
-    for refit_steps in (0, 1):
-        model = tiny_model("llama").train()
-        inputs = tiny_inputs("llama", 8, 16)
-        outputs = []
-        hook = model.model.layers[0].mlp.down_proj.register_forward_hook(
-            lambda *args, seen=outputs: seen.append(args[-1].detach())
-        )
-        callback = HessoCallback(**SETTINGS | {"warm_up_steps": 0, "kinds": ("channels",), "refit_steps": refit_steps})
-        callback.prepare(model)
-        for step in range(7):
-            callback.begin_step(model, step)
-            model(**inputs)
-            callback.before_update(model, step)
-            callback.step(model, step + 1, 0.0)
-        hook.remove()
-        lost[refit_steps] = float((outputs[-1] - outputs[0]).square().sum())
-    assert lost[1] < 0.7 * lost[0]
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"refit_steps": -1}, "refit_steps must be at least 0 and damp in"),
-        ({"refit_steps": 1, "damp": 0.0}, r"damp in \(0, 1\], got 1 and 0.0"),
-        ({"refit_steps": 1, "cric": True}, "refit_steps must be 0 with cric"),
-        ({"refit_steps": 1, "kinds": ("hidden",)}, "and with hidden dimensions, got 1"),
         ({"target": 1.0}, r"target must be in \(0, 0.95\], got 1.0"),
         ({"unit": "watts"}, "unit must be one of parameters, bytes, macs, groups, got watts"),
         ({"kinds": ("layers",)}, "kinds must be of channels, kv_heads, query_heads"),
@@ -344,7 +269,7 @@ def test_callbacks_that_swap_its_linears_are_refused(tmp_path):
 
 def _worker(rank: int, folder: str) -> None:
     model = tiny_model("llama")
-    train(model, HessoCallback(**SETTINGS, refit_steps=2), Path(folder) / "run", ddp_backend="gloo")
+    train(model, HessoCallback(**SETTINGS), Path(folder) / "run", ddp_backend="gloo")
     state = {k: v.clone().contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
     save_file(state, f"{folder}/{rank}.safetensors")
 
