@@ -6,10 +6,10 @@ r"""Everything that is claimed of 1.58-bit training, in one run that goes on whe
 Four parts: language models trained from scratch (`scripts/train_ternary_from_scratch.py`; a sweep of learning rate and weight
 decay on the smaller size, then full precision, ternary, and ternary with doubled hidden size at the rates that were best for
 full precision and for ternary weights, three seeds), the time of a training step, cached distillation of a damaged model against
-plain cross-entropy, each at its best rate, and the conversion of SmolLM2 (`scripts/convert_to_ternary.py`) against post-training
-quantization to as many bits. Every single run leaves its JSON in the work folder, and is taken by one process only: the same
-command, given twice at once, shares the runs. Results go to
-`evaluation/results/04-ternary.json` and `.md`; `--part` runs some parts only, `--quick` shows that it all works.
+plain cross-entropy, each at its best rate, and the conversion of SmolLM2 (`scripts/convert_to_ternary.py`), beside the largest
+row of quantization alone in `02-codebook.json` that takes no more bytes. Every single run leaves its JSON in the work folder,
+and is taken by one process only: the same command, given twice at once, shares the runs. Results go to
+`evaluation/results/04-ternary.json`, `.md` and `.png`; `--part` runs some parts only, `--quick` shows that it all works.
 """
 
 import argparse
@@ -30,10 +30,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
+from matplotlib.figure import Figure
 
 from evaluation.steps import RESULTS, bar, bar_table, commit, machine
-from hf_compact.checkpoint import write_text
+from hf_compact.checkpoint import write_plot, write_text
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 PARTS = ("scratch", "steps", "distillation", "conversion")
@@ -51,8 +51,16 @@ LEARNING_RATES, DECAYS = (6e-4, 2e-3, 6e-3), (0.0, 0.01, 0.1)
 SWEPT = ("full precision", "ternary, absmean")
 HEALED = ("cross-entropy", "cached top-64")
 HEALING_RATES = (3e-4, 1e-3, 3e-3)
-#: All runs together are to take less than three hours of one core.
-TOKENS = {False: 450_000, True: 4096}
+#: All runs together are to take less than three hours of one core. With so few tokens, steps count for more than their size.
+TOKENS = {False: 150_000, True: 4096}
+QUICK = {"vocabulary": 300, "length": 64, "layers": 1}
+SMALL_STEPS = {"batch_size": 4, "length": 128}
+#: The model that is damaged and healed has learned what its text can teach it: what it says is worth learning.
+TEACHER = {"hidden_size": 128, "tokens": 2_000_000, "learning_rate": 4e-3, "weight_decay": 0.1, "cpu": True}
+#: Of the conversion; twice over the text, so that the teacher runs on half of the tokens.
+CONVERSION = {
+    "epochs": 2, "batch_size": 2, "learning_rate": 1e-3, "warm_start_epochs": 6, "warm_start_tokens": 8192,
+}  # fmt: skip
 
 
 @contextmanager
@@ -97,9 +105,7 @@ def script(
 
 def from_scratch(options: argparse.Namespace, runs: list[tuple[str, str, float, float, int]]) -> list[dict[str, Any]]:
     """Rows of the runs (size, kind, learning rate, weight decay, seed): first those that no other process has taken."""
-    common = {"tokens": TOKENS[options.quick], "cpu": True} | (
-        {"vocabulary": 300, "length": 64, "layers": 1} if options.quick else {}
-    )
+    common = {"tokens": TOKENS[options.quick], "cpu": True} | SMALL_STEPS | (QUICK if options.quick else {})
     for is_patient in (False, True):
         rows = []
         for size, kind, rate, decay, seed in runs:
@@ -216,16 +222,15 @@ def distillation(options: argparse.Namespace) -> dict[str, Any]:
     from hf_compact.scoring import perplexity
 
     started = time.perf_counter()
-    folders = sorted(options.work.glob("4M-full_precision-*-0/training.json"))
-    if not folders:
-        raise SystemExit("the part distillation needs the models of the part scratch: run that first")
-    folder = folders[0].parent
+    folder = options.work / "teacher"
+    settings = TEACHER | (QUICK | {"hidden_size": 32, "tokens": 4096} if options.quick else {})
+    script("train_ternary_from_scratch", folder, settings, options.train)
     length = 64 if options.quick else 256
     teacher, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     rows: list[dict[str, Any]] = []
     rates = HEALING_RATES[:1] if options.quick else HEALING_RATES
     for seed in SEEDS[:1] if options.quick else SEEDS:
-        size = CalibrationConfig(num_sequences=16 if options.quick else 512, sequence_length=length, batch_size=16)
+        size = CalibrationConfig(num_sequences=16 if options.quick else 256, sequence_length=length, batch_size=16)
         data = sample(tokenizer, read_texts(options.train), size, seed, options.train)
         texts = [row for batch in data.batches for row in batch["input_ids"]]
         cache = write_cache(teacher, texts, options.work / f"teacher-{seed}", tokenizer)
@@ -240,30 +245,30 @@ def distillation(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def conversion(options: argparse.Namespace) -> dict[str, Any]:
-    """Dense, rounded, warm-started and trained perplexity, and that of codes of as many bits without training."""
+    """Dense, rounded, warm-started and trained perplexity, and that of quantization alone to as many bytes."""
     started = time.perf_counter()
-    settings = {"model": options.model, "tokens": 2048 if options.quick else options.tokens, "cpu": not torch.cuda.is_available()}
-    settings |= {"length": 64, "warm_start_epochs": 1, "warm_start_tokens": 256} if options.quick else {}
-    folder = options.work / "converted"
-    found = script("convert_to_ternary", folder, {k: v for k, v in settings.items() if v is not False}, options.train)
-    peer = options.work / "as-many-bits"
-    if not (peer / "compression_report.json").exists():
-        recipe = yaml.safe_load(Path("configs/recipes/codebook-1.9bpw.yaml").read_text())
-        recipe["stages"][0]["bits"] = round(found["body_bits_per_weight"], 3)
-        if options.quick:
-            recipe |= {"distillation": None, "calibration": {"num_sequences": 4, "sequence_length": 64}}
-        path = options.work / "as-many-bits.yaml"
-        path.write_text(yaml.safe_dump(recipe))
-        command = [sys.executable, "-m", "hf_compact", "compress", options.model, "--recipe", str(path), "--output", str(peer)]
-        subprocess.run([*command, "--calibration", *options.train], check=True)
-    scores = options.work / "scores.json"
-    command = [sys.executable, "-m", "hf_compact", "evaluate", options.model, str(folder), str(peer), "--json", str(scores)]
-    command += ["--text", *options.text] + (["--windows", "2", "--window-length", "64"] if options.quick else [])
-    subprocess.run(command, check=True)
-    names = {options.model: "dense", str(folder): "ternary, trained", str(peer): "codes of as many bits, not trained"}
-    rows = [{"kind": names[row["model"]], "text": Path(row["text"]).name, "ratio": row["ratio"], "file_bytes": row["file_bytes"]}
-            for row in json.loads(scores.read_text())]  # fmt: skip
-    return {"training": found, "rows": rows, "seconds": time.perf_counter() - started}
+    settings = {"model": options.model, "tokens": options.tokens // CONVERSION["epochs"], **CONVERSION}
+    settings |= {"tokens": 1024, "length": 64, "warm_start_epochs": 1, "warm_start_tokens": 256} if options.quick else {}
+    settings |= {} if torch.cuda.is_available() else {"cpu": True}
+    folder, scores = options.work / "converted", options.work / "scores.json"
+    found = script("convert_to_ternary", folder, settings, options.train)
+    command = [sys.executable, "-m", "hf_compact", "evaluate", options.model, str(folder), "--json", str(scores)]
+    command += ["--dtype", "float32", "--text", *options.text]
+    subprocess.run(command + (["--windows", "2", "--window-length", "64"] if options.quick else []), check=True)
+    names = {options.model: "dense", str(folder): "ternary, trained"}
+    rows = [{"kind": names[row["model"]], "text": Path(row["text"]).name, "perplexity": row["perplexity"],
+             "file_bytes": row["file_bytes"]} for row in json.loads(scores.read_text())]  # fmt: skip
+    return {"training": found, "rows": rows + quantized_alone(found["file_bytes"]), "seconds": time.perf_counter() - started}
+
+
+def quantized_alone(file_bytes: int) -> list[dict[str, Any]]:
+    """The largest row of the codebook measurements with at most so many bytes: same model, texts and windows, no training."""
+    measured = json.loads((RESULTS / "02-codebook.json").read_text())["rows"]
+    row = max((row for row in measured if row["file_bytes"] <= file_bytes), key=lambda row: row["file_bytes"], default=None)
+    return [
+        {"kind": f"{row['name']} (02-codebook)", "text": text, "perplexity": value, "file_bytes": row["file_bytes"]}
+        for text, value in (row["perplexity"].items() if row else ())
+    ]
 
 
 def check(found: dict[str, Any]) -> list[dict[str, Any]]:
@@ -348,14 +353,28 @@ def write(found: dict[str, Any], common: dict[str, Any], folder: Path) -> str:
         lines += ["| held-out perplexity of the training text | |", "|---|---|"]
         lines += [f"| {name} | {value:.2f} |" for name, value in training["perplexity"].items()]
         lines += ["", "| model | text | perplexity, × dense | MB |", "|---|---|---|---|"]
+        dense = {row["text"]: row["perplexity"] for row in part["rows"] if row["kind"] == "dense"}
         lines += [
-            f"| {row['kind']} | {row['text']} | {row['ratio']:.3f} | {row['file_bytes'] / 1e6:.1f} |" for row in part["rows"]
+            f"| {row['kind']} | {row['text']} | {row['perplexity'] / dense[row['text']]:.3f} | {row['file_bytes'] / 1e6:.1f} |"
+            for row in part["rows"]
         ]
+        plot_losses(training["losses"], folder / "04-ternary.png")
+        lines += ["", "![loss of the conversion](04-ternary.png)"]
     lines += ["", bar_table(bars)]
     text = "\n".join(lines) + "\n"
     write_text(folder / "04-ternary.json", json.dumps({"bars": [b | common for b in bars], **found}, indent=2) + "\n")
     write_text(folder / "04-ternary.md", text)
     return text
+
+
+def plot_losses(losses: list[float], path: Path) -> None:
+    """The loss curve of the conversion, every entry over ten steps."""
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([10 * (i + 1) for i in range(len(losses))], losses)
+    axes.set(xlabel="step", ylabel="distillation loss, nats", title="Conversion of SmolLM2-135M to 1.58 bits", yscale="log")
+    axes.grid(alpha=0.3)
+    write_plot(path, figure)
 
 
 def main() -> int:
