@@ -64,7 +64,7 @@ from .recovery import train_adapter
 from .report import Report, peak_memory_bytes, return_freed_memory
 from .scoring import max_positions, perplexity
 from .select import select_stages
-from .speed import SpeedConfig, alternate, summary
+from .speed import SpeedConfig, alternate, note_slow_bfloat16, summary
 from .stored import open_linears
 from .version import __version__
 
@@ -676,7 +676,7 @@ def open_dense(model: str | Path, dtype: str = "auto", is_whole: bool = False) -
     """
     name = str(model)
     if name.endswith(".gguf"):
-        return _open_gguf(Path(name), torch.bfloat16 if dtype == "auto" else getattr(torch, dtype))
+        return _open_gguf(Path(name), _usual(torch.bfloat16) if dtype == "auto" else getattr(torch, dtype))
     folder = local_folder(name)
     config = _read_config(folder)
     if getattr(config, "quantization_config", None):
@@ -686,7 +686,7 @@ def open_dense(model: str | Path, dtype: str = "auto", is_whole: bool = False) -
     source = TensorSource.in_folder(folder)
     stored = {kind for kind, _, _ in source.headers().values()}
     auto = config.dtype or (torch.bfloat16 if "BF16" in stored else torch.float16 if "F16" in stored else torch.float32)
-    chosen = auto if dtype == "auto" else getattr(torch, dtype)
+    chosen = _usual(auto) if dtype == "auto" else getattr(torch, dtype)
     skeleton = build_skeleton(config, chosen)
     try:
         source.rename_for(skeleton)
@@ -712,13 +712,13 @@ def open_for_scoring(model: str | Path, dtype: str = "auto") -> tuple[PreTrained
     name = str(model)
     wanted = None if dtype == "auto" else getattr(torch, dtype)
     if name.endswith(".gguf"):
-        dense = _open_gguf(Path(name), wanted or torch.bfloat16)
+        dense = _open_gguf(Path(name), wanted or _usual(torch.bfloat16))
         return dense.model, dense.load_tokenizer(), Path(name).stat().st_size
     folder = local_folder(name)
     base = local_folder(PeftConfig.from_pretrained(folder).base_model_name_or_path) if is_adapter(folder) else folder
     config = _read_config(base)
     usual = torch.bfloat16 if config.dtype in (None, torch.float32) else config.dtype
-    loaded = verify.load_model(folder, dtype=wanted or usual).eval()
+    loaded = verify.load_model(folder, dtype=wanted or _usual(usual)).eval()
     if not is_causal_lm(loaded):
         raise UnsupportedModel(f"model {name!r} is a {type(loaded).__name__}: perplexity needs a causal language model")
     tokenizer = _tokenizer(base)
@@ -726,6 +726,13 @@ def open_for_scoring(model: str | Path, dtype: str = "auto") -> tuple[PreTrained
         raise ConfigError(f"model {name!r} has no tokenizer in its folder, which scoring text needs")
     files = [*TensorSource.in_folder(base).files, *(folder.glob("adapter_model.safetensors") if base != folder else ())]
     return loaded, tokenizer, sum(path.stat().st_size for path in files)
+
+
+def _usual(dtype: torch.dtype) -> torch.dtype:
+    """A dtype that nobody asked for; tells about one that is slow."""
+    if dtype == torch.bfloat16:
+        note_slow_bfloat16()
+    return dtype
 
 
 def is_adapter(folder: Path) -> bool:
