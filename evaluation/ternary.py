@@ -51,9 +51,10 @@ LEARNING_RATES, DECAYS = (6e-4, 2e-3, 6e-3), (0.0, 0.01, 0.1)
 SWEPT = ("full precision", "ternary, absmean")
 HEALED = ("cross-entropy", "cached top-64")
 HEALING_RATES = (3e-4, 1e-3, 3e-3)
-#: All runs together are to take less than three hours of one core. With so few tokens, steps count for more than their size.
-TOKENS = {False: 150_000, True: 4096}
-QUICK = {"vocabulary": 300, "length": 64, "layers": 1}
+#: Equal for all models of a size. All runs together are to take less than three hours of one core; with so few tokens, steps
+#: count for more than their size.
+TOKENS = {"1M": 150_000, "4M": 100_000}
+QUICK = {"vocabulary": 300, "length": 64, "layers": 1, "tokens": 4096}
 SMALL_STEPS = {"batch_size": 4, "length": 128}
 #: The model that is damaged and healed has learned what its text can teach it: what it says is worth learning.
 TEACHER = {"hidden_size": 128, "tokens": 2_000_000, "learning_rate": 4e-3, "weight_decay": 0.1, "cpu": True}
@@ -105,12 +106,13 @@ def script(
 
 def from_scratch(options: argparse.Namespace, runs: list[tuple[str, str, float, float, int]]) -> list[dict[str, Any]]:
     """Rows of the runs (size, kind, learning rate, weight decay, seed): first those that no other process has taken."""
-    common = {"tokens": TOKENS[options.quick], "cpu": True} | SMALL_STEPS | (QUICK if options.quick else {})
+    quick = QUICK if options.quick else {}
     for is_patient in (False, True):
         rows = []
         for size, kind, rate, decay, seed in runs:
             settings, factor = KINDS[kind]
-            arguments = {**common, "learning_rate": rate, "weight_decay": decay, "seed": seed, **settings}
+            arguments = {"tokens": TOKENS[size], "cpu": True} | SMALL_STEPS | quick | settings
+            arguments |= {"learning_rate": rate, "weight_decay": decay, "seed": seed}
             arguments |= {"hidden_size": (32 if options.quick else SIZES[size]) * factor} | ({"bits": 1.58} if settings else {})
             output = options.work / scratch_name(size, kind, rate, decay, seed)
             found = script("train_ternary_from_scratch", output, arguments, options.train, is_patient)
@@ -223,7 +225,7 @@ def distillation(options: argparse.Namespace) -> dict[str, Any]:
 
     started = time.perf_counter()
     folder = options.work / "teacher"
-    settings = TEACHER | (QUICK | {"hidden_size": 32, "tokens": 4096} if options.quick else {})
+    settings = TEACHER | (QUICK | {"hidden_size": 32} if options.quick else {})
     script("train_ternary_from_scratch", folder, settings, options.train)
     length = 64 if options.quick else 256
     teacher, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
