@@ -324,12 +324,12 @@ def _task(model: ModelResult, task: str) -> Cell:
     metric = main_metric(found)
     value = found["metrics"][metric]
     beside = (model.comparison or {"tasks": {}})["tasks"].get(task)
-    small = (
-        ""
-        if beside is None
-        else f"{with_error(**beside['metrics'].get(metric, {'difference': None, 'stderr': None}), sign='+')}, {100 * beside['agreement']:.1f} % same"
-    )
-    return with_error(value["value"], value["stderr"]), small
+    parts = []
+    if beside is not None and metric in beside["metrics"]:
+        parts.append(with_error(**beside["metrics"][metric], sign="+"))
+    if beside is not None and beside["agreement"] is not None:
+        parts.append(f"{100 * beside['agreement']:.1f} % same")
+    return with_error(value["value"], value["stderr"]), ", ".join(parts)
 
 
 def _speed(model: ModelResult, kind: str) -> Cell:

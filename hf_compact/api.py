@@ -715,7 +715,7 @@ def open_for_scoring(model: str | Path, dtype: str = "auto") -> tuple[PreTrained
         dense = _open_gguf(Path(name), wanted or _usual(torch.bfloat16))
         return dense.model, dense.load_tokenizer(), Path(name).stat().st_size
     folder = local_folder(name)
-    base = local_folder(PeftConfig.from_pretrained(folder).base_model_name_or_path) if is_adapter(folder) else folder
+    base = base_folder(folder)
     config = _read_config(base)
     usual = torch.bfloat16 if config.dtype in (None, torch.float32) else config.dtype
     loaded = verify.load_model(folder, dtype=wanted or _usual(usual)).eval()
@@ -738,6 +738,11 @@ def _usual(dtype: torch.dtype) -> torch.dtype:
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds a PEFT adapter rather than a model."""
     return (folder / "adapter_config.json").is_file()
+
+
+def base_folder(folder: Path) -> Path:
+    """The folder of the model below an adapter; that of a model itself."""
+    return local_folder(PeftConfig.from_pretrained(folder).base_model_name_or_path) if is_adapter(folder) else folder
 
 
 def local_folder(name: str) -> Path:

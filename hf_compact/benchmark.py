@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .api import count_parameters, inspect_folder, local_folder, open_for_scoring, versions
+from .api import base_folder, count_parameters, inspect_folder, local_folder, open_for_scoring, versions
 from .calibration import read_texts, tokenize
 from .checkpoint import QUANT_METHOD, REPORT_NAME, check_same_run, disk_errors, hash_files
 from .errors import ConfigError, FormatError, OutputError, UnsupportedModel
@@ -249,7 +249,10 @@ def model_names(models: Sequence[str | Path | Loaded]) -> dict[str, str]:
 def _stated(protocol: Protocol, contents: Mapping[str, str], task_data: Path | None) -> dict[str, Any]:
     texts = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in contents.items()}
     stated = {**asdict(protocol), "tasks": list(protocol.tasks), "texts": texts}
-    files = {} if task_data is None else {name: hash_files([task_data / f"{name}.jsonl"]) for name in protocol.tasks}
+    files = {}
+    for name in protocol.tasks if task_data is not None else ():
+        rows = [task_data / f"{name}.jsonl", task_data / f"{name}.train.jsonl"]  # of which the latter are shown in prompts
+        files[name] = hash_files([path for path in rows if path.is_file()])
     return stated | {"task_data": files}
 
 
@@ -367,9 +370,8 @@ def _described(opened: Loaded) -> ModelResult:
     found.fingerprint = _fingerprint(opened.path)
     if opened.path.endswith(".gguf"):
         return found
-    folder = local_folder(opened.path)
-    config = folder / "config.json"
-    quantization = json.loads(config.read_text()).get("quantization_config", {}) if config.exists() else {}
+    folder = base_folder(local_folder(opened.path))
+    quantization = json.loads((folder / "config.json").read_text()).get("quantization_config", {})
     if quantization.get("quant_method") == QUANT_METHOD:
         inspected = inspect_folder(folder)
         found.num_parameters, found.body_bits_per_weight = inspected["num_parameters"], inspected["body_bits_per_weight"]
@@ -386,8 +388,14 @@ def _described(opened: Loaded) -> ModelResult:
 
 
 def _fingerprint(path: str) -> str:
-    """SHA-256 of a model's weight files."""
-    return hash_files([Path(path)] if path.endswith(".gguf") else sorted(local_folder(path).glob("*.safetensors")))
+    """SHA-256 of a model's weight files and config, of those below an adapter too."""
+    if path.endswith(".gguf"):
+        return hash_files([Path(path)])
+    folder = local_folder(path)
+    folders = dict.fromkeys((base_folder(folder), folder))
+    return hash_files(
+        [file for one in folders for file in (*sorted(one.glob("*.safetensors")), *sorted(one.glob("*config.json")))]
+    )
 
 
 def _memory(path: str, work: _Work) -> dict[str, Any]:

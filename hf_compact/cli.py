@@ -363,7 +363,7 @@ def _print_tasks(results: Results) -> None:
             beside = (model.comparison or {"tasks": {}})["tasks"].get(task)
             for metric, found in result["metrics"].items():
                 change = None if beside is None else beside["metrics"].get(metric)
-                agreement = "" if beside is None else f"{100 * beside['agreement']:.1f} %"
+                agreement = "" if beside is None or beside["agreement"] is None else f"{100 * beside['agreement']:.1f} %"
                 cells = (with_error(found["value"], found["stderr"]), "" if change is None else with_error(**change, sign="+"))
                 table.add_row(model.name, task, metric, *cells, agreement, str(result["num_items"]))
     out().print(table)

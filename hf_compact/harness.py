@@ -24,6 +24,25 @@ from .errors import ConfigError
 
 #: The name that `lm_eval --model` knows.
 MODEL_NAME = "hf_compact"
+#: What the harness's `hf` model reads where it is given a model in memory; it ignores the rest, adapters among them.
+_READ = frozenset(
+    [
+        "batch_size",
+        "max_batch_size",
+        "max_length",
+        "truncation",
+        "logits_cache",
+        "softmax_dtype",
+        "mixed_precision_dtype",
+        "add_bos_token",
+        "prefix_token_id",
+        "think_end_token",
+        "enable_thinking",
+        "chat_template_args",
+        "backend",
+        "trust_remote_code",
+    ]
+)
 #: What a row that does not fit its task raises inside the harness, templates included.
 _MISFITS = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 
@@ -54,8 +73,13 @@ def register() -> type[Any]:
             **kwargs: Any,
         ) -> None:  # fmt: skip
             if isinstance(pretrained, str):
+                if unread := sorted(kwargs.keys() - _READ):
+                    raise ConfigError(
+                        f"{MODEL_NAME} does not read {', '.join(unread)}: pretrained names the folder, of adapters too"
+                    )
                 pretrained, own, _ = open_for_scoring(pretrained, dtype=dtype)
-                pretrained.to(device if device and torch.cuda.is_available() else "cpu")  # the harness asks for cuda:0
+                is_there = device is not None and (torch.cuda.is_available() or not device.startswith("cuda"))
+                pretrained.to(device if is_there else "cpu")  # the harness asks for cuda where there is none
                 tokenizer = tokenizer or own
             super().__init__(pretrained=pretrained, tokenizer=tokenizer, **kwargs)
 
@@ -266,14 +290,14 @@ def _metrics(row: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
 
 
 def _items(task: Any, samples: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Columns of the rows, in their order; of the first filter where a task has several."""
+    """Columns of the rows, in their order and by the names of `_metrics`; of the first filter where a task has several."""
     first = samples[0]["filter"]
     samples = sorted((sample for sample in samples if sample["filter"] == first), key=lambda sample: sample["doc_id"])
     columns: dict[str, list[Any]] = {"hash": [f"{s['doc_hash'][:8]}{s['prompt_hash'][:8]}" for s in samples]}
     for metric in samples[0]["metrics"]:
         values = [sample[metric] for sample in samples]
         if all(isinstance(value, int | float) for value in values):
-            columns[metric] = [float(value) for value in values]
+            columns[metric if first == "none" else f"{metric},{first}"] = [float(value) for value in values]
     if task.OUTPUT_TYPE == "multiple_choice":
         answers = [torch.tensor([pair[0] for pair in sample["filtered_resps"]], dtype=torch.float64) for sample in samples]
         columns["choices"] = [[round(value, 4) for value in row.log_softmax(0).tolist()] for row in answers]

@@ -29,7 +29,7 @@ class ModelResult:
     name: str
     """Folder or file name, or Hub id."""
     fingerprint: str
-    """SHA-256 of its weight files."""
+    """SHA-256 of its weight files and config, of those below an adapter too."""
     dtype: str
     """In which it was run."""
     file_bytes: int
@@ -153,9 +153,10 @@ def compare_items(items: Mapping[str, Sequence[Any]], base: Mapping[str, Sequenc
 
     Returns:
         `metrics`: metric -> `difference` of the means and its `stderr`, row by row; `agreement`: share of the rows with the
-        same choice, or where nothing is chosen, both right or both wrong (without `acc`, the same first metric); `num_lost` and `num_gained`: rows that only the base,
-        or only the model, has right (`acc`, where the task has it); with choices also `kl` (`KL(base || model)` of the
-        distribution over them, nats per row) and its `kl_stderr`.
+        same choice, or where nothing is chosen, both right or both wrong (without `acc`, the same first metric), None where rows
+        have no number of their own; `num_lost` and `num_gained`: rows that only the base, or only the model, has right (`acc`,
+        where the task has it); with choices also `kl` (`KL(base || model)` of the distribution over them, nats per row) and its
+        `kl_stderr`.
 
     >>> found = compare_items({"acc": [1.0, 0.0, 0.0]}, {"acc": [1.0, 1.0, 0.0]})
     >>> round(found["agreement"], 3), found["num_lost"], found["num_gained"]
@@ -166,9 +167,11 @@ def compare_items(items: Mapping[str, Sequence[Any]], base: Mapping[str, Sequenc
         if name in base and name not in ("hash", "choice", "choices"):
             difference, stderr = paired_difference(_numbers(values), _numbers(base[name]))
             metrics[name] = {"difference": difference, "stderr": stderr}
-    judged = next((name for name in ("choice", "acc", *metrics) if name in items and name in base), "hash")
-    pairs = list(zip(items[judged], base[judged], strict=True))
-    found: dict[str, Any] = {"metrics": metrics, "agreement": sum(a == b for a, b in pairs) / len(pairs)}
+    found: dict[str, Any] = {"metrics": metrics, "agreement": None}
+    judged = next((name for name in ("choice", "acc", *metrics) if name in items and name in base), None)
+    if judged is not None:
+        pairs = list(zip(items[judged], base[judged], strict=True))
+        found["agreement"] = sum(a == b for a, b in pairs) / len(pairs)
     if "acc" in items and "acc" in base:
         rows = list(zip(items["acc"], base["acc"], strict=True))
         found |= {"num_lost": sum(a < b for a, b in rows), "num_gained": sum(a > b for a, b in rows)}

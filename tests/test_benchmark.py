@@ -2,14 +2,16 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 from typer.testing import CliRunner
 
 import hf_compact
-from hf_compact import Protocol, SpeedConfig, Windows, benchmark, cli, speed
+from hf_compact import CompacterConfig, Protocol, SpeedConfig, Windows, benchmark, cli, speed
 from hf_compact.errors import CalibrationError, ConfigError, FormatError, OutputError, UnsupportedModel
 from hf_compact.results import ModelResult, Results, compare, compare_items
 from tests.conftest import tiny_model
@@ -182,11 +184,12 @@ def test_a_stopped_run_goes_on(dense_folder, small, text_file, tmp_path, monkeyp
         hf_compact.measure(
             [small], [text_file], Protocol(windows=Windows(window_length=16)), compare_with=dense_folder, output=output
         )
-    held = json.loads(output.read_text())
-    held["models"][1]["fingerprint"] = "of the folder before it was made anew"
-    output.write_text(json.dumps(held))
+    config = small / "config.json"
+    before = config.read_text()
+    config.write_text(json.dumps({**json.loads(before), "rms_norm_eps": 0.1}))
     with pytest.raises(OutputError, match=r"holds small with other weights: choose another --output or delete it"):
         hf_compact.measure([small], [text_file], protocol, compare_with=dense_folder, output=output)
+    config.write_text(before)
     output.write_text("mine")
     with pytest.raises(OutputError, match="exists and is no results file: choose another --output"):
         hf_compact.measure([small], [text_file], protocol, output=output)
@@ -209,6 +212,34 @@ def test_rows_of_tasks_are_compared_pair_by_pair():
     models = [ModelResult(name=n, fingerprint="", dtype="", file_bytes=1, num_parameters=1, tasks={"t": {"items": i}}) for n, i in (("m", items), ("b", {**base, "hash": ["x"] * 4}))]  # fmt: skip
     with pytest.raises(ConfigError, match="m and b were not given the same rows of t"):
         compare(*models)
+
+
+def test_rows_without_a_number_agree_on_nothing():
+    """Perplexities of a corpus are not those of its rows."""
+    assert compare_items({"hash": ["a", "b"]}, {"hash": ["a", "b"]}) == {"metrics": {}, "agreement": None}
+
+
+def test_an_adapter_stands_on_its_base(small, dense_folder, tmp_path):
+    base = shutil.copytree(small, tmp_path / "base")
+    model = get_peft_model(hf_compact.verify.load_model(base), CompacterConfig(task_type="CAUSAL_LM", reduction_factor=16))
+    model.save_pretrained(tmp_path / "adapter")
+    path = str(tmp_path / "adapter")
+    loaded, tokenizer, file_bytes = benchmark.open_for_scoring(path)
+    opened = benchmark.Loaded(name="adapter", model=loaded, tokenizer=tokenizer, file_bytes=file_bytes, path=path)
+    found, below = benchmark._described(opened), hf_compact.inspect_folder(base)
+    assert found.num_parameters == below["num_parameters"]
+    assert found.body_bits_per_weight == below["body_bits_per_weight"]
+    assert found.file_bytes > below["file_bytes"]
+    (base / "model.safetensors").write_bytes((dense_folder / "model.safetensors").read_bytes())
+    assert benchmark._fingerprint(path) != found.fingerprint
+
+
+def test_shown_rows_are_part_of_the_protocol(tmp_path):
+    data = write_tasks(tmp_path, arc_easy=[{"question": "?"}])
+    protocol = Protocol(tasks=("arc_easy",))
+    before = benchmark._stated(protocol, {}, data)
+    write_tasks(tmp_path, **{"arc_easy.train": [{"question": "Shown?"}]})
+    assert benchmark._stated(protocol, {}, data) != before
 
 
 def test_the_same_answer_is_not_the_same_likelihood():

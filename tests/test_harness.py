@@ -149,6 +149,10 @@ def test_scored_rows_are_not_shown(tmp_path, tokenizer):
     write_tasks(tmp_path, gsm8k=rows, mmlu_anatomy=choices)
     with pytest.raises(ConfigError, match=r"num_fewshot: gsm8k has no rows to show 5 of: put gsm8k.train.jsonl into task_data"):
         harness.run_tasks(tiny_model("llama"), tokenizer, harness.load_tasks(["gsm8k"], tmp_path))
+    result = harness.run_tasks(tiny_model("llama"), tokenizer, harness.load_tasks(["gsm8k"], tmp_path), num_fewshot=0, limit=1)
+    first = next(iter(result["gsm8k"]["metrics"]))
+    assert first.startswith("exact_match,")
+    assert first in result["gsm8k"]["items"]
     write_tasks(tmp_path, **{"mmlu_anatomy.train": [row | {"question": "Shown?"} for row in choices]})
     tasks = harness.load_tasks(["mmlu_anatomy"], tmp_path)
     harness.run_tasks(tiny_model("llama"), tokenizer, tasks, num_fewshot=2, limit=1)
@@ -210,3 +214,6 @@ def test_compressed_models_are_taken_by_name(tokenizer, tmp_path, tasks):
     assert lm.model.dtype == torch.bfloat16
     assert type(lm.model.model.layers[0].mlp.up_proj).__name__ == "CodebookLinear"
     assert lm.tokenizer.bos_token == "<s>"
+    assert harness.register()(str(tmp_path), batch_size=1, device="meta").model.device.type == "meta"
+    with pytest.raises(ConfigError, match="hf_compact does not read peft, revision: pretrained names the folder"):
+        harness.register()(str(tmp_path), batch_size=1, peft="adapter", revision="v1")

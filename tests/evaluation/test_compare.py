@@ -156,6 +156,14 @@ def test_a_page_of_several_files_states_what_each_has_measured(both):
         compare.merge([("a", texts), ("b", other)])
 
 
+def test_what_was_not_compared_is_left_out(both):
+    for found in both.models:
+        found.tasks["piqa"]["items"] = {"hash": found.tasks["piqa"]["items"]["hash"]}
+    both.models[1].comparison = paired(both.models[1], both.models[0]) | {"speed": None}
+    table = compare.markdown(both)
+    assert (table.count("% same"), table.count("not finite")) == (1, 0)  # of sst2
+
+
 def test_what_is_not_finite_is_said_and_not_drawn(both):
     both.models[1].perplexity["wiki"]["perplexity"] = None
     both.models[1].comparison["perplexity"]["wiki"]["ratio"] = None
