@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
+from evaluation import steps as stepwise
 from evaluation.steps import RESULTS, bar, bar_table, commit, machine
 from hf_compact.checkpoint import write_plot, write_text
 
@@ -51,9 +52,10 @@ LEARNING_RATES, DECAYS = (6e-4, 2e-3, 6e-3), (0.0, 0.01, 0.1)
 SWEPT = ("full precision", "ternary, absmean")
 HEALED = ("cross-entropy", "cached top-64")
 HEALING_RATES = (3e-4, 1e-3, 3e-3)
+HELD_OUT_WINDOWS = 100
 #: Equal for all models of a size. All runs together are to take less than three hours of one core; with so few tokens, steps
 #: count for more than their size.
-TOKENS = {"1M": 150_000, "4M": 100_000}
+TOKENS = {"1M": 150_000, "4M": 75_000}
 QUICK = {"vocabulary": 300, "length": 64, "layers": 1, "tokens": 4096}
 SMALL_STEPS = {"batch_size": 4, "length": 128}
 #: The model that is damaged and healed has learned what its text can teach it: what it says is worth learning.
@@ -206,11 +208,11 @@ def healed(
         dataset = [{"input_ids": row, "labels": row} for row in texts]
         with tempfile.TemporaryDirectory() as folder:  # nothing is saved there, but the Trainer makes it
             args = TrainingArguments(
-                folder, per_device_train_batch_size=16, num_train_epochs=1, learning_rate=rate, seed=seed, report_to="none",
+                folder, per_device_train_batch_size=4, num_train_epochs=1, learning_rate=rate, seed=seed, report_to="none",
                 save_strategy="no", use_cpu=True, disable_tqdm=True, lr_scheduler_type="cosine",
             )  # fmt: skip
             Trainer(model, args, train_dataset=dataset, data_collator=default_data_collator, callbacks=callbacks).train()
-    found = perplexity(model.eval(), held_out, length, None)["perplexity"]
+    found = perplexity(model.eval(), held_out, length, HELD_OUT_WINDOWS)["perplexity"]
     return {"kind": kind, "seed": seed, "learning_rate": rate, "perplexity": found, "tokens": len(texts) * length}
 
 
@@ -218,7 +220,7 @@ def distillation(options: argparse.Namespace) -> dict[str, Any]:
     """A trained model is damaged by noise and healed by as many tokens of either loss; held-out perplexities."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from hf_compact.calibration import read_texts, sample
+    from hf_compact.calibration import read_texts, sample, tokenize
     from hf_compact.config import CalibrationConfig
     from hf_compact.methods.distillation import write_cache
     from hf_compact.scoring import perplexity
@@ -229,19 +231,22 @@ def distillation(options: argparse.Namespace) -> dict[str, Any]:
     script("train_ternary_from_scratch", folder, settings, options.train)
     length = 64 if options.quick else 256
     teacher, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    split = stepwise.script("train_ternary_from_scratch").split  # what the teacher has not seen
+    text, rest = ("".join(parts) for parts in zip(*(split(read_texts([path])) for path in options.train), strict=True))
+    held_out = tokenize(tokenizer, rest)
     rows: list[dict[str, Any]] = []
     rates = HEALING_RATES[:1] if options.quick else HEALING_RATES
     for seed in SEEDS[:1] if options.quick else SEEDS:
         size = CalibrationConfig(num_sequences=16 if options.quick else 256, sequence_length=length, batch_size=16)
-        data = sample(tokenizer, read_texts(options.train), size, seed, options.train)
+        data = sample(tokenizer, text, size, seed, options.train)
         texts = [row for batch in data.batches for row in batch["input_ids"]]
         cache = write_cache(teacher, texts, options.work / f"teacher-{seed}", tokenizer)
-        heal = partial(healed, teacher, cache, texts, data.held_out, length, seed)
+        heal = partial(healed, teacher, cache, texts, held_out, length, seed)
         for kind, rate in (("damaged", 0.0), *((kind, rate) for kind in HEALED for rate in rates)):
             rows.append(kept(options.work / f"healed-{seed}-{kind.replace(' ', '_')}-{rate:g}.json", partial(heal, kind, rate)))
     return {
         "rows": rows,
-        "dense": perplexity(teacher.eval(), data.held_out, length, None)["perplexity"],
+        "dense": perplexity(teacher.eval(), held_out, length, HELD_OUT_WINDOWS)["perplexity"],
         "seconds": time.perf_counter() - started,
     }
 
