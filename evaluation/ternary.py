@@ -347,6 +347,7 @@ def write(found: dict[str, Any], common: dict[str, Any], folder: Path) -> str:
         ]
     if part := found.get("distillation"):
         lines += ["", "| damaged model, healed by | learning rate | seed | held-out perplexity |", "|---|---|---|---|"]
+        lines += [f"| not damaged | | | {part['dense']:.3f} |"]
         lines += [
             f"| {row['kind']} | {row['learning_rate']:g} | {row['seed']} | {row['perplexity']:.3f} |" for row in part["rows"]
         ]

@@ -26,7 +26,7 @@ FOUND = {
             )
             for seed in ternary.SEEDS
         ],
-        "seconds": 1.0, "commit": "c0ffee",
+        "dense": 9.0, "seconds": 1.0, "commit": "c0ffee",
     },
 }  # fmt: skip
 
@@ -53,6 +53,7 @@ def test_tables_are_written(tmp_path):
     assert (tmp_path / "04-ternary.md").read_text() == text
     assert "| 1M | full precision | 11.000 | 0.816 |" in text
     assert "| full precision | 0.002 | 0.1 | 10.000 |" in text
+    assert "| not damaged | | | 9.000 |" in text
     assert (tmp_path / "04-ternary.json").exists()
     assert "**no**" not in text
 
