@@ -60,6 +60,7 @@ class HessoCallback(CompactCallback):
         self.before: dict[nn.Parameter, Tensor] = {}
         self.hooks: list[Any] = []
         self.table: dict[str, Any] = {}
+        self.fresh: dict[nn.Module, Tensor] = {}
         self.correction: Correction | None = None
         self.comparison: Comparison | None = None
 
@@ -79,7 +80,7 @@ class HessoCallback(CompactCallback):
             reader.register_buffer(_name(group_set), states)
         for module in self._readers() if self.config.output else ():
             module.register_buffer(_ENERGY, torch.zeros(dense_shape(module)[1], device=module.weight.device))
-            self.hooks.append(module.register_forward_pre_hook(_add_energy))
+            self.hooks.append(module.register_forward_pre_hook(self._add_energy))
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """As the base; the run must be long enough.
@@ -89,6 +90,7 @@ class HessoCallback(CompactCallback):
             FormatError: the checkpoint that is resumed lacks the cycle of CRIC that it is in, or was written by another schedule.
         """
         super().on_train_begin(args, state, control, **kwargs)
+        self.fresh = {}
         held = set(kwargs["model"].modules())
         lost = [s.block or s.kind for s in self.sets if any(part.module not in held for part in s.slices)]
         if lost:
@@ -134,6 +136,7 @@ class HessoCallback(CompactCallback):
     def step(self, model: PreTrainedModel, step: int, learning_rate: float) -> None:
         """Choose at the start of a period, then shrink what is chosen and keep zero what was."""
         position, config = self._position(step), self.config
+        self._collect()
         if self.correction is not None:
             self._correct(model, step)
         if step < config.first_step:
@@ -164,7 +167,7 @@ class HessoCallback(CompactCallback):
             hook.remove()
         for module in self._readers() if self.hooks else ():
             del module._buffers[_ENERGY]
-        self.hooks = []
+        self.hooks, self.fresh = [], {}
         before = count(model)
         self.table = cut_zeros_(model, self.config.kinds, self.config.is_uniform, self.config.channel_multiple)
         self.comparison = Comparison(before=before, after=count(model))
@@ -178,6 +181,21 @@ class HessoCallback(CompactCallback):
     def _readers(self) -> list[nn.Module]:
         """Modules that read groups, in order."""
         return list(dict.fromkeys(part.module for group_set in self.sets for part in group_set.slices if _is_read(part)))
+
+    @torch.no_grad()
+    def _add_energy(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Into no buffer: DDP overwrites those of a rank before every forward pass."""
+        if module.training:
+            new = args[0].detach().flatten(0, -2).float().square().sum(0)
+            self.fresh[module] = self.fresh[module] + new if module in self.fresh else new
+
+    def _collect(self) -> None:
+        """What the forward passes of all ranks have given since the last step goes into the buffers."""
+        for module in self._readers() if self.hooks else ():
+            energy = module.get_buffer(_ENERGY)
+            new = self.fresh.pop(module, torch.zeros_like(energy)).to(energy)
+            distributed.sum_([new])
+            energy.add_(new)
 
     def states(self, group_set: GroupSet) -> Tensor:
         """State of every group of a set."""
@@ -277,8 +295,7 @@ class HessoCallback(CompactCallback):
         return [found[group_set] for group_set in self.sets]
 
     def _scores_of_kind(self, sets: list[GroupSet]) -> list[Tensor]:
-        energies = {m: m.get_buffer(_ENERGY).float().clone() for m in self._readers()} if self.hooks else {}
-        distributed.sum_(energies.values())
+        energies = {module: module.get_buffer(_ENERGY).float() for module in self._readers()} if self.hooks else {}
 
         def sums(value: Callable[[Slice], Tensor]) -> Tensor:
             return torch.cat([group_set.totals(value) for group_set in sets])
@@ -418,12 +435,6 @@ def _group_cost(group_set: GroupSet, cost: Any) -> float:
 def _is_read(part: Slice) -> bool:
     """Whether the groups are inputs of a Linear or Conv1D there; an embedding writes along dimension 1."""
     return part.parameter.dim() > 1 and part.dim == int(isinstance(part.module, nn.Linear))
-
-
-@torch.no_grad()
-def _add_energy(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-    if module.training:
-        module.get_buffer(_ENERGY).add_(args[0].detach().flatten(0, -2).float().square().sum(0))
 
 
 def _name(group_set: GroupSet) -> str:
