@@ -8,6 +8,7 @@ asked for, they compete within their kind, already chosen ones are masked and no
 and the direction is what the optimizer's step has really taken off.
 """
 
+import inspect
 import json
 import logging
 from collections.abc import Callable
@@ -61,6 +62,8 @@ class HessoCallback(CompactCallback):
         self.hooks: list[Any] = []
         self.table: dict[str, Any] = {}
         self.fresh: dict[nn.Module, Tensor] = {}
+        self.masks: dict[nn.Module, str] = {}
+        self.inputs: dict[str, Any] = {}
         self.correction: Correction | None = None
         self.comparison: Comparison | None = None
 
@@ -78,9 +81,8 @@ class HessoCallback(CompactCallback):
             reader = group_set.slices[-1].module
             states = torch.zeros(group_set.num_groups, dtype=torch.uint8, device=reader.weight.device)
             reader.register_buffer(_name(group_set), states)
-        for module in self._readers() if self.config.output else ():
-            module.register_buffer(_ENERGY, torch.zeros(dense_shape(module)[1], device=module.weight.device))
-            self.hooks.append(module.register_forward_pre_hook(self._add_energy))
+        if self.config.output:
+            self._attach_(model)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """As the base; the run must be long enough.
@@ -167,7 +169,7 @@ class HessoCallback(CompactCallback):
             hook.remove()
         for module in self._readers() if self.hooks else ():
             del module._buffers[_ENERGY]
-        self.hooks, self.fresh = [], {}
+        self.hooks, self.fresh, self.inputs = [], {}, {}
         before = count(model)
         self.table = cut_zeros_(model, self.config.kinds, self.config.is_uniform, self.config.channel_multiple)
         self.comparison = Comparison(before=before, after=count(model))
@@ -182,12 +184,33 @@ class HessoCallback(CompactCallback):
         """Modules that read groups, in order."""
         return list(dict.fromkeys(part.module for group_set in self.sets for part in group_set.slices if _is_read(part)))
 
+    def _attach_(self, model: PreTrainedModel) -> None:
+        """Collect the energy of what is read, and the masks of the batches that it is collected over."""
+        arch = describe(model)
+        names = list(inspect.signature(type(model).forward).parameters)[1:]
+        self.masks = {model.get_submodule(name): arch.mask_of(block) for block in arch.blocks for name in arch.targets(block)}
+
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = dict(zip(names, args, strict=False)) | kwargs
+            self.inputs = {name: given.get(name) for name in ("attention_mask", "decoder_attention_mask")}
+
+        self.hooks.append(model.register_forward_pre_hook(note, with_kwargs=True))
+        for module in self._readers():
+            module.register_buffer(_ENERGY, torch.zeros(dense_shape(module)[1], device=module.weight.device))
+            self.hooks.append(module.register_forward_pre_hook(self._add_energy))
+
     @torch.no_grad()
     def _add_energy(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """Into no buffer: DDP overwrites those of a rank before every forward pass."""
-        if module.training:
-            new = args[0].detach().flatten(0, -2).float().square().sum(0)
-            self.fresh[module] = self.fresh[module] + new if module in self.fresh else new
+        """Into no buffer: DDP overwrites those of a rank before every forward pass. Padding is left out."""
+        if not module.training:
+            return
+        squares = args[0].detach().flatten(0, -2).float().square()
+        mask = self.inputs.get(self.masks.get(module, "attention_mask"))
+        # OPT's MLP reads `[B * T, in]`, so positions are counted; other shapes of masks say more than what is padding.
+        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.numel() == len(squares):
+            squares = squares.masked_fill(~mask.to(squares.device).bool().flatten()[:, None], 0)
+        new = squares.sum(0)
+        self.fresh[module] = self.fresh[module] + new if module in self.fresh else new
 
     def _collect(self) -> None:
         """What the forward passes of all ranks have given since the last step goes into the buffers."""

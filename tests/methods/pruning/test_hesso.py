@@ -214,6 +214,41 @@ def test_settings_out_of_range(settings, message):
         HessoConfig(**settings)
 
 
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [("llama", {}), ("opt", {"dropout": 0.0, "attention_dropout": 0.0}), ("t5", {"dropout_rate": 0.0})],
+    ids=["llama", "opt", "t5"],
+)
+@pytest.mark.parametrize("is_positional", [False, True], ids=["by name", "by position"])
+def test_padding_adds_no_energy(family, settings, is_positional):
+    model = tiny_model(family, **settings).train()
+    callback = HessoCallback(target=0.3, warm_up_steps=9, unit="groups", kinds=("channels",))
+    callback.prepare(model)
+    lengths = {"input_ids": (24, 15)} | ({"decoder_input_ids": (12, 7)} if family == "t5" else {})
+    rows = tiny_inputs(family)
+    masks = {
+        name.replace("input_ids", "attention_mask"): torch.stack([torch.arange(each[0]) < length for length in each]).long()
+        for name, each in lengths.items()
+    }
+
+    def energies(batches):
+        for group_set in callback.sets:
+            group_set.slices[-1].module.pruning_energy.zero_()
+        for batch in batches:
+            first = (
+                [batch.pop(name) for name in ("input_ids", "attention_mask")]
+                if is_positional and "attention_mask" in batch
+                else ()
+            )
+            model(*first, **batch)
+        callback.step(model, 1, 0.0)
+        return [group_set.slices[-1].module.pruning_energy.clone() for group_set in callback.sets]
+
+    alone = [{name: rows[name][row, None, : each[row]] for name, each in lengths.items()} for row in range(2)]
+    expected = energies(alone)
+    torch.testing.assert_close(energies([rows | masks]), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_settings_beside_a_config_count():
     assert HessoCallback(HessoConfig(target=0.4), periods=2).config == HessoConfig(target=0.4, periods=2)
     assert MaskCallback(training=MaskTraining(interval=3), decay=0.1).training == MaskTraining(interval=3, decay=0.1)
