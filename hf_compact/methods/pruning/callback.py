@@ -88,11 +88,17 @@ class HessoCallback(CompactCallback):
         """As the base; the run must be long enough.
 
         Raises:
-            ConfigError: training ends before all groups are zero, or another callback has taken the Linears away.
+            ConfigError: training ends before all groups are zero, another callback has taken the Linears away, or gradients
+                are clipped while CRIC measures with them.
             FormatError: the checkpoint that is resumed lacks the cycle of CRIC that it is in, or was written by another schedule.
         """
         super().on_train_begin(args, state, control, **kwargs)
         self.fresh = {}
+        if self.config.cric and args.max_grad_norm:
+            raise ConfigError(
+                "max_grad_norm must be 0 with hesso.cric, which adds up gradients as the growth of the loss: clipping makes the "
+                f"steps in which it grows most count least, got {args.max_grad_norm}"
+            )
         held = set(kwargs["model"].modules())
         lost = [s.block or s.kind for s in self.sets if any(part.module not in held for part in s.slices)]
         if lost:
