@@ -8,6 +8,7 @@ asked for, they compete within their kind, already chosen ones are masked and no
 and the direction is what the optimizer's step has really taken off.
 """
 
+import inspect
 import json
 import logging
 from collections.abc import Callable
@@ -60,6 +61,9 @@ class HessoCallback(CompactCallback):
         self.before: dict[nn.Parameter, Tensor] = {}
         self.hooks: list[Any] = []
         self.table: dict[str, Any] = {}
+        self.fresh: dict[nn.Module, Tensor] = {}
+        self.masks: dict[nn.Module, str] = {}
+        self.inputs: dict[str, Any] = {}
         self.correction: Correction | None = None
         self.comparison: Comparison | None = None
 
@@ -77,18 +81,24 @@ class HessoCallback(CompactCallback):
             reader = group_set.slices[-1].module
             states = torch.zeros(group_set.num_groups, dtype=torch.uint8, device=reader.weight.device)
             reader.register_buffer(_name(group_set), states)
-        for module in self._readers() if self.config.output else ():
-            module.register_buffer(_ENERGY, torch.zeros(dense_shape(module)[1], device=module.weight.device))
-            self.hooks.append(module.register_forward_pre_hook(_add_energy))
+        if self.config.output:
+            self._attach_(model)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """As the base; the run must be long enough.
 
         Raises:
-            ConfigError: training ends before all groups are zero, or another callback has taken the Linears away.
+            ConfigError: training ends before all groups are zero, another callback has taken the Linears away, or gradients
+                are clipped while CRIC measures with them.
             FormatError: the checkpoint that is resumed lacks the cycle of CRIC that it is in, or was written by another schedule.
         """
         super().on_train_begin(args, state, control, **kwargs)
+        self.fresh = {}
+        if self.config.cric and args.max_grad_norm:
+            raise ConfigError(
+                "max_grad_norm must be 0 with hesso.cric, which adds up gradients as the growth of the loss: clipping makes the "
+                f"steps in which it grows most count least, got {args.max_grad_norm}"
+            )
         held = set(kwargs["model"].modules())
         lost = [s.block or s.kind for s in self.sets if any(part.module not in held for part in s.slices)]
         if lost:
@@ -134,6 +144,7 @@ class HessoCallback(CompactCallback):
     def step(self, model: PreTrainedModel, step: int, learning_rate: float) -> None:
         """Choose at the start of a period, then shrink what is chosen and keep zero what was."""
         position, config = self._position(step), self.config
+        self._collect()
         if self.correction is not None:
             self._correct(model, step)
         if step < config.first_step:
@@ -164,7 +175,7 @@ class HessoCallback(CompactCallback):
             hook.remove()
         for module in self._readers() if self.hooks else ():
             del module._buffers[_ENERGY]
-        self.hooks = []
+        self.hooks, self.fresh, self.inputs = [], {}, {}
         before = count(model)
         self.table = cut_zeros_(model, self.config.kinds, self.config.is_uniform, self.config.channel_multiple)
         self.comparison = Comparison(before=before, after=count(model))
@@ -178,6 +189,42 @@ class HessoCallback(CompactCallback):
     def _readers(self) -> list[nn.Module]:
         """Modules that read groups, in order."""
         return list(dict.fromkeys(part.module for group_set in self.sets for part in group_set.slices if _is_read(part)))
+
+    def _attach_(self, model: PreTrainedModel) -> None:
+        """Collect the energy of what is read, and the masks of the batches that it is collected over."""
+        arch = describe(model)
+        names = list(inspect.signature(type(model).forward).parameters)[1:]
+        self.masks = {model.get_submodule(name): arch.mask_of(block) for block in arch.blocks for name in arch.targets(block)}
+
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = dict(zip(names, args, strict=False)) | kwargs
+            self.inputs = {name: given.get(name) for name in ("attention_mask", "decoder_attention_mask")}
+
+        self.hooks.append(model.register_forward_pre_hook(note, with_kwargs=True))
+        for module in self._readers():
+            module.register_buffer(_ENERGY, torch.zeros(dense_shape(module)[1], device=module.weight.device))
+            self.hooks.append(module.register_forward_pre_hook(self._add_energy))
+
+    @torch.no_grad()
+    def _add_energy(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Into no buffer: DDP overwrites those of a rank before every forward pass. Padding is left out."""
+        if not module.training:
+            return
+        squares = args[0].detach().flatten(0, -2).float().square()
+        mask = self.inputs.get(self.masks.get(module, "attention_mask"))
+        # OPT's MLP reads `[B * T, in]`, so positions are counted; other shapes of masks say more than what is padding.
+        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.numel() == len(squares):
+            squares = squares.masked_fill(~mask.to(squares.device).bool().flatten()[:, None], 0)
+        new = squares.sum(0)
+        self.fresh[module] = self.fresh[module] + new if module in self.fresh else new
+
+    def _collect(self) -> None:
+        """What the forward passes of all ranks have given since the last step goes into the buffers."""
+        for module in self._readers() if self.hooks else ():
+            energy = module.get_buffer(_ENERGY)
+            new = self.fresh.pop(module, torch.zeros_like(energy)).to(energy)
+            distributed.sum_([new])
+            energy.add_(new)
 
     def states(self, group_set: GroupSet) -> Tensor:
         """State of every group of a set."""
@@ -277,8 +324,7 @@ class HessoCallback(CompactCallback):
         return [found[group_set] for group_set in self.sets]
 
     def _scores_of_kind(self, sets: list[GroupSet]) -> list[Tensor]:
-        energies = {m: m.get_buffer(_ENERGY).float().clone() for m in self._readers()} if self.hooks else {}
-        distributed.sum_(energies.values())
+        energies = {module: module.get_buffer(_ENERGY).float() for module in self._readers()} if self.hooks else {}
 
         def sums(value: Callable[[Slice], Tensor]) -> Tensor:
             return torch.cat([group_set.totals(value) for group_set in sets])
@@ -418,12 +464,6 @@ def _group_cost(group_set: GroupSet, cost: Any) -> float:
 def _is_read(part: Slice) -> bool:
     """Whether the groups are inputs of a Linear or Conv1D there; an embedding writes along dimension 1."""
     return part.parameter.dim() > 1 and part.dim == int(isinstance(part.module, nn.Linear))
-
-
-@torch.no_grad()
-def _add_energy(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-    if module.training:
-        module.get_buffer(_ENERGY).add_(args[0].detach().flatten(0, -2).float().square().sum(0))
 
 
 def _name(group_set: GroupSet) -> str:

@@ -110,7 +110,7 @@ class HessoConfig:
     """Weight of half of its square."""
     cric: bool = False
     """Whether groups are tried first: after the warm-up, cycles bring those with the lowest scores to zero and back, until all
-    that would be chosen have been tried. What the loss grew by on the way joins the scores."""
+    that would be chosen have been tried. What the loss grew by on the way joins the scores. A Trainer must not clip gradients."""
     cric_cycles: int = 5
     """Most cycles; if fewer do, the steps of the others train as usual."""
     cric_steps: int = 20

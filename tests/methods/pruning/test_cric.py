@@ -85,7 +85,7 @@ def errors(model) -> list[float]:
 def train(model, callback, folder, resume=None, **settings) -> None:
     args = TrainingArguments(
         str(folder), per_device_train_batch_size=4, learning_rate=3e-4, max_steps=callback.config.last_step, report_to=[], use_cpu=True,
-        disable_tqdm=True, save_steps=3, **settings,
+        disable_tqdm=True, save_steps=3, max_grad_norm=0.0, **settings,
     )  # fmt: skip
     data = [{"input_ids": row, "labels": row} for row in rows()]
     Trainer(model, args, train_dataset=data, callbacks=[callback]).train(resume_from_checkpoint=resume)
@@ -166,7 +166,14 @@ def test_settings(tmp_path):
     with pytest.raises(ConfigError, match="cric_cycles and cric_steps must be at least 1, loss at least 0"):
         HessoConfig(cric_steps=0)
     model = tiny_model("llama")
-    args = TrainingArguments(str(tmp_path), max_steps=5, report_to=[], use_cpu=True)
+    args = TrainingArguments(str(tmp_path), max_steps=5, report_to=[], use_cpu=True, max_grad_norm=0.0)
     data = [{"input_ids": row, "labels": row} for row in rows(4)]
     with pytest.raises(ConfigError, match=r"cric_cycles \* cric_steps must be at most the 5 steps of the run, got 17"):
         Trainer(model, args, train_dataset=data, callbacks=[HessoCallback(**SETTINGS | {"cric": True})]).train()
+
+
+def test_clipped_gradients_are_refused(tmp_path):
+    args = TrainingArguments(str(tmp_path), max_steps=20, report_to=[], use_cpu=True)  # the default clips to 1.0
+    data = [{"input_ids": row, "labels": row} for row in rows(4)]
+    with pytest.raises(ConfigError, match=r"max_grad_norm must be 0 with hesso\.cric, .*, got 1\.0"):
+        Trainer(tiny_model("llama"), args, train_dataset=data, callbacks=[HessoCallback(**SETTINGS | {"cric": True})]).train()

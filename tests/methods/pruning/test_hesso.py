@@ -49,6 +49,15 @@ def block_parameters(model) -> int:
     return sum(p.numel() for p in model.model.layers.parameters())
 
 
+class Energies(HessoCallback):
+    """Notes the energy of each block after every step."""
+
+    def step(self, model, step, learning_rate):
+        super().step(model, step, learning_rate)
+        energies = {s.block: s.slices[-1].module.pruning_energy.clone() for s in self.sets if s.kind == "channels"}
+        self.seen = [*getattr(self, "seen", []), energies]
+
+
 class Watched(HessoCallback):
     """Notes after every step how many groups are zero, and in which state they are."""
 
@@ -180,9 +189,9 @@ def test_channels_that_add_nothing_go_first_however_large_they_are(family):
         chosen = set((callback.states(group_set) == SHRINKING).nonzero()[:, 0].tolist())
         assert silent <= chosen
         assert len(chosen) == callback.counts["channels"]
-    model.eval()(**tiny_inputs(family))
     halved = group_set.slices[-1].module.pruning_energy.clone()
-    model(**tiny_inputs(family))
+    model.eval()(**tiny_inputs(family))
+    callback.step(model, 2, 0.0)
     assert torch.equal(group_set.slices[-1].module.pruning_energy, halved)  # evaluation is not counted
 
 
@@ -203,6 +212,41 @@ def test_channels_that_add_nothing_go_first_however_large_they_are(family):
 def test_settings_out_of_range(settings, message):
     with pytest.raises(ConfigError, match=message):
         HessoConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [("llama", {}), ("opt", {"dropout": 0.0, "attention_dropout": 0.0}), ("t5", {"dropout_rate": 0.0})],
+    ids=["llama", "opt", "t5"],
+)
+@pytest.mark.parametrize("is_positional", [False, True], ids=["by name", "by position"])
+def test_padding_adds_no_energy(family, settings, is_positional):
+    model = tiny_model(family, **settings).train()
+    callback = HessoCallback(target=0.3, warm_up_steps=9, unit="groups", kinds=("channels",))
+    callback.prepare(model)
+    lengths = {"input_ids": (24, 15)} | ({"decoder_input_ids": (12, 7)} if family == "t5" else {})
+    rows = tiny_inputs(family)
+    masks = {
+        name.replace("input_ids", "attention_mask"): torch.stack([torch.arange(each[0]) < length for length in each]).long()
+        for name, each in lengths.items()
+    }
+
+    def energies(batches):
+        for group_set in callback.sets:
+            group_set.slices[-1].module.pruning_energy.zero_()
+        for batch in batches:
+            first = (
+                [batch.pop(name) for name in ("input_ids", "attention_mask")]
+                if is_positional and "attention_mask" in batch
+                else ()
+            )
+            model(*first, **batch)
+        callback.step(model, 1, 0.0)
+        return [group_set.slices[-1].module.pruning_energy.clone() for group_set in callback.sets]
+
+    alone = [{name: rows[name][row, None, : each[row]] for name, each in lengths.items()} for row in range(2)]
+    expected = energies(alone)
+    torch.testing.assert_close(energies([rows | masks]), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_settings_beside_a_config_count():
@@ -267,17 +311,26 @@ def test_callbacks_that_swap_its_linears_are_refused(tmp_path):
         Trainer(tiny_model("llama"), args, train_dataset=Tokens(), callbacks=callbacks).train()
 
 
-def _worker(rank: int, folder: str) -> None:
-    model = tiny_model("llama")
-    train(model, HessoCallback(**SETTINGS), Path(folder) / "run", ddp_backend="gloo")
+def _worker(rank: int, folder: str, broadcast: bool) -> None:
+    model, again, callback = tiny_model("llama"), tiny_model("llama"), Energies(**SETTINGS | {"warm_up_steps": 3})
+    settings = {"ddp_backend": "gloo", "ddp_broadcast_buffers": broadcast, "gradient_accumulation_steps": 2}
+    train(model, callback, Path(folder) / "run", **settings)
     state = {k: v.clone().contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
-    save_file(state, f"{folder}/{rank}.safetensors")
+    save_file(state | callback.seen[2], f"{folder}/{rank}.safetensors")
+    train(again, HessoCallback(callback.config), Path(folder) / "run", resume=f"{folder}/run/checkpoint-3", **settings)
+    resumed = again.state_dict()
+    assert all(torch.equal(resumed[name], value) for name, value in model.state_dict().items())
 
 
 @pytest.mark.distributed
-def test_two_ranks_prune_the_same_groups(tmp_path):
-    run_ranks(_worker, str(tmp_path), seconds=280)
+@pytest.mark.parametrize("broadcast", [True, False], ids=["buffers of rank 0", "own buffers"])
+def test_two_ranks_prune_what_one_does_on_all_batches(broadcast, tmp_path):
+    run_ranks(_worker, str(tmp_path), broadcast, seconds=280)
     first, second = load_file(tmp_path / "0.safetensors"), load_file(tmp_path / "1.safetensors")
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert first["model.layers.0.mlp.up_proj.weight"].shape[0] < 72
+    alone = Energies(**SETTINGS | {"warm_up_steps": 3})
+    train(tiny_model("llama"), alone, tmp_path / "alone", gradient_accumulation_steps=4)
+    for block, energy in alone.seen[2].items():
+        torch.testing.assert_close(first[block], energy, rtol=1e-3, atol=0)
