@@ -125,7 +125,10 @@ class TernaryCallback(CompactCallback):
         self.set_decay_(kwargs["optimizer"], state.global_step)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Finalise once; a model that was stopped before full strength is told about."""
-        if self.names and self.strength(state.global_step) < 1:
-            logger.warning("training ended at step %d, before the quantization had its full strength", state.global_step)
+        """Finalise once; weights that never ran at full strength are told about."""
+        is_best = args.load_best_model_at_end and state.best_global_step is not None
+        step = state.best_global_step if is_best else state.global_step
+        if self.names and self.strength(step - 1) < 1:  # steps count from 0: these are the weights of the one before
+            which = "the best checkpoint is from step" if is_best else "training ended at step"
+            logger.warning("%s %d, before the quantization had its full strength", which, step)
         super().on_train_end(args, state, control, **kwargs)
