@@ -157,6 +157,8 @@ class DistillationCallback(TrainerCallback):
             total = total + terms.logits_weight * terms.temperature**2 * self._divergence(logits, target, kept, inputs).sum()
         for kind, weight in (("hidden", terms.hidden_weight), ("relation", terms.relation_weight)):
             values = [self._distance(pair, inputs.get("attention_mask")) for pair in self._pairs if pair[2] == kind]
+            if logits.dim() == 2:  # one output for a whole sequence
+                values = [sequence_means(value, inputs.get("attention_mask")) for value in values]
             total = total + weight * sum(value[kept].sum() for value in values) / max(len(values), 1)
         self._seen.clear()
         count = kwargs.get("num_items_in_batch")
@@ -216,6 +218,17 @@ class DistillationCallback(TrainerCallback):
 def unwrapped(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside an adapter's wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def sequence_means(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Means `[B]` of values `[B, T]` over attended tokens; over all of them where the mask is not one of these tokens.
+
+    >>> sequence_means(torch.tensor([[1.0, 3.0, 8.0]]), torch.tensor([[1, 1, 0]])).tolist()
+    [2.0]
+    """
+    if mask is None or mask.shape != values.shape:
+        return values.mean(1)
+    return values.where(mask.bool(), 0).sum(1) / mask.bool().sum(1).clamp_min(1)
 
 
 def labelled(model: nn.Module, logits: Tensor, kwargs: Mapping[str, Any]) -> Tensor:

@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from hf_compact import DistillationCallback, TernaryCallback
@@ -337,3 +344,41 @@ def test_adapters_are_distilled_through_their_wrapper(tmp_path):
     with torch.no_grad():
         start = divergence(damaged()(ROWS).logits, tiny_model("llama")(ROWS).logits).item()
     assert found == pytest.approx(start, rel=0.5)
+
+
+def classifier(seed: int) -> BertForSequenceClassification:
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    return BertForSequenceClassification(config)
+
+
+@pytest.mark.parametrize("term", ["hidden", "relation"])
+def test_terms_of_a_classifier_do_not_depend_on_padding(term):
+    student, teacher = classifier(0).train(), classifier(1).eval()
+    own = DistillationCallback(teacher, logits_weight=0.0, **{f"{term}_weight": 1.0}, relation_heads=4)
+    own.attach_(student)
+    mask = torch.ones_like(ROWS)
+    mask[::2, 8:] = 0
+    losses = [student(input_ids=ROWS, attention_mask=mask, labels=torch.zeros(len(ROWS), dtype=torch.long)).loss]
+    for right in (0, 5):
+        one = [torch.nn.functional.pad(values, (0, right)) for values in (ROWS, mask)]
+        rows = [student(input_ids=one[0][i, None], attention_mask=one[1][i, None]).loss for i in range(len(ROWS))]
+        losses.append(torch.stack(rows).mean())
+    torch.testing.assert_close(losses[1], losses[0])
+    torch.testing.assert_close(losses[2], losses[0])
+    assert losses[0] > 0
+
+
+def test_the_hidden_term_of_a_classifier_is_a_mean_over_tokens():
+    student, teacher = classifier(0).train(), classifier(1).eval()
+    mask = torch.ones_like(ROWS)
+    mask[1:, 7:] = 0
+    batch = {"input_ids": ROWS, "attention_mask": mask, "output_hidden_states": True}
+    mine, theirs = (model(**batch).hidden_states[-1] for model in (student, teacher))
+    lost = (mine - theirs).square().sum(-1) / theirs.square().sum(-1)
+    expected = torch.stack([row[own.bool()].mean() for row, own in zip(lost, mask, strict=True)]).mean()
+    DistillationCallback(teacher, logits_weight=0.0, hidden_weight=1.0, hidden_layers=(-1,)).attach_(student)
+    torch.testing.assert_close(student(**batch).loss, expected)
