@@ -19,7 +19,7 @@ from ...arch import describe
 from ...capture import without_cache
 from ...errors import ConfigError
 from ...functional.divergence import kl_divergence, lost_energy
-from .cache import TeacherCache
+from .cache import TeacherCache, check_rows_say_all, has_two_inputs, logits_of
 from .config import DistillationTerms
 from .functional import balanced_kl, gather_log_probs, relation_divergence
 
@@ -67,9 +67,11 @@ class DistillationCallback(TrainerCallback):
         """Put the hooks on a model, also one that an adapter wraps; for a loop of your own.
 
         Raises:
-            ConfigError: teacher and student cannot be compared.
+            ConfigError: teacher and student cannot be compared, or the cache cannot tell the student's sequences apart.
         """
         student = unwrapped(model)
+        if self.cache is not None:
+            check_rows_say_all(student)
         if self.teacher is not None:
             self._check(student)
         self._handles.append(student.register_forward_hook(self._replace_loss, with_kwargs=True))
@@ -124,6 +126,12 @@ class DistillationCallback(TrainerCallback):
         ):
             if not all(-len(blocks) <= layer < len(blocks) for blocks in (mine, theirs)):
                 raise ConfigError(f"layer {layer} must be a block of both models, which have {len(mine)} and {len(theirs)}")
+            for model, block in ((student, mine[layer]), (teacher, theirs[layer])):
+                if has_two_inputs(model) and model.get_submodule(block) not in set(model.get_decoder().modules()):
+                    raise ConfigError(
+                        f"layer {layer} must be a block of the decoder of {type(model).__name__}, it is {block}: "
+                        "labels have no positions in the encoder"
+                    )
         if terms.hidden_weight:
             self._pairs += [(mine[i], theirs[i], "hidden") for i in terms.hidden_layers]
         if terms.relation_weight:
@@ -144,21 +152,25 @@ class DistillationCallback(TrainerCallback):
         if not model.training:
             self._seen.clear()
             return output
-        terms, logits = self.terms, output["logits"]
+        terms, logits = self.terms, logits_of(model, output)
         inputs = {name: value for name, value in kwargs.items() if name not in ("labels", "num_items_in_batch")}
         inputs |= {"input_ids": args[0]} if args else {}
+        inputs |= decoder_inputs(model, kwargs)
         kept = labelled(model, logits, kwargs)
+        mask = inputs.get("attention_mask")
+        if has_two_inputs(model) and logits.dim() == 3:
+            mask = inputs.get("decoder_attention_mask", kept)  # the other one is of the encoder's tokens
         target = None
         if self.teacher is not None:
             with torch.no_grad(), without_cache(self.teacher):
-                target = self.teacher.eval()(**inputs)["logits"][kept]
+                target = logits_of(self.teacher, self.teacher.eval()(**inputs))[kept]
         total = logits.new_zeros((), dtype=torch.float32)
         if terms.logits_weight:
             total = total + terms.logits_weight * terms.temperature**2 * self._divergence(logits, target, kept, inputs).sum()
         for kind, weight in (("hidden", terms.hidden_weight), ("relation", terms.relation_weight)):
-            values = [self._distance(pair, inputs.get("attention_mask")) for pair in self._pairs if pair[2] == kind]
+            values = [self._distance(pair, mask) for pair in self._pairs if pair[2] == kind]
             if logits.dim() == 2:  # one output for a whole sequence
-                values = [sequence_means(value, inputs.get("attention_mask")) for value in values]
+                values = [sequence_means(value, mask) for value in values]
             total = total + weight * sum(value[kept].sum() for value in values) / max(len(values), 1)
         self._seen.clear()
         count = kwargs.get("num_items_in_batch")
@@ -220,6 +232,13 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def decoder_inputs(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What an encoder-decoder makes of the labels by itself, and the teacher, which gets none, does not."""
+    labels, make = kwargs.get("labels"), getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    is_given = any(kwargs.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds"))
+    return {} if is_given or labels is None or make is None else {"decoder_input_ids": make(labels=labels)}
+
+
 def sequence_means(values: Tensor, mask: Tensor | None) -> Tensor:
     """Means `[B]` of values `[B, T]` over attended tokens; over all of them where the mask is not one of these tokens.
 
@@ -233,7 +252,8 @@ def sequence_means(values: Tensor, mask: Tensor | None) -> Tensor:
 
 def labelled(model: nn.Module, logits: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
     """Which positions of the logits count: those with a label (the next token's, in a causal model), or all attended ones."""
-    labels, mask = kwargs.get("labels"), kwargs.get("attention_mask")
+    labels = kwargs.get("labels")
+    mask = kwargs.get("decoder_attention_mask" if has_two_inputs(model) else "attention_mask")
     if labels is not None and labels.shape == logits.shape[:-1] and logits.dim() == 3:
         kept = labels != _IGNORED
         if type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import (
     BertConfig,
+    BertForQuestionAnswering,
     BertForSequenceClassification,
     Trainer,
     TrainerCallback,
@@ -382,3 +383,64 @@ def test_the_hidden_term_of_a_classifier_is_a_mean_over_tokens():
     expected = torch.stack([row[own.bool()].mean() for row, own in zip(lost, mask, strict=True)]).mean()
     DistillationCallback(teacher, logits_weight=0.0, hidden_weight=1.0, hidden_layers=(-1,)).attach_(student)
     torch.testing.assert_close(student(**batch).loss, expected)
+
+
+def sentences() -> dict[str, torch.Tensor]:
+    labels = ROWS.flip(1)[:, :8].clone()
+    labels[::3, 5:] = -100
+    return {"input_ids": ROWS, "attention_mask": torch.ones_like(ROWS), "labels": labels}
+
+
+def other_t5() -> torch.nn.Module:
+    teacher = tiny_model("t5", dropout_rate=0.0)
+    torch.nn.init.normal_(teacher.lm_head.weight, std=0.3, generator=torch.Generator().manual_seed(1))
+    return teacher
+
+
+def test_an_encoder_decoder_is_distilled_by_its_labels():
+    teacher, student, batch = other_t5(), tiny_model("t5", dropout_rate=0.0).train(), sentences()
+    DistillationCallback(teacher).attach_(student)
+    found = student(**batch)
+    kept = batch["labels"] != -100
+    with torch.no_grad():
+        target = teacher(**batch).logits[kept]
+    torch.testing.assert_close(found.loss, divergence(found.logits[kept], target))
+    given = student.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+    torch.testing.assert_close(student(**batch, decoder_input_ids=given).loss, found.loss)
+
+
+@pytest.mark.parametrize("term", ["hidden", "relation"])
+def test_terms_of_a_decoder_count_its_own_tokens(term):
+    settings = {"logits_weight": 0.0, f"{term}_weight": 1.0, "relation_heads": 4}
+    teacher, student, batch = other_t5(), tiny_model("t5", dropout_rate=0.0).train(), sentences()
+    with torch.no_grad():
+        teacher.decoder.block[0].layer[0].SelfAttention.q.weight.mul_(2)
+    DistillationCallback(teacher, **settings).attach_(student)
+    padded = torch.nn.functional.pad(batch["labels"], (0, 4), value=-100)
+    found = student(**batch).loss
+    assert found > 0
+    torch.testing.assert_close(student(**batch | {"labels": padded}).loss, found)
+    with pytest.raises(ConfigError, match=r"layer 0 must be a block of the decoder of T5.*, it is encoder.block.0"):
+        DistillationCallback(teacher, **settings | {"hidden_layers": (0,), "relation_layer": 0}).attach_(student)
+
+
+def test_a_cache_refuses_an_encoder_decoder(tmp_path, tokenizer):
+    rule = "a cache finds sequences by their input_ids, T5ForConditionalGeneration is an encoder-decoder"
+    with pytest.raises(ConfigError, match=rule):
+        write_cache(tiny_model("t5"), list(ROWS), tmp_path / "t5", tokenizer)
+    assert not (tmp_path / "t5").exists()
+    with pytest.raises(ConfigError, match=rule):
+        DistillationCallback(cache=cached(tmp_path, tokenizer)).attach_(tiny_model("t5"))
+
+
+def test_a_model_without_logits_is_refused_by_name(tmp_path, tokenizer):
+    model = BertForQuestionAnswering(classifier(0).config).train()
+    DistillationCallback(classifier(1)).attach_(model)
+    with pytest.raises(ConfigError, match="the outputs of BertForQuestionAnswering have none"):
+        model(input_ids=ROWS)
+    student = classifier(0).train()
+    DistillationCallback(model).attach_(student)
+    with pytest.raises(ConfigError, match="the outputs of BertForQuestionAnswering have none"):
+        student(input_ids=ROWS)
+    with pytest.raises(ConfigError, match="the outputs of BertForQuestionAnswering have none"):
+        write_cache(model, list(ROWS), tmp_path, tokenizer)
