@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from hf_compact import DistillationCallback, TernaryCallback
 from hf_compact.distillation import divergence
 from hf_compact.errors import ConfigError, FormatError, NumericalError, OutputError
 from hf_compact.methods.distillation import DistillationTerms, TeacherCache, write_cache
-from hf_compact.methods.distillation.callback import labelled
+from hf_compact.methods.distillation.callback import fused_fields, labelled
 from tests.conftest import VOCABULARY, tiny_inputs, tiny_model
 
 ROWS = tiny_inputs("llama", 16, 12, seed=3)["input_ids"]
@@ -52,16 +53,35 @@ def damaged() -> torch.nn.Module:
 
 def arguments(folder: Path, size: int = 16, **settings) -> TrainingArguments:
     defaults = {"max_steps": 1, "learning_rate": 1e-3, "max_grad_norm": 0.0}
-    return TrainingArguments(
+    return FusedArguments(
         str(folder), report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True, logging_steps=1,
         per_device_train_batch_size=size, gradient_accumulation_steps=16 // size, **defaults | settings,
     )  # fmt: skip
 
 
-def gradients(model, folder: Path, size: int, own: DistillationCallback, **settings) -> dict[str, torch.Tensor]:
+@dataclass
+class FusedArguments(TrainingArguments):
+    """Of a Trainer that sums log-probabilities by itself."""
+
+    loss_type: str = "nll"
+
+
+class FusedTrainer(Trainer):
+    """Calls the model and makes its loss as TRL's SFTTrainer does."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        count = outputs.label_mask.sum() if num_items_in_batch is None else num_items_in_batch
+        assert outputs.log_probs.shape == outputs.entropy.shape == outputs.is_top1.shape == outputs.label_mask.shape
+        return -outputs.log_probs.sum() / torch.as_tensor(count).clamp(min=1)
+
+
+def gradients(
+    model, folder: Path, size: int, own: DistillationCallback, kind: type[Trainer] = Trainer, **settings
+) -> dict[str, torch.Tensor]:
     found = {}
 
-    class Watch(Trainer):
+    class Watch(kind):
         def _get_train_sampler(self, *args):
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
@@ -288,8 +308,9 @@ def test_labels_of_other_models_are_not_shifted():
 @pytest.mark.parametrize(
     ("settings", "terms", "match"),
     [({"label_smoothing_factor": 0.1}, {}, "label_smoothing_factor must be 0, got 0.1"),
+     ({"loss_type": "dft"}, {}, "loss_type must be nll, got dft"),
      ({"torch_compile": True, "torch_compile_backend": "eager"}, {"hidden_weight": 1.0}, "which torch_compile leaves out")],
-    ids=["smoothing", "compiled"],
+    ids=["smoothing", "weighed", "compiled"],
 )  # fmt: skip
 def test_trainings_that_would_leave_terms_out_are_refused(settings, terms, match, tmp_path):
     own = DistillationCallback(tiny_model("llama"), **terms)
@@ -444,3 +465,85 @@ def test_a_model_without_logits_is_refused_by_name(tmp_path, tokenizer):
         student(input_ids=ROWS)
     with pytest.raises(ConfigError, match="the outputs of BertForQuestionAnswering have none"):
         write_cache(model, list(ROWS), tmp_path, tokenizer)
+
+
+@pytest.mark.parametrize("size", [16, 8], ids=["once", "twice"])
+@pytest.mark.parametrize("kind", ["balanced", "hidden"])
+def test_a_trainer_with_a_fused_head_gives_the_same_gradients(kind, size, tmp_path):
+    stock, fused = (
+        gradients(damaged(), tmp_path, size, DistillationCallback(tiny_model("llama"), **KINDS[kind]), one)
+        for one in (Trainer, FusedTrainer)
+    )
+    assert any(gradient.any() for gradient in stock.values())
+    for name in stock:
+        torch.testing.assert_close(fused[name], stock[name], rtol=1e-4, atol=1e-7)
+
+
+def test_what_a_fused_head_puts_out_beside_the_loss():
+    logits = tiny_model("llama")(ROWS).logits.detach()
+    labels = ROWS.clone()
+    labels[::2, :5] = -100
+    labels[1, 1] = logits[1, 0].argmax()
+    found = fused_fields(logits, labels, torch.tensor(3.0))
+    mask = labels[:, 1:] != -100
+    assert torch.equal(found["label_mask"], mask)
+    assert -found["log_probs"].sum() == pytest.approx(3.0)
+    expected = torch.distributions.Categorical(logits=logits[:, :-1]).entropy() * mask
+    torch.testing.assert_close(found["entropy"], expected)
+    assert found["is_top1"][1, 0]
+    assert not found["is_top1"][~mask].any()
+
+
+def test_a_fused_batch_without_labelled_tokens_has_a_gradient_of_zero(tmp_path):
+    model = damaged().train()
+    own = DistillationCallback(tiny_model("llama"), label_weight=1.0)
+    own.on_train_begin(arguments(tmp_path), TrainerState(), TrainerControl(), model=model)
+    found = model(input_ids=ROWS, labels=torch.full_like(ROWS, -100), fused_lm_head=True)
+    found.log_probs.sum().backward()
+    assert found.log_probs.sum() == 0
+    assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+def test_fused_losses_of_another_kind_are_refused(tmp_path):
+    model = damaged().train()
+    own = DistillationCallback(tiny_model("llama"))
+    own.on_train_begin(arguments(tmp_path, loss_type="sigmoid"), TrainerState(), TrainerControl(), model=model)
+    with pytest.raises(ConfigError, match="must have loss_type nll, got sigmoid"):
+        model(input_ids=ROWS, labels=ROWS, fused_lm_head=True)
+    own.on_train_begin(arguments(tmp_path), TrainerState(), TrainerControl(), model=model)
+    with pytest.raises(ConfigError, match="must give labels"):
+        model(input_ids=ROWS, fused_lm_head=True)
+
+
+@pytest.mark.filterwarnings("ignore")  # of another library
+@pytest.mark.parametrize("size", [16, 8], ids=["once", "twice"])
+def test_the_sft_trainer_gives_the_gradients_of_the_stock_one(size, tmp_path, tokenizer):
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    rows = [Rows()[i] for i in range(16)]
+    data = Dataset.from_dict({
+        "input_ids": [row["input_ids"].tolist() for row in rows],
+        "completion_mask": [(row["labels"] != -100).long().tolist() for row in rows],
+    })  # fmt: skip
+    found = {}
+
+    class Watch(trl.SFTTrainer):
+        def _get_train_sampler(self, *args):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    class Take(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            found.update({name: p.grad.clone() for name, p in kwargs["model"].named_parameters() if p.grad is not None})
+
+    args = trl.SFTConfig(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=size, gradient_accumulation_steps=16 // size, max_grad_norm=0.0,
+        report_to=[], save_strategy="no", use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True,
+        completion_only_loss=True,
+    )  # fmt: skip
+    own, processing = DistillationCallback(tiny_model("llama"), label_weight=0.3), copy.deepcopy(tokenizer)
+    processing.pad_token = processing.eos_token = processing.convert_ids_to_tokens(1)
+    Watch(damaged(), args, train_dataset=data, processing_class=processing, callbacks=[own, Take()]).train()
+    stock = gradients(damaged(), tmp_path, size, DistillationCallback(tiny_model("llama"), label_weight=0.3))
+    for name in stock:
+        torch.testing.assert_close(found[name], stock[name], rtol=1e-4, atol=1e-7)
