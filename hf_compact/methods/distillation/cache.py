@@ -7,6 +7,7 @@ run goes on after its last shard.
 """
 
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -43,6 +44,31 @@ def hash_model(model: PreTrainedModel) -> str:
 def hash_rows(rows: Iterable[Sequence[int] | Tensor]) -> str:
     """SHA-256 of all sequences in their order: how the text was tokenized and packed."""
     return _digest(b"".join(_digest_row(torch.as_tensor(row)) for row in rows))
+
+
+def has_two_inputs(model: PreTrainedModel) -> bool:
+    """Whether encoder and decoder have inputs of their own."""
+    return "decoder_input_ids" in inspect.signature(type(model).forward).parameters
+
+
+def check_rows_say_all(model: PreTrainedModel) -> None:
+    """Raise ConfigError for an encoder-decoder: its outputs depend on more than the token ids that a cache is searched by."""
+    if has_two_inputs(model):
+        raise ConfigError(
+            f"a cache finds sequences by their input_ids, {type(model).__name__} is an encoder-decoder: use the teacher itself"
+        )
+
+
+def logits_of(model: PreTrainedModel, output: Any) -> Tensor:
+    """The logits of a model's output.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    logits = getattr(output, "logits", None)
+    if logits is None:
+        raise ConfigError(f"distillation compares logits, the outputs of {type(model).__name__} have none")
+    return logits
 
 
 class TeacherCache:
@@ -136,11 +162,12 @@ def write_cache(
         progress: called with finished and all sequences.
 
     Raises:
-        ConfigError: a setting is out of range, or there are no rows.
+        ConfigError: a setting is out of range, there are no rows, or the teacher is no model of one input with logits.
         NumericalError: the teacher puts out something that is not finite.
         OutputError: the folder was made with other settings, or cannot be written.
     """
     folder = Path(folder)
+    check_rows_say_all(teacher)
     vocabulary = teacher.config.get_text_config().vocab_size
     if not len(rows):
         raise ConfigError("rows must hold at least one sequence, got none")
@@ -179,7 +206,7 @@ def write_cache(
 def _outputs(teacher: PreTrainedModel, rows: Sequence[Any], settings: Mapping[str, Any], kind: torch.dtype) -> dict[str, Tensor]:
     found: dict[str, list[Tensor]] = {"ids": [], "log_probs": [], "tail": []}
     for row in rows:
-        logits = teacher(input_ids=torch.as_tensor(row, device=teacher.device)[None]).logits[0]
+        logits = logits_of(teacher, teacher(input_ids=torch.as_tensor(row, device=teacher.device)[None]))[0]
         ids, log_probs, tail = top_log_probs(logits, settings["count"], settings["temperature"])
         if log_probs.isnan().any():
             raise NumericalError(f"the teacher's outputs of a sequence of {len(row)} tokens are not finite: try another dtype")

@@ -3,6 +3,9 @@
 The hook sees what the model sees, runs the teacher or reads the cache, and sums over the labelled positions. It divides by
 `num_items_in_batch` where the Trainer gives it, which is the count over all micro-batches (and ranks): a mean per
 micro-batch would be as many times too large.
+
+Newer SFTTrainers of TRL ask for `fused_lm_head`, a forward pass without logits, and sum its `log_probs` themselves. They get
+the logits' pass, and in the place of log-probabilities values that add up to the distillation loss.
 """
 
 from collections.abc import Mapping
@@ -19,11 +22,12 @@ from ...arch import describe
 from ...capture import without_cache
 from ...errors import ConfigError
 from ...functional.divergence import kl_divergence, lost_energy
-from .cache import TeacherCache
+from .cache import TeacherCache, check_rows_say_all, has_two_inputs, logits_of
 from .config import DistillationTerms
-from .functional import balanced_kl, gather_log_probs, relation_divergence
+from .functional import balanced_kl, entropy, gather_log_probs, relation_divergence
 
 _IGNORED = -100
+_NOT_FOR_TEACHER = ("labels", "num_items_in_batch", "fused_lm_head")
 
 
 class DistillationCallback(TrainerCallback):
@@ -62,16 +66,21 @@ class DistillationCallback(TrainerCallback):
         self._handles: list[Any] = []
         self._seen: dict[str, Tensor] = {}
         self._pairs: list[tuple[str, str, str]] = []
+        self._loss_type: Any = None
+        self._is_fused = False
 
     def attach_(self, model: nn.Module) -> None:
         """Put the hooks on a model, also one that an adapter wraps; for a loop of your own.
 
         Raises:
-            ConfigError: teacher and student cannot be compared.
+            ConfigError: teacher and student cannot be compared, or the cache cannot tell the student's sequences apart.
         """
         student = unwrapped(model)
+        if self.cache is not None:
+            check_rows_say_all(student)
         if self.teacher is not None:
             self._check(student)
+        self._handles.append(student.register_forward_pre_hook(self._ask_for_logits, with_kwargs=True))
         self._handles.append(student.register_forward_hook(self._replace_loss, with_kwargs=True))
         for mine, theirs, _ in self._pairs:
             for side, owner, name in (("student", student, mine), ("teacher", self.teacher, theirs)):
@@ -88,12 +97,16 @@ class DistillationCallback(TrainerCallback):
         """As `attach_`; the tokenizer that the Trainer knows must be that of the cache.
 
         Raises:
-            ConfigError: the Trainer smooths labels, and so has a loss of its own, or it compiles the modules that terms look into.
+            ConfigError: the Trainer smooths labels or weighs tokens, and so has a loss of its own, or it compiles the modules
+                that terms look into.
         """
         if getattr(args, "label_smoothing_factor", 0):
             raise ConfigError(
                 f"label_smoothing_factor must be 0, got {args.label_smoothing_factor}: its loss would replace this one"
             )
+        self._loss_type = getattr(args, "loss_type", None)
+        if self._loss_type == "dft":
+            raise ConfigError("loss_type must be nll, got dft: it weighs tokens by their probabilities, which would replace this loss")
         if getattr(args, "torch_compile", False) and self.terms.needs_teacher:
             raise ConfigError("terms of hidden states and relations need hooks inside the model, which torch_compile leaves out")
         tokenizer = kwargs.get("processing_class")
@@ -124,6 +137,12 @@ class DistillationCallback(TrainerCallback):
         ):
             if not all(-len(blocks) <= layer < len(blocks) for blocks in (mine, theirs)):
                 raise ConfigError(f"layer {layer} must be a block of both models, which have {len(mine)} and {len(theirs)}")
+            for model, block in ((student, mine[layer]), (teacher, theirs[layer])):
+                if has_two_inputs(model) and model.get_submodule(block) not in set(model.get_decoder().modules()):
+                    raise ConfigError(
+                        f"layer {layer} must be a block of the decoder of {type(model).__name__}, it is {block}: "
+                        "labels have no positions in the encoder"
+                    )
         if terms.hidden_weight:
             self._pairs += [(mine[i], theirs[i], "hidden") for i in terms.hidden_layers]
         if terms.relation_weight:
@@ -140,23 +159,42 @@ class DistillationCallback(TrainerCallback):
         return hook
 
     @torch.compiler.disable
+    def _ask_for_logits(self, model: PreTrainedModel, args: Any, kwargs: Mapping[str, Any]) -> Any:
+        self._is_fused = model.training and bool(kwargs.get("fused_lm_head"))
+        if not self._is_fused:
+            return None
+        if self._loss_type != "nll":  # as in DPO, whose loss is no sum of log-probabilities
+            raise ConfigError(
+                f"a Trainer that asks for fused_lm_head must have loss_type nll, got {self._loss_type}: another loss is not replaced"
+            )
+        if kwargs.get("labels") is None:
+            raise ConfigError("a Trainer that asks for fused_lm_head must give labels, which are not shifted")
+        return args, {name: value for name, value in kwargs.items() if name != "fused_lm_head"}
+
+    @torch.compiler.disable
     def _replace_loss(self, model: PreTrainedModel, args: Any, kwargs: Mapping[str, Any], output: Any) -> Any:
         if not model.training:
             self._seen.clear()
             return output
-        terms, logits = self.terms, output["logits"]
-        inputs = {name: value for name, value in kwargs.items() if name not in ("labels", "num_items_in_batch")}
+        terms, logits = self.terms, logits_of(model, output)
+        inputs = {name: value for name, value in kwargs.items() if name not in _NOT_FOR_TEACHER}
         inputs |= {"input_ids": args[0]} if args else {}
+        inputs |= decoder_inputs(model, kwargs)
         kept = labelled(model, logits, kwargs)
+        mask = inputs.get("attention_mask")
+        if has_two_inputs(model) and logits.dim() == 3:
+            mask = inputs.get("decoder_attention_mask", kept)  # the other one is of the encoder's tokens
         target = None
         if self.teacher is not None:
             with torch.no_grad(), without_cache(self.teacher):
-                target = self.teacher.eval()(**inputs)["logits"][kept]
+                target = logits_of(self.teacher, self.teacher.eval()(**inputs))[kept]
         total = logits.new_zeros((), dtype=torch.float32)
         if terms.logits_weight:
             total = total + terms.logits_weight * terms.temperature**2 * self._divergence(logits, target, kept, inputs).sum()
         for kind, weight in (("hidden", terms.hidden_weight), ("relation", terms.relation_weight)):
-            values = [self._distance(pair, inputs.get("attention_mask")) for pair in self._pairs if pair[2] == kind]
+            values = [self._distance(pair, mask) for pair in self._pairs if pair[2] == kind]
+            if logits.dim() == 2:  # one output for a whole sequence
+                values = [sequence_means(value, mask) for value in values]
             total = total + weight * sum(value[kept].sum() for value in values) / max(len(values), 1)
         self._seen.clear()
         count = kwargs.get("num_items_in_batch")
@@ -164,8 +202,13 @@ class DistillationCallback(TrainerCallback):
         if terms.label_weight:
             if output.get("loss") is None:
                 raise ConfigError("terms.label_weight needs labels in the batch")
-            loss = loss + terms.label_weight * output["loss"]
+            if count is not None or kept.any():  # the model's mean over no labels is not a number
+                loss = loss + terms.label_weight * output["loss"]
         output["loss"] = loss
+        if self._is_fused:
+            whole = loss * (kept.sum() if count is None else count)
+            for name, values in fused_fields(logits.detach(), kwargs["labels"], whole).items():
+                output[name] = values
         return output
 
     def _divergence(self, logits: Tensor, target: Tensor | None, kept: Tensor, inputs: Mapping[str, Any]) -> Tensor:
@@ -218,9 +261,38 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def fused_fields(logits: Tensor, labels: Tensor, whole: Tensor) -> dict[str, Tensor]:
+    """What a fused head puts out of logits `[B, T, C]`, but log-probabilities whose sum is `-whole`: `[B, T - 1]` each."""
+    logits, labels = logits[:, :-1], labels[:, 1:]
+    mask = labels != _IGNORED
+    spread = torch.zeros(mask.shape, dtype=torch.float32, device=logits.device)
+    spread[mask] = entropy(logits[mask].float().log_softmax(-1))
+    log_probs = -(whole / mask.sum().clamp_min(1)) * mask
+    return {"log_probs": log_probs, "label_mask": mask, "entropy": spread, "is_top1": (logits.argmax(-1) == labels) & mask}
+
+
+def decoder_inputs(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What an encoder-decoder makes of the labels by itself, and the teacher, which gets none, does not."""
+    labels, make = kwargs.get("labels"), getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    is_given = any(kwargs.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds"))
+    return {} if is_given or labels is None or make is None else {"decoder_input_ids": make(labels=labels)}
+
+
+def sequence_means(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Means `[B]` of values `[B, T]` over attended tokens; over all of them where the mask is not one of these tokens.
+
+    >>> sequence_means(torch.tensor([[1.0, 3.0, 8.0]]), torch.tensor([[1, 1, 0]])).tolist()
+    [2.0]
+    """
+    if mask is None or mask.shape != values.shape:
+        return values.mean(1)
+    return values.where(mask.bool(), 0).sum(1) / mask.bool().sum(1).clamp_min(1)
+
+
 def labelled(model: nn.Module, logits: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
     """Which positions of the logits count: those with a label (the next token's, in a causal model), or all attended ones."""
-    labels, mask = kwargs.get("labels"), kwargs.get("attention_mask")
+    labels = kwargs.get("labels")
+    mask = kwargs.get("decoder_attention_mask" if has_two_inputs(model) else "attention_mask")
     if labels is not None and labels.shape == logits.shape[:-1] and logits.dim() == 3:
         kept = labels != _IGNORED
         if type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():

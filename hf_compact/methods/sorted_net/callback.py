@@ -87,7 +87,13 @@ class SortedNetCallback(CompactCallback):
 
     def _add_losses(self, model: PreTrainedModel, args: Any, kwargs: Mapping[str, Any], output: Any) -> Any:
         """The mean of the losses of the whole model and of the drawn ones."""
-        if not model.training or self._is_inside or self.draw is None:
+        if not model.training or self._is_inside:
+            return output
+        if kwargs.get("fused_lm_head"):
+            raise ConfigError(
+                "sorted_net needs a Trainer that trains on the model's loss, this one asks for fused_lm_head and has its own"
+            )
+        if self.draw is None:
             return output
         if output.get("loss") is None:
             raise ConfigError("sorted_net needs labels in the batch")

@@ -2,19 +2,28 @@
 
 import copy
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from hf_compact import DistillationCallback, TernaryCallback
 from hf_compact.distillation import divergence
 from hf_compact.errors import ConfigError, FormatError, NumericalError, OutputError
 from hf_compact.methods.distillation import DistillationTerms, TeacherCache, write_cache
-from hf_compact.methods.distillation.callback import labelled
+from hf_compact.methods.distillation.callback import fused_fields, labelled
 from tests.conftest import VOCABULARY, tiny_inputs, tiny_model
 
 ROWS = tiny_inputs("llama", 16, 12, seed=3)["input_ids"]
@@ -44,16 +53,35 @@ def damaged() -> torch.nn.Module:
 
 def arguments(folder: Path, size: int = 16, **settings) -> TrainingArguments:
     defaults = {"max_steps": 1, "learning_rate": 1e-3, "max_grad_norm": 0.0}
-    return TrainingArguments(
+    return FusedArguments(
         str(folder), report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True, logging_steps=1,
         per_device_train_batch_size=size, gradient_accumulation_steps=16 // size, **defaults | settings,
     )  # fmt: skip
 
 
-def gradients(model, folder: Path, size: int, own: DistillationCallback, **settings) -> dict[str, torch.Tensor]:
+@dataclass
+class FusedArguments(TrainingArguments):
+    """Of a Trainer that sums log-probabilities by itself."""
+
+    loss_type: str = "nll"
+
+
+class FusedTrainer(Trainer):
+    """Calls the model and makes its loss as TRL's SFTTrainer does."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        count = outputs.label_mask.sum() if num_items_in_batch is None else num_items_in_batch
+        assert outputs.log_probs.shape == outputs.entropy.shape == outputs.is_top1.shape == outputs.label_mask.shape
+        return -outputs.log_probs.sum() / torch.as_tensor(count).clamp(min=1)
+
+
+def gradients(
+    model, folder: Path, size: int, own: DistillationCallback, kind: type[Trainer] = Trainer, **settings
+) -> dict[str, torch.Tensor]:
     found = {}
 
-    class Watch(Trainer):
+    class Watch(kind):
         def _get_train_sampler(self, *args):
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
@@ -280,8 +308,9 @@ def test_labels_of_other_models_are_not_shifted():
 @pytest.mark.parametrize(
     ("settings", "terms", "match"),
     [({"label_smoothing_factor": 0.1}, {}, "label_smoothing_factor must be 0, got 0.1"),
+     ({"loss_type": "dft"}, {}, "loss_type must be nll, got dft"),
      ({"torch_compile": True, "torch_compile_backend": "eager"}, {"hidden_weight": 1.0}, "which torch_compile leaves out")],
-    ids=["smoothing", "compiled"],
+    ids=["smoothing", "weighed", "compiled"],
 )  # fmt: skip
 def test_trainings_that_would_leave_terms_out_are_refused(settings, terms, match, tmp_path):
     own = DistillationCallback(tiny_model("llama"), **terms)
@@ -337,3 +366,184 @@ def test_adapters_are_distilled_through_their_wrapper(tmp_path):
     with torch.no_grad():
         start = divergence(damaged()(ROWS).logits, tiny_model("llama")(ROWS).logits).item()
     assert found == pytest.approx(start, rel=0.5)
+
+
+def classifier(seed: int) -> BertForSequenceClassification:
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    return BertForSequenceClassification(config)
+
+
+@pytest.mark.parametrize("term", ["hidden", "relation"])
+def test_terms_of_a_classifier_do_not_depend_on_padding(term):
+    student, teacher = classifier(0).train(), classifier(1).eval()
+    own = DistillationCallback(teacher, logits_weight=0.0, **{f"{term}_weight": 1.0}, relation_heads=4)
+    own.attach_(student)
+    mask = torch.ones_like(ROWS)
+    mask[::2, 8:] = 0
+    losses = [student(input_ids=ROWS, attention_mask=mask, labels=torch.zeros(len(ROWS), dtype=torch.long)).loss]
+    for right in (0, 5):
+        one = [torch.nn.functional.pad(values, (0, right)) for values in (ROWS, mask)]
+        rows = [student(input_ids=one[0][i, None], attention_mask=one[1][i, None]).loss for i in range(len(ROWS))]
+        losses.append(torch.stack(rows).mean())
+    torch.testing.assert_close(losses[1], losses[0])
+    torch.testing.assert_close(losses[2], losses[0])
+    assert losses[0] > 0
+
+
+def test_the_hidden_term_of_a_classifier_is_a_mean_over_tokens():
+    student, teacher = classifier(0).train(), classifier(1).eval()
+    mask = torch.ones_like(ROWS)
+    mask[1:, 7:] = 0
+    batch = {"input_ids": ROWS, "attention_mask": mask, "output_hidden_states": True}
+    mine, theirs = (model(**batch).hidden_states[-1] for model in (student, teacher))
+    lost = (mine - theirs).square().sum(-1) / theirs.square().sum(-1)
+    expected = torch.stack([row[own.bool()].mean() for row, own in zip(lost, mask, strict=True)]).mean()
+    DistillationCallback(teacher, logits_weight=0.0, hidden_weight=1.0, hidden_layers=(-1,)).attach_(student)
+    torch.testing.assert_close(student(**batch).loss, expected)
+
+
+def sentences() -> dict[str, torch.Tensor]:
+    labels = ROWS.flip(1)[:, :8].clone()
+    labels[::3, 5:] = -100
+    return {"input_ids": ROWS, "attention_mask": torch.ones_like(ROWS), "labels": labels}
+
+
+def other_t5() -> torch.nn.Module:
+    teacher = tiny_model("t5", dropout_rate=0.0)
+    torch.nn.init.normal_(teacher.lm_head.weight, std=0.3, generator=torch.Generator().manual_seed(1))
+    return teacher
+
+
+def test_an_encoder_decoder_is_distilled_by_its_labels():
+    teacher, student, batch = other_t5(), tiny_model("t5", dropout_rate=0.0).train(), sentences()
+    DistillationCallback(teacher).attach_(student)
+    found = student(**batch)
+    kept = batch["labels"] != -100
+    with torch.no_grad():
+        target = teacher(**batch).logits[kept]
+    torch.testing.assert_close(found.loss, divergence(found.logits[kept], target))
+    given = student.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+    torch.testing.assert_close(student(**batch, decoder_input_ids=given).loss, found.loss)
+
+
+@pytest.mark.parametrize("term", ["hidden", "relation"])
+def test_terms_of_a_decoder_count_its_own_tokens(term):
+    settings = {"logits_weight": 0.0, f"{term}_weight": 1.0, "relation_heads": 4}
+    teacher, student, batch = other_t5(), tiny_model("t5", dropout_rate=0.0).train(), sentences()
+    with torch.no_grad():
+        teacher.decoder.block[0].layer[0].SelfAttention.q.weight.mul_(2)
+    DistillationCallback(teacher, **settings).attach_(student)
+    padded = torch.nn.functional.pad(batch["labels"], (0, 4), value=-100)
+    found = student(**batch).loss
+    assert found > 0
+    torch.testing.assert_close(student(**batch | {"labels": padded}).loss, found)
+    with pytest.raises(ConfigError, match=r"layer 0 must be a block of the decoder of T5.*, it is encoder.block.0"):
+        DistillationCallback(teacher, **settings | {"hidden_layers": (0,), "relation_layer": 0}).attach_(student)
+
+
+def test_a_cache_refuses_an_encoder_decoder(tmp_path, tokenizer):
+    rule = "a cache finds sequences by their input_ids, T5ForConditionalGeneration is an encoder-decoder"
+    with pytest.raises(ConfigError, match=rule):
+        write_cache(tiny_model("t5"), list(ROWS), tmp_path / "t5", tokenizer)
+    assert not (tmp_path / "t5").exists()
+    with pytest.raises(ConfigError, match=rule):
+        DistillationCallback(cache=cached(tmp_path, tokenizer)).attach_(tiny_model("t5"))
+
+
+def test_a_model_without_logits_is_refused_by_name(tmp_path, tokenizer):
+    model = BertForQuestionAnswering(classifier(0).config).train()
+    DistillationCallback(classifier(1)).attach_(model)
+    with pytest.raises(ConfigError, match="the outputs of BertForQuestionAnswering have none"):
+        model(input_ids=ROWS)
+    student = classifier(0).train()
+    DistillationCallback(model).attach_(student)
+    with pytest.raises(ConfigError, match="the outputs of BertForQuestionAnswering have none"):
+        student(input_ids=ROWS)
+    with pytest.raises(ConfigError, match="the outputs of BertForQuestionAnswering have none"):
+        write_cache(model, list(ROWS), tmp_path, tokenizer)
+
+
+@pytest.mark.parametrize("size", [16, 8], ids=["once", "twice"])
+@pytest.mark.parametrize("kind", ["balanced", "hidden"])
+def test_a_trainer_with_a_fused_head_gives_the_same_gradients(kind, size, tmp_path):
+    stock, fused = (
+        gradients(damaged(), tmp_path, size, DistillationCallback(tiny_model("llama"), **KINDS[kind]), one)
+        for one in (Trainer, FusedTrainer)
+    )
+    assert any(gradient.any() for gradient in stock.values())
+    for name in stock:
+        torch.testing.assert_close(fused[name], stock[name], rtol=1e-4, atol=1e-7)
+
+
+def test_what_a_fused_head_puts_out_beside_the_loss():
+    logits = tiny_model("llama")(ROWS).logits.detach()
+    labels = ROWS.clone()
+    labels[::2, :5] = -100
+    labels[1, 1] = logits[1, 0].argmax()
+    found = fused_fields(logits, labels, torch.tensor(3.0))
+    mask = labels[:, 1:] != -100
+    assert torch.equal(found["label_mask"], mask)
+    assert -found["log_probs"].sum() == pytest.approx(3.0)
+    expected = torch.distributions.Categorical(logits=logits[:, :-1]).entropy() * mask
+    torch.testing.assert_close(found["entropy"], expected)
+    assert found["is_top1"][1, 0]
+    assert not found["is_top1"][~mask].any()
+
+
+def test_a_fused_batch_without_labelled_tokens_has_a_gradient_of_zero(tmp_path):
+    model = damaged().train()
+    own = DistillationCallback(tiny_model("llama"), label_weight=1.0)
+    own.on_train_begin(arguments(tmp_path), TrainerState(), TrainerControl(), model=model)
+    found = model(input_ids=ROWS, labels=torch.full_like(ROWS, -100), fused_lm_head=True)
+    found.log_probs.sum().backward()
+    assert found.log_probs.sum() == 0
+    assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+def test_fused_losses_of_another_kind_are_refused(tmp_path):
+    model = damaged().train()
+    own = DistillationCallback(tiny_model("llama"))
+    own.on_train_begin(arguments(tmp_path, loss_type="sigmoid"), TrainerState(), TrainerControl(), model=model)
+    with pytest.raises(ConfigError, match="must have loss_type nll, got sigmoid"):
+        model(input_ids=ROWS, labels=ROWS, fused_lm_head=True)
+    own.on_train_begin(arguments(tmp_path), TrainerState(), TrainerControl(), model=model)
+    with pytest.raises(ConfigError, match="must give labels"):
+        model(input_ids=ROWS, fused_lm_head=True)
+
+
+@pytest.mark.filterwarnings("ignore")  # of another library
+@pytest.mark.parametrize("size", [16, 8], ids=["once", "twice"])
+def test_the_sft_trainer_gives_the_gradients_of_the_stock_one(size, tmp_path, tokenizer):
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    rows = [Rows()[i] for i in range(16)]
+    data = Dataset.from_dict({
+        "input_ids": [row["input_ids"].tolist() for row in rows],
+        "completion_mask": [(row["labels"] != -100).long().tolist() for row in rows],
+    })  # fmt: skip
+    found = {}
+
+    class Watch(trl.SFTTrainer):
+        def _get_train_sampler(self, *args):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    class Take(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            found.update({name: p.grad.clone() for name, p in kwargs["model"].named_parameters() if p.grad is not None})
+
+    args = trl.SFTConfig(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=size, gradient_accumulation_steps=16 // size, max_grad_norm=0.0,
+        report_to=[], save_strategy="no", use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True,
+        completion_only_loss=True,
+    )  # fmt: skip
+    own, processing = DistillationCallback(tiny_model("llama"), label_weight=0.3), copy.deepcopy(tokenizer)
+    processing.pad_token = processing.eos_token = processing.convert_ids_to_tokens(1)
+    Watch(damaged(), args, train_dataset=data, processing_class=processing, callbacks=[own, Take()]).train()
+    stock = gradients(damaged(), tmp_path, size, DistillationCallback(tiny_model("llama"), label_weight=0.3))
+    for name in stock:
+        torch.testing.assert_close(found[name], stock[name], rtol=1e-4, atol=1e-7)

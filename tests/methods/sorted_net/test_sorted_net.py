@@ -183,3 +183,11 @@ def test_two_ranks_train_the_same_parts(tmp_path):
     run_ranks(_worker, str(tmp_path), seconds=280)
     first, second = load_file(tmp_path / "0.safetensors"), load_file(tmp_path / "1.safetensors")
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_trainer_with_a_loss_of_its_own_is_refused():
+    """A head that is fused with the loss leaves the model's loss unread."""
+    model, own = tiny_model("llama"), SortedNetCallback()
+    own.prepare(model)
+    with pytest.raises(ConfigError, match="asks for fused_lm_head and has its own"):
+        model.train()(**tiny_inputs("llama"), fused_lm_head=True)

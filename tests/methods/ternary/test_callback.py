@@ -37,9 +37,9 @@ def callback(kind: str) -> TernaryCallback:
 
 
 def arguments(folder: Path, **settings) -> TrainingArguments:
-    defaults = {"per_device_train_batch_size": 4, "max_steps": 6, "learning_rate": 1e-2, "weight_decay": 0.1}
+    defaults = {"per_device_train_batch_size": 4, "max_steps": 6, "learning_rate": 1e-2, "weight_decay": 0.1, "save_steps": 3}
     return TrainingArguments(
-        str(folder), report_to=[], save_steps=3, use_cpu=True, disable_tqdm=True, logging_steps=1, **defaults | settings
+        str(folder), report_to=[], use_cpu=True, disable_tqdm=True, logging_steps=1, **defaults | settings
     )
 
 
@@ -143,6 +143,25 @@ def test_weight_decay_ends_half_way():
     assert seen == [[0.1, 0.0], [0.1, 0.0], [0.0, 0.0], [0.0, 0.0], [0.1, 0.0]]
 
 
+def test_learned_steps_do_not_decay(tmp_path):
+    class Still(Trainer):
+        """Its gradients are all zero, so what moves has decayed."""
+
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs) * 0
+
+    config = TernaryConfig(scale="lsq", bits=2, granularity="row", embedding_bits=None)
+    own, model, name = TernaryCallback(config, decay_share=1.0), tiny_model("llama"), "model.layers.0.mlp.up_proj"
+    embedding = model.get_input_embeddings().weight.detach().clone()
+    trainer = Still(model, arguments(tmp_path, save_strategy="no"), train_dataset=Tokens(), callbacks=[own])
+    steps = model.get_submodule(name).step.detach().clone()
+    trainer.train()
+    assert torch.equal(model.get_submodule(name).scale, steps.flatten())
+    assert not torch.equal(model.get_input_embeddings().weight, embedding)
+    assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [0.1, 0.0]
+    assert sum(parameter.numel() == 72 for group in trainer.optimizer.param_groups for parameter in group["params"]) == 6
+
+
 def test_norms_start_with_the_size_of_their_inputs():
     model, batches = tiny_model("llama"), [tiny_inputs("llama")]
     seen = {}
@@ -161,13 +180,26 @@ def test_norms_start_with_the_size_of_their_inputs():
     assert model.model.layers[0].mlp.up_proj.sub_norm is None
 
 
-def test_a_training_that_ends_too_early_says_so(tmp_path, caplog):
-    model = tiny_model("llama")
-    own = TernaryCallback(ramp_share=1.0)
-    Trainer(model, arguments(tmp_path, max_steps=1, save_strategy="no"), train_dataset=Tokens(), callbacks=[own]).train()
-    own.num_steps = 10
-    own.on_train_end(None, type("State", (), {"global_step": 3})(), None, model=model)
-    assert "training ended at step 3" in caplog.text
+@pytest.mark.parametrize(("share", "is_told"), [(1.0, True), (0.5, False)], ids=["all", "half"])
+def test_a_training_that_ends_before_full_strength_says_so(share, is_told, tmp_path, caplog):
+    own = TernaryCallback(ramp_share=share)
+    args = arguments(tmp_path, max_steps=4, save_strategy="no")
+    Trainer(tiny_model("llama"), args, train_dataset=Tokens(), callbacks=[own]).train()
+    assert ("training ended at step 4, before" in caplog.text) == is_told
+
+
+@pytest.mark.parametrize(("best", "is_told"), [(2, True), (4, False)], ids=["ramp", "full"])
+def test_a_best_checkpoint_from_the_ramp_says_so(best, is_told, tmp_path, caplog):
+    class Scored(Trainer):
+        def evaluate(self, *args, **kwargs):
+            metrics = {"eval_loss": float(self.state.global_step != best)}
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            return metrics
+
+    args = arguments(tmp_path, save_steps=2, eval_steps=2, eval_strategy="steps", load_best_model_at_end=True)
+    own = TernaryCallback(ramp_share=0.5)
+    Scored(tiny_model("llama"), args, train_dataset=Tokens(), eval_dataset=Tokens(), callbacks=[own]).train()
+    assert ("the best checkpoint is from step 2, before" in caplog.text) == is_told
 
 
 def test_training_learns_what_rounding_loses():
