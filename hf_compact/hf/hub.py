@@ -21,7 +21,7 @@ from huggingface_hub.utils.sha import git_hash
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import verify
-from ..checkpoint import REPORT_NAME, Journal, TensorSource, hash_files, write_text
+from ..checkpoint import REPORT_NAME, Journal, TensorSource, hash_files, hash_model, write_text
 from ..errors import FormatError, OutputError, UnsupportedModel, VerificationError
 from ..report import Report
 from .card import PLACEHOLDER, short_card, write_card
@@ -159,7 +159,9 @@ def _unverified(folder: Path) -> str | None:
             return f"has no {_ADAPTER_REPORT}"
         try:
             found = json.loads((folder / _ADAPTER_REPORT).read_text(encoding="utf-8"))
-            return None if found["verification"]["verified"] else f"failed the verification in its {_ADAPTER_REPORT}"
+            if not found["verification"]["verified"]:
+                return f"failed the verification in its {_ADAPTER_REPORT}"
+            return _changed(folder, found["verification"].get("files"))
         except (ValueError, KeyError, TypeError) as error:
             raise FormatError(f"{folder / _ADAPTER_REPORT} is no report of recover: {type(error).__name__}") from error
     if not (folder / "config.json").is_file():
@@ -175,7 +177,16 @@ def _unverified(folder: Path) -> str | None:
     size = sum(path.stat().st_size for path in files)
     if size != report.file_bytes:
         return f"has changed since it was verified (its weights take {size} bytes, then {report.file_bytes})"
-    return None
+    return _changed(folder, (report.verification or {}).get("files"))
+
+
+def _changed(folder: Path, verified: dict[str, str] | None) -> str | None:
+    """What is not the file that was verified; a report that is older than its hashes is taken at its word."""
+    if verified is None:
+        return None
+    found = hash_model(folder)
+    names = [name for name in sorted(verified.keys() | found.keys()) if verified.get(name) != found.get(name)]
+    return f"has changed since it was verified ({', '.join(names)})" if names else None
 
 
 def _check_name(field: str, name: str) -> None:
