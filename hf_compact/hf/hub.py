@@ -8,6 +8,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ _CHAT_TEMPLATES = "additional_chat_templates"
 _WEIGHTS = ["*.safetensors", "*.safetensors.index.json", "*.gguf"]
 _ADAPTER_REPORT = "recovery.json"
 _PROBE_TOKENS = 32
+#: What a config says without an effect on the numbers of the model.
+_NO_SETTINGS = {"auto_map", "transformers_version"}
 
 
 def push_folder(
@@ -102,7 +105,8 @@ def push_model(  # noqa: PLR0913 - by keyword
         model: compressed by this library; it has this function as `model.push_to_hub(repo_id, ...)`.
         repo_id: as for `push_folder`, and so the other arguments that it has.
         tokenizer: to upload with it; None is that of the folder it was loaded from.
-        report: what `compress` returned for this model; the card is made from it.
+        report: what `compress` returned for this model; the card is made from it. Its perplexity is left out where the
+            model has been changed since it was scored.
         private: as for `push_folder`.
         overwrite: as for `push_folder`.
         token: as for `push_folder`.
@@ -137,8 +141,9 @@ def push_model(  # noqa: PLR0913 - by keyword
         verification = _verify(model, folder)
         file_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         if report is not None:
-            report.verification = {**(report.verification or {}), **verification}
-            report.file_bytes = file_bytes
+            if _is_about(report, origin, folder, verification["files"]):
+                verification = {**(report.verification or {}), **verification}
+            report = replace(report, verification=verification, file_bytes=file_bytes)
             write_text(folder / "recipe.json", json.dumps(report.recipe, indent=2) + "\n")
             write_card(report, folder)
         return push_folder(folder, repo_id, force=report is None, **settings)
@@ -281,11 +286,28 @@ def _is_same(path: Path, other: RepoSibling) -> bool:
     return other.blob_id == git_hash(path.read_bytes())
 
 
+def _is_about(report: Report, origin: Path | None, saved: Path, files: dict[str, str]) -> bool:
+    """Whether the model that a report has scored is the one that was saved just now, to the bit."""
+    earlier = report.verification or {}
+    if earlier.get("files") == files:
+        return True
+    # The same tensors may be in other shards; then the folder has to be the one of this very report.
+    return (
+        origin is not None
+        and _is_unchanged(origin, saved)
+        and Report.read(origin / REPORT_NAME).verification == report.verification
+    )
+
+
 def _is_unchanged(origin: Path, saved: Path) -> bool:
     """Whether a model that was saved just now is the verified folder it came from, to the bit."""
     if not (origin / REPORT_NAME).is_file() or _unverified(origin):
         return False
     old, new = TensorSource.in_folder(origin), TensorSource.in_folder(saved)
+    configs = [json.loads((folder / "config.json").read_text(encoding="utf-8")) for folder in (origin, saved)]
+    keys = (configs[0].keys() | configs[1].keys()) - _NO_SETTINGS
+    if any(configs[0].get(key) != configs[1].get(key) for key in keys):
+        return False
     return old.headers() == new.headers() and all(
         torch.equal(old.read([name])[name], new.read([name])[name]) for name in old.file_of
     )

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_compact
 from hf_compact.calibration import from_batches
-from hf_compact.checkpoint import hash_model
+from hf_compact.checkpoint import REPORT_NAME, hash_model
 from hf_compact.errors import ConfigError, FormatError, OutputError, UnsupportedModel, VerificationError
 from hf_compact.hf import hub as hub_module
 from tests.conftest import tiny_inputs, tiny_model
@@ -344,6 +344,35 @@ class TestModelsInMemory:
         sent = hf_compact.Report.from_dict(json.loads(files["compression_report.json"]))
         assert sent.is_verified
         assert sent.file_bytes == len(files["model.safetensors"])
+
+    @pytest.mark.parametrize("is_changed", [False, True], ids=["as_scored", "changed_since"])
+    @pytest.mark.parametrize("is_loaded", [False, True], ids=["in_memory", "loaded"])
+    def test_a_perplexity_is_that_of_the_pushed_weights(
+        self, is_changed, is_loaded, folder, hub, text_file, tokenizer, tmp_path
+    ):
+        if is_loaded:
+            model, report = AutoModelForCausalLM.from_pretrained(folder), hf_compact.Report.read(folder / REPORT_NAME)
+        else:
+            model, output = tiny_model("llama"), tmp_path / "out"
+            report = hf_compact.compress(model, RECIPE, output=output, calibration=[text_file], tokenizer=tokenizer)
+        scored = report.verification["perplexity"]
+        if is_changed:
+            model.model.norm.weight.data.mul_(2)
+        model.push_to_hub("me/small", tokenizer=tokenizer, report=report)
+        files = hub.repositories["me/small"].files
+        sent = json.loads(files[REPORT_NAME])["verification"]
+        assert sent["verified"]
+        assert sent.get("perplexity") == (None if is_changed else scored)
+        card = files["README.md"].decode()
+        assert ("model-index" in card) is not is_changed
+        assert (f"{scored:.2f}" in card) is not is_changed
+        assert report.verification["perplexity"] == scored
+
+    def test_a_changed_config_is_a_changed_model(self, folder, hub):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        model.config.max_position_embeddings *= 2
+        model.push_to_hub("me/small")
+        assert REPORT_NAME not in hub.repositories["me/small"].files
 
     def test_a_model_of_images_is_pushed_as_a_folder(self):
         model = tiny_model("vit")
