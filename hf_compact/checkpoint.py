@@ -193,6 +193,12 @@ def hash_files(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
+def hash_model(folder: Path) -> dict[str, str]:
+    """File name -> SHA-256, of what decides the numbers of a model or an adapter: its weights and its config."""
+    paths = [*folder.glob("*.safetensors"), folder / "config.json", folder / "adapter_config.json"]
+    return {path.name: hash_files([path]) for path in sorted(paths) if path.is_file()}
+
+
 def check_layers(specs: Mapping[str, Mapping[str, Any]], layers: Mapping[str, type[nn.Module]]) -> None:
     """Check that every spec of a modules table names a known layer.
 

@@ -78,7 +78,7 @@ class Report:
     footprint: dict[str, Any] | None = None
     """Where units were removed: what the model costs before and after, and what each block has lost."""
     verification: dict[str, Any] | None = None
-    """What the fresh process found: `verified`, largest logit difference, perplexity."""
+    """What the fresh process found: `verified`, largest logit difference, perplexity, SHA-256 of the files."""
     notes: list[str] = field(default_factory=list)
     """What a reader has to know: a family read by structure, layers that never saw an input."""
 

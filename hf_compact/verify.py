@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import hf_compact  # noqa: F401 - registers the plugin in the fresh process
 
+from .checkpoint import hash_model
 from .errors import VerificationError
 from .scoring import max_positions, perplexity
 
@@ -51,7 +52,8 @@ def verify(folder: Path, probe: dict[str, Tensor], logits: Tensor, held_out: Ten
         held_out: token ids `[T]` to score, or None for a model that is not a causal language model.
 
     Returns:
-        `verified`, `is_equal` (bit for bit), `relative_difference`, `perplexity`, `seconds`.
+        `verified`, `is_equal` (bit for bit), `relative_difference`, `perplexity`, `files` (SHA-256 of weights and config),
+        `seconds`.
 
     Raises:
         VerificationError: the process fails, or the logits differ by more than `TOLERANCE`.
@@ -85,6 +87,7 @@ def verify(folder: Path, probe: dict[str, Tensor], logits: Tensor, held_out: Ten
         "is_equal": torch.equal(found, logits),
         "relative_difference": difference,
         **result,
+        "files": hash_model(folder),
         "seconds": time.perf_counter() - started,
     }
 

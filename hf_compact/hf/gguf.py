@@ -308,12 +308,12 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[str, Any]
             f"the tokenizer ({model.get('type')} behind {[kind for kind, _ in parts]}) is none that this export can name to "
             "llama.cpp: export to dense, and convert that with llama.cpp's own script"
         )
-    special = {entry["id"] for entry in found["added_tokens"] if entry["special"]}
+    # llama.cpp takes a token whole, before it splits the text, only if it is one of these two kinds.
+    added = {
+        entry["id"]: gguf.TokenType.CONTROL if entry["special"] else gguf.TokenType.USER_DEFINED for entry in found["added_tokens"]
+    }
     tokens = {index: token for token, index in tokenizer.get_vocab().items()}
-    kinds = [
-        gguf.TokenType.CONTROL if i in special else gguf.TokenType.NORMAL if i in tokens else gguf.TokenType.UNUSED
-        for i in range(size)
-    ]
+    kinds = [added.get(i, gguf.TokenType.NORMAL if i in tokens else gguf.TokenType.UNUSED) for i in range(size)]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in found["model"]["merges"]]
     return {
         "pre": name,

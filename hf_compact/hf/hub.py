@@ -8,6 +8,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from huggingface_hub.utils.sha import git_hash
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import verify
-from ..checkpoint import REPORT_NAME, Journal, TensorSource, hash_files, write_text
+from ..checkpoint import REPORT_NAME, Journal, TensorSource, hash_files, hash_model, write_text
 from ..errors import FormatError, OutputError, UnsupportedModel, VerificationError
 from ..report import Report
 from .card import PLACEHOLDER, short_card, write_card
@@ -32,6 +33,8 @@ _CHAT_TEMPLATES = "additional_chat_templates"
 _WEIGHTS = ["*.safetensors", "*.safetensors.index.json", "*.gguf"]
 _ADAPTER_REPORT = "recovery.json"
 _PROBE_TOKENS = 32
+#: What a config says without an effect on the numbers of the model.
+_NO_SETTINGS = {"auto_map", "transformers_version"}
 
 
 def push_folder(
@@ -102,7 +105,8 @@ def push_model(  # noqa: PLR0913 - by keyword
         model: compressed by this library; it has this function as `model.push_to_hub(repo_id, ...)`.
         repo_id: as for `push_folder`, and so the other arguments that it has.
         tokenizer: to upload with it; None is that of the folder it was loaded from.
-        report: what `compress` returned for this model; the card is made from it.
+        report: what `compress` returned for this model; the card is made from it. Its perplexity is left out where the
+            model has been changed since it was scored.
         private: as for `push_folder`.
         overwrite: as for `push_folder`.
         token: as for `push_folder`.
@@ -137,8 +141,9 @@ def push_model(  # noqa: PLR0913 - by keyword
         verification = _verify(model, folder)
         file_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         if report is not None:
-            report.verification = {**(report.verification or {}), **verification}
-            report.file_bytes = file_bytes
+            if _is_about(report, origin, folder, verification["files"]):
+                verification = {**(report.verification or {}), **verification}
+            report = replace(report, verification=verification, file_bytes=file_bytes)
             write_text(folder / "recipe.json", json.dumps(report.recipe, indent=2) + "\n")
             write_card(report, folder)
         return push_folder(folder, repo_id, force=report is None, **settings)
@@ -159,7 +164,9 @@ def _unverified(folder: Path) -> str | None:
             return f"has no {_ADAPTER_REPORT}"
         try:
             found = json.loads((folder / _ADAPTER_REPORT).read_text(encoding="utf-8"))
-            return None if found["verification"]["verified"] else f"failed the verification in its {_ADAPTER_REPORT}"
+            if not found["verification"]["verified"]:
+                return f"failed the verification in its {_ADAPTER_REPORT}"
+            return _changed(folder, found["verification"].get("files"))
         except (ValueError, KeyError, TypeError) as error:
             raise FormatError(f"{folder / _ADAPTER_REPORT} is no report of recover: {type(error).__name__}") from error
     if not (folder / "config.json").is_file():
@@ -175,7 +182,16 @@ def _unverified(folder: Path) -> str | None:
     size = sum(path.stat().st_size for path in files)
     if size != report.file_bytes:
         return f"has changed since it was verified (its weights take {size} bytes, then {report.file_bytes})"
-    return None
+    return _changed(folder, (report.verification or {}).get("files"))
+
+
+def _changed(folder: Path, verified: dict[str, str] | None) -> str | None:
+    """What is not the file that was verified; a report that is older than its hashes is taken at its word."""
+    if verified is None:
+        return None
+    found = hash_model(folder)
+    names = [name for name in sorted(verified.keys() | found.keys()) if verified.get(name) != found.get(name)]
+    return f"has changed since it was verified ({', '.join(names)})" if names else None
 
 
 def _check_name(field: str, name: str) -> None:
@@ -270,11 +286,28 @@ def _is_same(path: Path, other: RepoSibling) -> bool:
     return other.blob_id == git_hash(path.read_bytes())
 
 
+def _is_about(report: Report, origin: Path | None, saved: Path, files: dict[str, str]) -> bool:
+    """Whether the model that a report has scored is the one that was saved just now, to the bit."""
+    earlier = report.verification or {}
+    if earlier.get("files") == files:
+        return True
+    # The same tensors may be in other shards; then the folder has to be the one of this very report.
+    return (
+        origin is not None
+        and _is_unchanged(origin, saved)
+        and Report.read(origin / REPORT_NAME).verification == report.verification
+    )
+
+
 def _is_unchanged(origin: Path, saved: Path) -> bool:
     """Whether a model that was saved just now is the verified folder it came from, to the bit."""
     if not (origin / REPORT_NAME).is_file() or _unverified(origin):
         return False
     old, new = TensorSource.in_folder(origin), TensorSource.in_folder(saved)
+    configs = [json.loads((folder / "config.json").read_text(encoding="utf-8")) for folder in (origin, saved)]
+    keys = (configs[0].keys() | configs[1].keys()) - _NO_SETTINGS
+    if any(configs[0].get(key) != configs[1].get(key) for key in keys):
+        return False
     return old.headers() == new.headers() and all(
         torch.equal(old.read([name])[name], new.read([name])[name]) for name in old.file_of
     )

@@ -15,7 +15,7 @@ from gguf.quants import dequantize
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import AddedToken, Regex, pre_tokenizers
 from transformers import AutoModelForCausalLM
 
 import hf_compact
@@ -146,6 +146,21 @@ def test_the_chat_template_goes_along(tmp_path):
     fields = gguf.GGUFReader(tmp_path / "out" / "model.gguf").fields
     assert fields["tokenizer.chat_template"].contents() == "{{ messages }}"
     assert fields["tokenizer.ggml.add_bos_token"].contents() is False
+
+
+def test_added_tokens_are_taken_whole(tmp_path):
+    folder = compressed(tmp_path / "ours", Q4_0)
+    tokenizer = train_tokenizer()
+    known = tokenizer.convert_ids_to_tokens(100)
+    tokenizer.add_tokens([AddedToken(known, special=False)])  # one that the model has room for
+    tokenizer.save_pretrained(folder)
+    hf_compact.export(folder, tmp_path / "out", "f16")
+    types = gguf.GGUFReader(tmp_path / "out" / "model.gguf").fields["tokenizer.ggml.token_type"].contents()
+    special = set(tokenizer.all_special_ids)
+    assert types[100] == gguf.TokenType.USER_DEFINED
+    assert special
+    assert {types[i] for i in special} == {gguf.TokenType.CONTROL}
+    assert {types[i] for i in range(len(tokenizer)) if i != 100 and i not in special} == {gguf.TokenType.NORMAL}
 
 
 @pytest.mark.parametrize(("name", "pattern"), [("qwen2", ""), ("llama-bpe", "{1,3}")])

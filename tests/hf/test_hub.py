@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_compact
 from hf_compact.calibration import from_batches
+from hf_compact.checkpoint import REPORT_NAME, hash_model
 from hf_compact.errors import ConfigError, FormatError, OutputError, UnsupportedModel, VerificationError
 from hf_compact.hf import hub as hub_module
 from tests.conftest import tiny_inputs, tiny_model
@@ -196,14 +197,35 @@ def changed(folder: Path) -> None:
     save_file(load_file(shard) | {"more": torch.zeros(3)}, shard, metadata={"format": "pt"})
 
 
+def overwritten(folder: Path) -> None:
+    """As many bytes as before."""
+    shard = sorted(folder.glob("*.safetensors"))[-1]
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-8] + bytes(byte ^ 1 for byte in data[-8:]))
+
+
+def edited(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+
+
+def older(folder: Path) -> None:
+    report = json.loads((folder / "compression_report.json").read_text())
+    del report["verification"]["files"]
+    (folder / "compression_report.json").write_text(json.dumps(report))
+
+
 @pytest.mark.parametrize(
     ("damage", "match"),
     [
         (unverified, r"small failed its verification \(logits differ\): verify it, or force the push"),
         (changed, r"small has changed since it was verified \(its weights take \d+ bytes, then \d+\)"),
+        (overwritten, r"small has changed since it was verified \(model-\d+-of-\d+.safetensors\): verify it, or force the push"),
+        (edited, r"small has changed since it was verified \(config.json\): verify it, or force the push"),
+        (lambda folder: (older(folder), changed(folder)), r"\(its weights take \d+ bytes, then \d+\)"),
         (lambda folder: (folder / "compression_report.json").unlink(), "small has no compression_report.json"),
     ],
-    ids=["failed", "changed", "no_report"],
+    ids=["failed", "changed", "overwritten", "edited", "changed_with_an_older_report", "no_report"],
 )
 def test_an_unverified_folder_is_refused_unless_forced(damage, match, folder, hub):
     damage(folder)
@@ -211,6 +233,12 @@ def test_an_unverified_folder_is_refused_unless_forced(damage, match, folder, hu
         hub_module.push_folder(folder, "me/small")
     assert not hub.log
     hub_module.push_folder(folder, "me/small", force=True)
+    assert "config.json" in hub.repositories["me/small"].files
+
+
+def test_a_report_from_before_the_hashes_is_enough(folder, hub):
+    older(folder)
+    hub_module.push_folder(folder, "me/small")
     assert "config.json" in hub.repositories["me/small"].files
 
 
@@ -317,6 +345,35 @@ class TestModelsInMemory:
         assert sent.is_verified
         assert sent.file_bytes == len(files["model.safetensors"])
 
+    @pytest.mark.parametrize("is_changed", [False, True], ids=["as_scored", "changed_since"])
+    @pytest.mark.parametrize("is_loaded", [False, True], ids=["in_memory", "loaded"])
+    def test_a_perplexity_is_that_of_the_pushed_weights(
+        self, is_changed, is_loaded, folder, hub, text_file, tokenizer, tmp_path
+    ):
+        if is_loaded:
+            model, report = AutoModelForCausalLM.from_pretrained(folder), hf_compact.Report.read(folder / REPORT_NAME)
+        else:
+            model, output = tiny_model("llama"), tmp_path / "out"
+            report = hf_compact.compress(model, RECIPE, output=output, calibration=[text_file], tokenizer=tokenizer)
+        scored = report.verification["perplexity"]
+        if is_changed:
+            model.model.norm.weight.data.mul_(2)
+        model.push_to_hub("me/small", tokenizer=tokenizer, report=report)
+        files = hub.repositories["me/small"].files
+        sent = json.loads(files[REPORT_NAME])["verification"]
+        assert sent["verified"]
+        assert sent.get("perplexity") == (None if is_changed else scored)
+        card = files["README.md"].decode()
+        assert ("model-index" in card) is not is_changed
+        assert (f"{scored:.2f}" in card) is not is_changed
+        assert report.verification["perplexity"] == scored
+
+    def test_a_changed_config_is_a_changed_model(self, folder, hub):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        model.config.max_position_embeddings *= 2
+        model.push_to_hub("me/small")
+        assert REPORT_NAME not in hub.repositories["me/small"].files
+
     def test_a_model_of_images_is_pushed_as_a_folder(self):
         model = tiny_model("vit")
         hf_compact.compress(
@@ -364,6 +421,12 @@ def test_an_adapter_is_pushed_with_its_report(hub, tmp_path):
         hf_compact.push(folder, "me/adapter")
     with pytest.raises(OutputError, match="base must be user/name, got 'base'"):
         hf_compact.push(folder, "me/adapter", base="base")
+    values["verification"]["files"] = {}
+    (folder / "recovery.json").write_text(json.dumps(values))
+    with pytest.raises(VerificationError, match=r"changed since it was verified \(adapter_config.json, adapter_model.safetens"):
+        hf_compact.push(folder, "me/adapter", base="me/base")
+    values["verification"]["files"] = hash_model(folder)
+    (folder / "recovery.json").write_text(json.dumps(values))
     assert not hub.log
     hf_compact.push(folder, "me/adapter", base="me/base")
     sent = hub.repositories["me/adapter"].files
@@ -375,7 +438,7 @@ def test_an_adapter_is_pushed_with_its_report(hub, tmp_path):
     assert (folder / "README.md").read_text() == card
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "me/base"}))
     (folder / "README.md").unlink()
-    hf_compact.push(folder, "me/another")
+    hf_compact.push(folder, "me/another", force=True)
     assert b'AutoPeftModelForCausalLM.from_pretrained("me/another")' in hub.repositories["me/another"].files["README.md"]
 
 
@@ -412,5 +475,5 @@ def test_another_librarys_format_is_no_damage(folder, hub):
     """What `--to bitnet` writes, for one."""
     config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "bitnet"}}
     (folder / "config.json").write_text(json.dumps(config))
-    hf_compact.push(folder, "me/small")
+    hf_compact.push(folder, "me/small", force=True)
     assert "config.json" in hub.repositories["me/small"].files
