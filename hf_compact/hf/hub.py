@@ -156,19 +156,7 @@ def _unverified(folder: Path) -> str | None:
         FormatError: it is damaged, or holds no model.
     """
     if (folder / "adapter_config.json").is_file():
-        weights = folder / "adapter_model.safetensors"
-        if not weights.is_file():
-            raise FormatError(f"{folder} holds no {weights.name}")
-        TensorSource([weights])
-        if not (folder / _ADAPTER_REPORT).is_file():
-            return f"has no {_ADAPTER_REPORT}"
-        try:
-            found = json.loads((folder / _ADAPTER_REPORT).read_text(encoding="utf-8"))
-            if not found["verification"]["verified"]:
-                return f"failed the verification in its {_ADAPTER_REPORT}"
-            return _changed(folder, found["verification"].get("files"))
-        except (ValueError, KeyError, TypeError) as error:
-            raise FormatError(f"{folder / _ADAPTER_REPORT} is no report of recover: {type(error).__name__}") from error
+        return _unverified_adapter(folder)
     if not (folder / "config.json").is_file():
         if any(folder.glob("*.gguf")):
             return f"has no {REPORT_NAME}"
@@ -183,6 +171,22 @@ def _unverified(folder: Path) -> str | None:
     if size != report.file_bytes:
         return f"has changed since it was verified (its weights take {size} bytes, then {report.file_bytes})"
     return _changed(folder, (report.verification or {}).get("files"))
+
+
+def _unverified_adapter(folder: Path) -> str | None:
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise FormatError(f"{folder} holds no {weights.name}")
+    TensorSource([weights])
+    if not (folder / _ADAPTER_REPORT).is_file():
+        return f"has no {_ADAPTER_REPORT}"
+    try:
+        found = json.loads((folder / _ADAPTER_REPORT).read_text(encoding="utf-8"))
+        if not found["verification"]["verified"]:
+            return f"failed the verification in its {_ADAPTER_REPORT}"
+        return _changed(folder, found["verification"].get("files"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise FormatError(f"{folder / _ADAPTER_REPORT} is no report of recover: {type(error).__name__}") from error
 
 
 def _changed(folder: Path, verified: dict[str, str] | None) -> str | None:

@@ -11,7 +11,6 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
-from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -21,7 +20,7 @@ from hf_compact.checkpoint import REPORT_NAME, hash_model
 from hf_compact.errors import ConfigError, FormatError, OutputError, UnsupportedModel, VerificationError
 from hf_compact.hf import hub as hub_module
 from tests.conftest import tiny_inputs, tiny_model
-from tests.fake_hub import READER, WRITER, check_card, environment, serve
+from tests.fake_hub import READER, WRITER, check_card, environment
 
 # How huggingface_hub hands files to its HTTP library.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -48,24 +47,6 @@ def finished(dense_folder, text_file, tmp_path_factory) -> Path:
 @pytest.fixture
 def folder(finished, tmp_path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "small"))
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """The fake Hub, as the endpoint of this process, with a token that may write below `me`."""
-    with serve() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}")
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
-        monkeypatch.setenv("HF_TOKEN", WRITER)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        huggingface_hub.utils.disable_progress_bars()
-        huggingface_hub.close_session()
-        yield server
-        huggingface_hub.close_session()
 
 
 LOAD = """
@@ -347,9 +328,7 @@ class TestModelsInMemory:
 
     @pytest.mark.parametrize("is_changed", [False, True], ids=["as_scored", "changed_since"])
     @pytest.mark.parametrize("is_loaded", [False, True], ids=["in_memory", "loaded"])
-    def test_a_perplexity_is_that_of_the_pushed_weights(
-        self, is_changed, is_loaded, folder, hub, text_file, tokenizer, tmp_path
-    ):
+    def test_a_perplexity_is_that_of_the_pushed_weights(self, is_changed, is_loaded, folder, hub, text_file, tokenizer, tmp_path):
         if is_loaded:
             model, report = AutoModelForCausalLM.from_pretrained(folder), hf_compact.Report.read(folder / REPORT_NAME)
         else:
