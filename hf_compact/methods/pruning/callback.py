@@ -365,24 +365,38 @@ class HessoCallback(CompactCallback):
         return found
 
     def _lowest_in_all(self, sets: list[tuple[GroupSet, Tensor]], due: int) -> dict[GroupSet, Tensor]:
-        """The lowest in all blocks, as long as every block keeps its floor; pools lose a row together."""
-        due *= len(sets)
-        flat: list[tuple[float, int, list[int]]] = []
+        """The lowest in all blocks, as long as every block keeps its floor; pools lose a row together.
+
+        What is cut are multiples, so what would go if all were chosen now is planned first, in runs that end where a block
+        keeps a multiple and that compete by their mean score. The lowest rows of the plan are chosen.
+        """
+        first, config = sets[0][0], self.config
+        num_pools, num_rows = first.num_pools, first.num_groups // first.num_pools
+        multiple = config.channel_multiple if first.kind in ("channels", HIDDEN) else 1
+        free, runs, ends = [], [], []
         for number, (group_set, score) in enumerate(sets):
-            is_free = (self.states(group_set).cpu() == KEPT).view(group_set.num_pools, -1)
-            pools = score.view(group_set.num_pools, -1).masked_fill(~is_free, torch.inf).sort(dim=1, stable=True)
-            for column in range(int(is_free.sum(1).min())):
-                groups = [row * is_free.shape[1] + int(index) for row, index in enumerate(pools.indices[:, column])]
-                flat.append((float(pools.values[:, column].sum()), number, groups))
-        is_taken = [(self.states(group_set) != KEPT).cpu() for group_set, _ in sets]
-        found = {group_set: torch.zeros_like(taken) for (group_set, _), taken in zip(sets, is_taken, strict=True)}
-        marked = sum(int(taken.sum()) for taken in is_taken)
-        for _, number, groups in sorted(flat):
-            group_set = sets[number][0]
-            room = most_removed(group_set, self.config) - int(is_taken[number].sum()) - int(found[group_set].sum())
-            if marked + len(groups) <= due and len(groups) <= room:
-                found[group_set][groups] = True
-                marked += len(groups)
+            is_free = (self.states(group_set).cpu() == KEPT).view(num_pools, -1)
+            rows = score.view(num_pools, -1).masked_fill(~is_free, torch.inf).sort(dim=1, stable=True)
+            num_free = int(is_free.sum(1).min())
+            values = rows.values[:, :num_free].sum(0)
+            free.append((values, rows.indices[:, :num_free] + torch.arange(num_pools)[:, None] * num_rows))
+            taken = num_rows - num_free
+            ends.append(num_rows - num_free // multiple * multiple)  # a run that is begun is finished
+            last = num_rows - _multiple(num_rows - most_removed(group_set, config) // num_pools, multiple)
+            starts = range(ends[number] - taken, last - taken, multiple)
+            runs += [(float(values[start : start + multiple].mean()), number) for start in starts]
+        left = self.counts[first.kind] * len(sets) // num_pools - sum(ends)
+        for _, number in sorted(runs)[: max(0, left // multiple)]:
+            ends[number] += multiple
+        planned = [
+            (float(values[row]), number, row)
+            for number, (values, _) in enumerate(free)
+            for row in range(ends[number] - num_rows + len(values))
+        ]
+        missing = due * len(sets) // num_pools - sum(num_rows - len(values) for values, _ in free)
+        found = {group_set: torch.zeros(group_set.num_groups, dtype=torch.bool) for group_set, _ in sets}
+        for _, number, row in sorted(planned)[: max(0, missing)]:
+            found[sets[number][0]][free[number][1][:, row]] = True
         return found
 
 

@@ -138,6 +138,28 @@ def test_blocks_that_compete_lose_as_much_in_all(tmp_path):
         assert torch.equal(again(**tiny_inputs("llama")).logits, model.eval()(**tiny_inputs("llama")).logits)
 
 
+@pytest.mark.parametrize(("width", "multiple"), [(256, 32), (72, 32)], ids=["whole multiples", "a rest"])
+def test_blocks_that_compete_lose_all_that_is_zeroed(width, multiple):
+    model = tiny_model("llama", intermediate_size=width).train()
+    model.model.layers[1].mlp.down_proj.weight.data *= 0.3
+    callback = HessoCallback(
+        target=0.5, unit="groups", pruning_steps=3, periods=3, kinds=("channels",), channel_multiple=multiple, is_uniform=False
+    )
+    callback.prepare(model)
+    for step in range(callback.config.last_step):
+        model(**tiny_inputs("llama", seed=step))
+        callback.before_update(model, step)
+        callback.step(model, step + 1, 0.0)
+    zeroed = sum(len(group_set.zero_groups()) for group_set in callback.sets)
+    assert zeroed == 3 * callback.counts["channels"]
+    callback.finalize(model)
+    widths = [layer.mlp.up_proj.out_features for layer in model.model.layers]
+    assert 3 * width - sum(widths) == zeroed
+    assert all(kept % multiple == 0 for kept in widths)
+    assert 0.5 - multiple / width < zeroed / (3 * width) <= 0.5
+    assert width != 256 or widths[1] < min(widths[0], widths[2])
+
+
 def test_the_residual_stream_on_request(tmp_path):
     model, callback = tiny_model("llama"), HessoCallback(**SETTINGS | {"kinds": ("hidden",), "target": 0.25})
     dense = block_parameters(model)
