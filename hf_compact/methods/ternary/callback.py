@@ -55,6 +55,7 @@ class TernaryCallback(CompactCallback):
         self.num_steps = self.training.num_steps
         self.arch: Architecture | None = None
         self.names: list[str] = []
+        self._groups: list[tuple[dict[str, Any], list[Tensor]]] = []
 
     def swap_(self, model: PreTrainedModel) -> None:
         """Make the selected Linears latent.
@@ -102,6 +103,26 @@ class TernaryCallback(CompactCallback):
             if "weight_decay" in group:
                 group["weight_decay"] = decay if step < self.training.decay_share * (self.num_steps or math.inf) else 0.0
 
+    def set_apart_(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+        """Until `put_back_`, let learned steps have no weight decay, which would pull them to 0.
+
+        For one update only: a checkpoint counts parameters by their groups, and those must stay the Trainer's.
+        """
+        steps = {id(model.get_submodule(name).step) for name in self.names if self.config.scale == "lsq"}
+        for group in list(optimizer.param_groups):
+            apart = [parameter for parameter in group["params"] if id(parameter) in steps]
+            if apart and group.get("weight_decay"):
+                self._groups.append((group, group["params"]))
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in steps]
+                optimizer.param_groups.append(group | {"params": apart, "weight_decay": 0.0})
+
+    def put_back_(self, optimizer: torch.optim.Optimizer) -> None:
+        """Undo `set_apart_`."""
+        for group, parameters in self._groups:
+            group["params"] = parameters
+            optimizer.param_groups.pop()
+        self._groups.clear()
+
     def restore_(self, model: PreTrainedModel) -> None:
         """Pack the Linears, then embedding and head."""
         packed = replace_modules(model, self.names, lambda _, latent: latent.pack())
@@ -123,6 +144,15 @@ class TernaryCallback(CompactCallback):
         """Strength and weight decay of the step."""
         super().on_step_begin(args, state, control, **kwargs)
         self.set_decay_(kwargs["optimizer"], state.global_step)
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Learned steps do not decay."""
+        super().on_pre_optimizer_step(args, state, control, **kwargs)
+        self.set_apart_(kwargs["model"], kwargs["optimizer"])
+
+    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The groups are the Trainer's again."""
+        self.put_back_(kwargs["optimizer"])
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Finalise once; weights that never ran at full strength are told about."""

@@ -143,6 +143,25 @@ def test_weight_decay_ends_half_way():
     assert seen == [[0.1, 0.0], [0.1, 0.0], [0.0, 0.0], [0.0, 0.0], [0.1, 0.0]]
 
 
+def test_learned_steps_do_not_decay(tmp_path):
+    class Still(Trainer):
+        """Its gradients are all zero, so what moves has decayed."""
+
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs) * 0
+
+    config = TernaryConfig(scale="lsq", bits=2, granularity="row", embedding_bits=None)
+    own, model, name = TernaryCallback(config, decay_share=1.0), tiny_model("llama"), "model.layers.0.mlp.up_proj"
+    embedding = model.get_input_embeddings().weight.detach().clone()
+    trainer = Still(model, arguments(tmp_path, save_strategy="no"), train_dataset=Tokens(), callbacks=[own])
+    steps = model.get_submodule(name).step.detach().clone()
+    trainer.train()
+    assert torch.equal(model.get_submodule(name).scale, steps.flatten())
+    assert not torch.equal(model.get_input_embeddings().weight, embedding)
+    assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [0.1, 0.0]
+    assert sum(parameter.numel() == 72 for group in trainer.optimizer.param_groups for parameter in group["params"]) == 6
+
+
 def test_norms_start_with_the_size_of_their_inputs():
     model, batches = tiny_model("llama"), [tiny_inputs("llama")]
     seen = {}
