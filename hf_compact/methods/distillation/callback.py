@@ -106,7 +106,9 @@ class DistillationCallback(TrainerCallback):
             )
         self._loss_type = getattr(args, "loss_type", None)
         if self._loss_type == "dft":
-            raise ConfigError("loss_type must be nll, got dft: it weighs tokens by their probabilities, which would replace this loss")
+            raise ConfigError(
+                "loss_type must be nll, got dft: it weighs tokens by their probabilities, which would replace this loss"
+            )
         if getattr(args, "torch_compile", False) and self.terms.needs_teacher:
             raise ConfigError("terms of hidden states and relations need hooks inside the model, which torch_compile leaves out")
         tokenizer = kwargs.get("processing_class")
@@ -188,14 +190,7 @@ class DistillationCallback(TrainerCallback):
         if self.teacher is not None:
             with torch.no_grad(), without_cache(self.teacher):
                 target = logits_of(self.teacher, self.teacher.eval()(**inputs))[kept]
-        total = logits.new_zeros((), dtype=torch.float32)
-        if terms.logits_weight:
-            total = total + terms.logits_weight * terms.temperature**2 * self._divergence(logits, target, kept, inputs).sum()
-        for kind, weight in (("hidden", terms.hidden_weight), ("relation", terms.relation_weight)):
-            values = [self._distance(pair, mask) for pair in self._pairs if pair[2] == kind]
-            if logits.dim() == 2:  # one output for a whole sequence
-                values = [sequence_means(value, mask) for value in values]
-            total = total + weight * sum(value[kept].sum() for value in values) / max(len(values), 1)
+        total = self._sum(logits, target, kept, inputs, mask)
         self._seen.clear()
         count = kwargs.get("num_items_in_batch")
         loss = total / (kept.sum().clamp_min(1) if count is None else count)
@@ -210,6 +205,19 @@ class DistillationCallback(TrainerCallback):
             for name, values in fused_fields(logits.detach(), kwargs["labels"], whole).items():
                 output[name] = values
         return output
+
+    def _sum(self, logits: Tensor, target: Tensor | None, kept: Tensor, inputs: Mapping[str, Any], mask: Tensor | None) -> Tensor:
+        """All terms but the labels', over the kept positions."""
+        terms = self.terms
+        total = logits.new_zeros((), dtype=torch.float32)
+        if terms.logits_weight:
+            total = total + terms.logits_weight * terms.temperature**2 * self._divergence(logits, target, kept, inputs).sum()
+        for kind, weight in (("hidden", terms.hidden_weight), ("relation", terms.relation_weight)):
+            values = [self._distance(pair, mask) for pair in self._pairs if pair[2] == kind]
+            if logits.dim() == 2:  # one output for a whole sequence
+                values = [sequence_means(value, mask) for value in values]
+            total = total + weight * sum(value[kept].sum() for value in values) / max(len(values), 1)
+        return total
 
     def _divergence(self, logits: Tensor, target: Tensor | None, kept: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         """Nats of every kept position."""

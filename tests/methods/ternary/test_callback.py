@@ -38,9 +38,7 @@ def callback(kind: str) -> TernaryCallback:
 
 def arguments(folder: Path, **settings) -> TrainingArguments:
     defaults = {"per_device_train_batch_size": 4, "max_steps": 6, "learning_rate": 1e-2, "weight_decay": 0.1, "save_steps": 3}
-    return TrainingArguments(
-        str(folder), report_to=[], use_cpu=True, disable_tqdm=True, logging_steps=1, **defaults | settings
-    )
+    return TrainingArguments(str(folder), report_to=[], use_cpu=True, disable_tqdm=True, logging_steps=1, **defaults | settings)
 
 
 def train(kind: str, folder: Path, resume: str | None = None, **settings):
