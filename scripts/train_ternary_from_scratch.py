@@ -28,6 +28,35 @@ from hf_compact.checkpoint import check_output, write_text
 from hf_compact.errors import CompactError, ConfigError
 from hf_compact.scoring import perplexity
 
+QUANTIZATION = {"scale": "absmean", "dequantization": "shared", "ramp_share": 0.03}
+
+
+def check(options: argparse.Namespace) -> None:
+    """Set the defaults of the options that go with --bits.
+
+    Raises:
+        ConfigError: a number is out of range, or an option has no effect.
+    """
+    for name in ("hidden_size", "layers", "tokens", "length", "batch_size", "windows"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    heads = num_heads(options.hidden_size)
+    if options.hidden_size % (2 * heads):
+        raise ConfigError(
+            f"--hidden-size must be even, and from 64 on divide into {heads} heads of an even width, as multiples of 32 do, "
+            f"got {options.hidden_size}"
+        )
+    for name, default in QUANTIZATION.items():
+        if getattr(options, name) is None:
+            setattr(options, name, default)
+        elif options.bits is None:
+            raise ConfigError(f"--{name.replace('_', '-')} needs --bits, got {getattr(options, name)} without it")
+
+
+def num_heads(hidden_size: int) -> int:
+    """One per 32 dimensions."""
+    return max(1, hidden_size // 32)
+
 
 def train_tokenizer(text: str, size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE."""
@@ -46,7 +75,7 @@ def new_model(options: argparse.Namespace, vocabulary: int) -> LlamaForCausalLM:
     width = options.hidden_size
     config = LlamaConfig(
         hidden_size=width, intermediate_size=-(-8 * width // 24) * 8, num_hidden_layers=options.layers,
-        num_attention_heads=max(1, width // 32), vocab_size=vocabulary, max_position_embeddings=max(1024, options.length),
+        num_attention_heads=num_heads(width), vocab_size=vocabulary, max_position_embeddings=max(1024, options.length),
         tie_word_embeddings=True, bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
     return LlamaForCausalLM(config)
@@ -66,6 +95,7 @@ def split(text: str) -> tuple[str, str]:
 
 def train(options: argparse.Namespace) -> dict:
     """Train, save, score."""
+    check(options)
     check_output(options.output)
     text, rest = ("".join(parts) for parts in zip(*(split(read_texts([path])) for path in options.text), strict=True))
     tokenizer = train_tokenizer(text, options.vocabulary)
@@ -121,8 +151,8 @@ def main() -> int:
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="UTF-8 text, one or several files")
     parser.add_argument("--output", type=Path, required=True, help="folder to create")
     parser.add_argument("--bits", type=float, choices=(1.58, 2, 3, 4), help="full precision without it")
-    parser.add_argument("--scale", choices=("absmean", "absmedian", "lsq"), default="absmean")
-    parser.add_argument("--dequantization", choices=("shared", "weights"), default="shared")
+    parser.add_argument("--scale", choices=("absmean", "absmedian", "lsq"), help="absmean by default; needs --bits")
+    parser.add_argument("--dequantization", choices=("shared", "weights"), help="shared by default; needs --bits")
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--vocabulary", type=int, default=2048)
@@ -131,7 +161,7 @@ def main() -> int:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
-    parser.add_argument("--ramp-share", type=float, default=0.03)
+    parser.add_argument("--ramp-share", type=float, help="0.03 by default; needs --bits")
     parser.add_argument("--windows", type=int, default=200, help="held-out windows to score")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cpu", action="store_true", help="even where there is a GPU")

@@ -190,10 +190,7 @@ class DistillationCallback(TrainerCallback):
         if self.teacher is not None:
             with torch.no_grad(), without_cache(self.teacher):
                 target = logits_of(self.teacher, self.teacher.eval()(**inputs))[kept]
-        total = logits.new_zeros((), dtype=torch.float32)
-        if terms.logits_weight:
-            total = total + terms.logits_weight * terms.temperature**2 * self._divergence(logits, target, kept, inputs).sum()
-        total = total + self._inner_terms(kept, mask, is_whole=logits.dim() == 2)
+        total = self._sum(logits, target, kept, inputs, mask)
         self._seen.clear()
         count = kwargs.get("num_items_in_batch")
         loss = total / (kept.sum().clamp_min(1) if count is None else count)
@@ -209,12 +206,15 @@ class DistillationCallback(TrainerCallback):
                 output[name] = values
         return output
 
-    def _inner_terms(self, kept: Tensor, mask: Tensor | None, is_whole: bool) -> Tensor | float:
-        """Hidden states and relations, summed over the kept positions; with `is_whole` one mean for a sequence, which has one output."""
-        total: Tensor | float = 0.0
-        for kind, weight in (("hidden", self.terms.hidden_weight), ("relation", self.terms.relation_weight)):
+    def _sum(self, logits: Tensor, target: Tensor | None, kept: Tensor, inputs: Mapping[str, Any], mask: Tensor | None) -> Tensor:
+        """All terms but the labels', over the kept positions."""
+        terms = self.terms
+        total = logits.new_zeros((), dtype=torch.float32)
+        if terms.logits_weight:
+            total = total + terms.logits_weight * terms.temperature**2 * self._divergence(logits, target, kept, inputs).sum()
+        for kind, weight in (("hidden", terms.hidden_weight), ("relation", terms.relation_weight)):
             values = [self._distance(pair, mask) for pair in self._pairs if pair[2] == kind]
-            if is_whole:
+            if logits.dim() == 2:  # one output for a whole sequence
                 values = [sequence_means(value, mask) for value in values]
             total = total + weight * sum(value[kept].sum() for value in values) / max(len(values), 1)
         return total
