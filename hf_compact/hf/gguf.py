@@ -310,7 +310,8 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[str, Any]
         )
     # llama.cpp takes a token whole, before it splits the text, only if it is one of these two kinds.
     added = {
-        entry["id"]: gguf.TokenType.CONTROL if entry["special"] else gguf.TokenType.USER_DEFINED for entry in found["added_tokens"]
+        entry["id"]: gguf.TokenType.CONTROL if entry["special"] else gguf.TokenType.USER_DEFINED
+        for entry in found["added_tokens"]
     }
     tokens = {index: token for token, index in tokenizer.get_vocab().items()}
     kinds = [added.get(i, gguf.TokenType.NORMAL if i in tokens else gguf.TokenType.UNUSED) for i in range(size)]
