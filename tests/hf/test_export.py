@@ -1,6 +1,7 @@
 """Exports of quantized and pruned models, judged by the packages whose formats they are."""
 
 import importlib.util
+import json
 import math
 import os
 import subprocess
@@ -137,6 +138,33 @@ def test_families_of_gguf(family, tmp_path):
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="model.gguf", dtype=torch.float32)
     assert (logits(again) - logits(dense)).norm() < 2e-3 * logits(dense).norm()
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": 5e5},
+        {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+         "original_max_position_embeddings": 16},
+    ],
+    ids=["default", "scaled"],
+)  # fmt: skip
+def test_dense_exports_say_their_rotary_positions_in_the_older_way_too(rope, tmp_path):
+    folder = compressed(tmp_path / "ours", Q4_0, rope_parameters=rope)
+    hf_compact.export(folder, tmp_path / "out", "dense")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["rope_theta"] == 5e5
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    assert config.get("rope_scaling") == (None if rope["rope_type"] == "default" else scaling)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert again.config.rope_parameters == rope
+    expected = AutoModelForCausalLM.from_pretrained(folder).dequantize()
+    assert torch.equal(logits(again), logits(expected))
+
+
+def test_positions_without_rotation_have_no_base(tmp_path):
+    hf_compact.export(compressed(tmp_path / "ours", NEAREST, "gpt2", intermediate_size=None), tmp_path / "out", "dense")
+    assert "rope_theta" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
 def test_the_chat_template_goes_along(tmp_path):
