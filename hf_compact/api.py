@@ -43,6 +43,7 @@ from .checkpoint import (
     check_output,
     disk_errors,
     hash_files,
+    whole_folder,
     write_text,
 )
 from .config import CalibrationConfig, DistillationConfig, MethodConfig, Recipe
@@ -558,22 +559,20 @@ def export(folder: str | Path, output: str | Path, kind: ExportKind = "dense") -
     if kind not in GGUF_KINDS or getattr(_read_config(folder), "quantization_config", None):
         inspect_folder(folder)
     check_output(output)
-    model = verify.load_model(folder)
-    with disk_errors(output):
-        tokenizer = _tokenizer(folder)
+    model, tokenizer = verify.load_model(folder), _tokenizer(folder)
+    with whole_folder(output) as partial:
         if kind == "dense":
-            save_dense(model, output)
+            save_dense(model, partial)
         elif kind == "bitnet":
-            save_bitnet(model, output)
+            save_bitnet(model, partial)
         elif kind == "compressed-tensors":
-            save_compressed_tensors(model, output)
+            save_compressed_tensors(model, partial)
         elif kind == "low_rank":
-            save_low_rank(model, output, "AutoModelForCausalLM" if is_causal_lm(model) else "AutoModel")
+            save_low_rank(model, partial, "AutoModelForCausalLM" if is_causal_lm(model) else "AutoModel")
         else:
-            save_gguf(model, output, kind, tokenizer)
-            return
-        if tokenizer is not None:
-            tokenizer.save_pretrained(output)
+            save_gguf(model, partial, kind, tokenizer)
+        if tokenizer is not None and kind not in GGUF_KINDS:
+            tokenizer.save_pretrained(partial)
 
 
 def push(

@@ -438,6 +438,26 @@ def check_output(output: Path) -> None:
 
 
 @contextmanager
+def whole_folder(output: Path) -> Iterator[Path]:
+    """A folder to write to, which takes the name of the output at the end; nothing is left of it after an error.
+
+    Raises:
+        OutputError: the output or its partial folder holds something, or the disk is full or cannot be written.
+    """
+    output = output.absolute()  # "." has no name to add to
+    partial = output.with_name(output.name + ".partial")
+    for path in (output, partial):
+        check_output(path)
+    try:
+        with disk_errors(output, "run the same command again: what was written is deleted"):
+            yield partial
+            output.rmdir() if output.exists() else None
+            partial.rename(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A name to write to, whose file takes the path at the end: what lies there is the old file, or the new one, or none."""
     temporary = path.with_name(path.name + ".tmp")
@@ -471,17 +491,22 @@ def _open(path: Path) -> Iterator[Any]:
 
 
 @contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn what the file system says into one line that names the folder."""
+def disk_errors(
+    folder: Path, advice: str = "run the same command again, it goes on from the last finished block"
+) -> Iterator[None]:
+    """Turn what the file system says into one line that names the folder, and what to do once there is space."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        # The package tokenizers raises Exception itself, with the words of the system.
+        is_tokenizers = type(error) is Exception and "os error" in str(error)
+        if not isinstance(error, OSError | SafetensorError) and not is_tokenizers:
+            raise
         is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error).lower()
         free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
         if is_full:
             raise OutputError(
-                f"disk full while writing {folder} ({free / 1e6:.0f} MB free): free some space and run the same command "
-                "again, it goes on from the last finished block"
+                f"disk full while writing {folder} ({free / 1e6:.0f} MB free): free some space and {advice}"
             ) from error
         raise OutputError(f"{folder} cannot be written ({free / 1e6:.0f} MB free): {error}") from error
 

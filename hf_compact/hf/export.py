@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -44,6 +45,19 @@ class {name}(transformers.{name}):
 def save_dense(model: PreTrainedModel, folder: Path) -> None:
     """Write an ordinary model with the same values; the model itself becomes dense."""
     model.dequantize().save_pretrained(folder)
+    _add_older_rope(folder / "config.json")
+
+
+def _add_older_rope(path: Path) -> None:
+    """Rotary positions as transformers 4 names them: it does not read `rope_parameters`, and assumes a base of 10000."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" not in rope:  # none, or one for each kind of layer
+        return
+    config["rope_theta"] = rope["rope_theta"]
+    if rope.get("rope_type", "default") != "default":
+        config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    write_text(path, json.dumps(config, indent=2) + "\n")
 
 
 def save_low_rank(model: PreTrainedModel, folder: Path, auto_class: str) -> None:

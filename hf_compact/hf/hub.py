@@ -5,17 +5,19 @@ goes on by running it again. The token is read by `huggingface_hub` and seen by 
 """
 
 import json
+import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 from httpx2 import HTTPError
 from huggingface_hub import HfApi, ModelCard, ModelInfo, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash
@@ -27,8 +29,15 @@ from ..errors import FormatError, OutputError, UnsupportedModel, VerificationErr
 from ..report import Report
 from .card import PLACEHOLDER, short_card, write_card
 
-#: What a model's folder is made of; anything else stays at home.
-_ENDINGS = {".safetensors", ".json", ".jinja", ".txt", ".model", ".md", ".png", ".py", ".gguf"}
+logger = logging.getLogger(__name__)
+#: What this library and transformers write into a model's folder; anything else, a token in a text file say, stays at home.
+_SENT = (
+    "*.safetensors", "*.safetensors.index.json", "*.gguf", "config.json", "generation_config.json", "adapter_config.json",
+    "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model", "*.spm",
+    "chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json", "recipe.json",
+    "compression_report.json", "recovery.json", "layers.png", "removed.png", "README.md", "modeling_hf_compact.py",
+    "modeling_low_rank.py",
+)  # fmt: skip
 _CHAT_TEMPLATES = "additional_chat_templates"
 _WEIGHTS = ["*.safetensors", "*.safetensors.index.json", "*.gguf"]
 _ADAPTER_REPORT = "recovery.json"
@@ -43,7 +52,8 @@ def push_folder(
 ) -> str:  # fmt: skip
     """Upload a folder as a model repository; interrupted, the same call goes on.
 
-    Only the files that make up a model are sent: no hidden ones, no subfolders but further chat templates.
+    Only the files that make up a model are sent: no hidden ones, no subfolders but further chat templates. The others are named
+    in the log.
 
     Args:
         folder: complete, as `compress`, `recover` or `export` leave it.
@@ -222,7 +232,10 @@ def _stage(folder: Path, scratch: Path, repo_id: str, base: str | None) -> Path:
     """A folder of links to what is sent, a card that names the repository, and reports without paths of this machine."""
     staged = scratch / "staged"
     staged.mkdir()
-    files = [path for path in folder.iterdir() if path.suffix in _ENDINGS and path.is_file() and path.name[0] != "."]
+    files = [path for path in folder.iterdir() if _is_sent(path)]
+    left = sorted(path.name for path in folder.iterdir() if path not in files and path.name != _CHAT_TEMPLATES)
+    if left:
+        logger.warning("left out, not sent: %s", ", ".join(left))
     for path in files + sorted((folder / _CHAT_TEMPLATES).glob("*.jinja")):
         link = staged / path.relative_to(folder)
         link.parent.mkdir(exist_ok=True)
@@ -241,6 +254,10 @@ def _stage(folder: Path, scratch: Path, repo_id: str, base: str | None) -> Path:
         (staged / "adapter_config.json").unlink()
         write_text(staged / "adapter_config.json", json.dumps(config, indent=2) + "\n")
     return staged
+
+
+def _is_sent(path: Path) -> bool:
+    return path.is_file() and path.name[0] != "." and any(fnmatchcase(path.name, pattern) for pattern in _SENT)
 
 
 def _on_base(text: str, base: str) -> str:
@@ -348,6 +365,8 @@ def _hub_errors(repo_id: str) -> Iterator[None]:
             }
             again = "run the same command again: what has arrived is not sent a second time"
             raise OutputError(f"the Hub refused {repo_id} with {status}: {advice.get(status, again)}") from error
+        if isinstance(cause, OfflineModeIsEnabled):
+            raise OutputError("HF_HUB_OFFLINE is set, which forbids every connection to the Hub: unset it to push") from error
         if isinstance(cause, HTTPError | ConnectionError):
             raise OutputError(f"the connection to the Hub failed ({type(cause).__name__}): run the same command again") from error
         raise

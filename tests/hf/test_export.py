@@ -1,6 +1,8 @@
 """Exports of quantized and pruned models, judged by the packages whose formats they are."""
 
+import errno
 import importlib.util
+import json
 import math
 import os
 import subprocess
@@ -16,12 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, pre_tokenizers
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import hf_compact
 from hf_compact import TernaryCallback
 from hf_compact.calibration import builtin_text, from_batches
-from hf_compact.errors import ConfigError, FormatError, UnsupportedModel
+from hf_compact.errors import ConfigError, FormatError, OutputError, UnsupportedModel
 from hf_compact.hf import gguf as gguf_module
 from hf_compact.hf.grid import IntegerGrid, integer_grid
 from hf_compact.scoring import perplexity
@@ -139,6 +141,33 @@ def test_families_of_gguf(family, tmp_path):
     assert (logits(again) - logits(dense)).norm() < 2e-3 * logits(dense).norm()
 
 
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": 5e5},
+        {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+         "original_max_position_embeddings": 16},
+    ],
+    ids=["default", "scaled"],
+)  # fmt: skip
+def test_dense_exports_say_their_rotary_positions_in_the_older_way_too(rope, tmp_path):
+    folder = compressed(tmp_path / "ours", Q4_0, rope_parameters=rope)
+    hf_compact.export(folder, tmp_path / "out", "dense")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["rope_theta"] == 5e5
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    assert config.get("rope_scaling") == (None if rope["rope_type"] == "default" else scaling)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert again.config.rope_parameters == rope
+    expected = AutoModelForCausalLM.from_pretrained(folder).dequantize()
+    assert torch.equal(logits(again), logits(expected))
+
+
+def test_positions_without_rotation_have_no_base(tmp_path):
+    hf_compact.export(compressed(tmp_path / "ours", NEAREST, "gpt2", intermediate_size=None), tmp_path / "out", "dense")
+    assert "rope_theta" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
 def test_the_chat_template_goes_along(tmp_path):
     folder = compressed(tmp_path / "ours", Q4_0)
     (folder / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
@@ -243,6 +272,41 @@ def test_values_beyond_float16_are_refused(tmp_path):
     for scale, reason in ((1e4, "its scales are beyond float16"), (1e-7, "its scales are beyond float16"), (1e-3, None)):
         grid = IntegerGrid(4, None, torch.zeros(1, 32, dtype=torch.int8), torch.full((1, 1), scale), None)
         assert gguf_module._misfit(grid, "q4_0") == reason
+
+
+@pytest.mark.parametrize(
+    ("error", "match"),
+    [
+        (Exception("No space left on device (os error 28)"), r"disk full while writing .*out \(\d+ MB free\): free some space and run "
+         "the same command again: what was written is deleted"),
+        (OSError(errno.ENOSPC, "No space left on device"), "disk full while writing .*out "),
+        (Exception("Permission denied (os error 13)"), r"out cannot be written \(\d+ MB free\): Permission denied"),
+    ],
+    ids=["full_for_the_tokenizer", "full", "no_permission"],
+)  # fmt: skip
+def test_an_export_is_whole_or_absent(error, match, tmp_path, monkeypatch):
+    folder = compressed(tmp_path / "ours", Q4_0)
+
+    def fails(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", fails)
+    with pytest.raises(OutputError, match=match):
+        hf_compact.export(folder, tmp_path / "out", "dense")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours"]
+    error = Exception("a defect")
+    with pytest.raises(Exception, match=r"^a defect$"):
+        hf_compact.export(folder, tmp_path / "out", "dense")
+    monkeypatch.undo()
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "journal.jsonl").write_text("{}")
+    with pytest.raises(OutputError, match=r"out.partial' exists and is not an empty folder"):  # another run's
+        hf_compact.export(folder, tmp_path / "out", "dense")
+    assert (tmp_path / "out.partial" / "journal.jsonl").exists()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    hf_compact.export(folder, ".", "dense")
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in (tmp_path / "here").iterdir()}
 
 
 def test_an_unknown_kind(tmp_path):

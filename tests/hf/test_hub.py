@@ -30,6 +30,8 @@ SENT = {
     "layers.png", "recipe.json", "tokenizer.json", "tokenizer_config.json",
 }  # fmt: skip
 
+PRIVATE = ["notes.bak", "notes.md", "picture.png", "secrets.json", "token.txt", "train.py"]
+
 
 @pytest.fixture(scope="module")
 def finished(dense_folder, text_file, tmp_path_factory) -> Path:
@@ -40,7 +42,9 @@ def finished(dense_folder, text_file, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("hub") / "small"
     hf_compact.compress(dense, RECIPE, output=folder, calibration=[text_file])
     (folder / ".env").write_text("SECRET=1", encoding="utf-8")
-    (folder / "notes.bak").write_text("draft", encoding="utf-8")
+    for name in PRIVATE:
+        (folder / name).write_text("draft", encoding="utf-8")
+    (folder / "runs").mkdir()
     return folder
 
 
@@ -68,6 +72,7 @@ def test_what_is_pushed_is_what_a_stranger_loads(finished, hub, tmp_path):
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert f"{hub.url}/me/small" in done.stdout
+    assert f"left out, not sent: .env, {', '.join(sorted([*PRIVATE, 'runs']))}\n" in done.stderr
     repository = hub.repositories["me/small"]
     assert repository.private
     weights = {path.name for path in finished.glob("model*")}
@@ -120,6 +125,14 @@ def test_a_hub_that_stays_down(method, path, folder, hub):
     hub.fail(method, path, 0, times=100)
     with pytest.raises(OutputError, match=r"the connection to the Hub failed \(\w+\): run the same command again"):
         hub_module.push_folder(folder, "me/small")
+
+
+def test_offline_mode_is_said(folder, hub, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    huggingface_hub.close_session()
+    with pytest.raises(OutputError, match="HF_HUB_OFFLINE is set, which forbids every connection to the Hub: unset it to push"):
+        hub_module.push_folder(folder, "me/small")
+    assert not hub.log
 
 
 def test_a_server_that_keeps_failing_while_files_are_sent(folder, hub):
