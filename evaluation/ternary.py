@@ -7,7 +7,7 @@ Four parts: language models trained from scratch (`scripts/train_ternary_from_sc
 decay on the smaller size, then full precision, ternary, and ternary with doubled hidden size at the rates that were best for
 full precision and for ternary weights, three seeds), the time of a training step, cached distillation of a damaged model against
 plain cross-entropy, each at its best rate, and the conversion of SmolLM2 (`scripts/convert_to_ternary.py`), beside the largest
-row of quantization alone in `02-codebook.json` that takes no more bytes. Every single run leaves its JSON in the work folder,
+row of post-training quantization in `02-codebook.json` that takes no more bytes. Every single run leaves its JSON in the work folder,
 and is taken by one process only: the same command, given twice at once, shares the runs. Results go to
 `evaluation/results/04-ternary.json`, `.md` and `.png`; `--part` runs some parts only, `--quick` shows that it all works.
 """
@@ -252,7 +252,7 @@ def distillation(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def conversion(options: argparse.Namespace) -> dict[str, Any]:
-    """Dense, rounded, warm-started and trained perplexity, and that of quantization alone to as many bytes."""
+    """Dense, rounded, warm-started and trained perplexity, and that of post-training quantization to as many bytes."""
     started = time.perf_counter()
     settings = {"model": options.model, "tokens": options.tokens // CONVERSION["epochs"], **CONVERSION}
     settings |= {"tokens": 1024, "length": 64, "warm_start_epochs": 1, "warm_start_tokens": 256} if options.quick else {}
@@ -265,11 +265,15 @@ def conversion(options: argparse.Namespace) -> dict[str, Any]:
     names = {options.model: "dense", str(folder): "ternary, trained"}
     rows = [{"kind": names[row["model"]], "text": Path(row["text"]).name, "perplexity": row["perplexity"],
              "file_bytes": row["file_bytes"]} for row in json.loads(scores.read_text())]  # fmt: skip
-    return {"training": found, "rows": rows + quantized_alone(found["file_bytes"]), "seconds": time.perf_counter() - started}
+    return {
+        "training": found,
+        "rows": rows + quantized_after_training(found["file_bytes"]),
+        "seconds": time.perf_counter() - started,
+    }
 
 
-def quantized_alone(file_bytes: int) -> list[dict[str, Any]]:
-    """The largest row of the codebook measurements with at most so many bytes: same model, texts and windows, no training."""
+def quantized_after_training(file_bytes: int) -> list[dict[str, Any]]:
+    """The largest row of the codebook measurements with at most so many bytes: same model, texts and windows; weights are not trained."""
     measured = json.loads((RESULTS / "02-codebook.json").read_text())["rows"]
     row = max((row for row in measured if row["file_bytes"] <= file_bytes), key=lambda row: row["file_bytes"], default=None)
     return [
