@@ -67,6 +67,7 @@ def from_recipe(name: str, output: Path, options: argparse.Namespace) -> None:
     path.write_text(yaml.safe_dump(recipe))
     texts = [word for text in options.calibration for word in ("--calibration", text)]
     arguments = ("-m", "hf_compact", "compress", str(dense(options)), "--recipe", str(path), "--output", str(output), *texts)
+    arguments += ("--device", options.device)
     python(*arguments, log=Path(f"{output}.log"))
 
 
@@ -87,7 +88,7 @@ def converted(name: str, output: Path, options: argparse.Namespace) -> None:
         str(dense(options)),
         "--output",
         str(output),
-        "--cpu",
+        *(["--cpu"] if options.device == "cpu" else []),
     )
     python(*arguments, *size, "--text", *options.calibration, log=Path(f"{output}.log"))
 
@@ -109,7 +110,7 @@ def hesso(output: Path, options: argparse.Namespace) -> None:
     pruner = HessoCallback(target=HESSO_TARGET, warm_up_steps=steps // 10, pruning_steps=steps // 2, periods=min(10, steps // 2))
     arguments = TrainingArguments(
         str(output) + ".trainer", per_device_train_batch_size=4, num_train_epochs=1, learning_rate=5e-5, lr_scheduler_type="cosine",
-        warmup_steps=0.05, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True, seed=0,
+        warmup_steps=0.05, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=options.device == "cpu", seed=0,
     )  # fmt: skip
     Trainer(
         opened.model, arguments, train_dataset=rows, data_collator=default_data_collator,
@@ -192,6 +193,8 @@ def main() -> int:
     parser.add_argument("--limit", type=int, help="rows of each task; default: all")
     parser.add_argument("--row", action="append", choices=list(ROWS), help="rows to make; all by default")
     parser.add_argument("--work", type=Path, default=Path("runs/overview"), help="folder of everything that is made")
+    parser.add_argument("--device", default="cpu", help="where models run")
+    parser.add_argument("--no-speed", action="store_true", help="leave times and memory out: others are at work on this machine")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the tables")
     parser.add_argument("--quick", action="store_true", help="tiny settings that only show that it runs")
     parser.add_argument("--hesso", type=Path, help=argparse.SUPPRESS)
@@ -205,7 +208,8 @@ def main() -> int:
     timing = SpeedConfig(prompt_tokens=16, new_tokens=3, repeats=1) if options.quick else SpeedConfig()
     protocol = Protocol(
         windows=Windows(window_length=64, num_windows=2) if options.quick else Windows(),
-        tasks=tuple(options.task or TASKS), limit=options.limit, speed=timing, dtype="bfloat16",
+        tasks=tuple(options.task or TASKS), limit=options.limit, speed=None if options.no_speed else timing, dtype="bfloat16",
+        device=options.device, batch_size=8 if options.device == "cpu" else 64,
     )  # fmt: skip
     last = ""
 

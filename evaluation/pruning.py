@@ -5,12 +5,14 @@ r"""Structured pruning: in one shot, in training against the dense model trained
 
 `--step` takes some of the steps only; what has not run yet is left out of the tables. All rows that are trained get the same
 steps of 1024 tokens, 400 by default, from the calibration texts in the same order, the dense control among them; those that are pruned before
-lose as many channels and heads as HESSO takes out. Results go to `evaluation/results/05-pruning.json` and `.md`; `--quick` shows
-that everything runs.
+lose as many channels and heads as HESSO takes out. Each is trained at several learning rates, and the best one on windows that no
+row trains on, of the same texts, counts; the teacher of distilled rows is the dense model so trained. Several processes may be at it at
+once. Results go to `evaluation/results/05-pruning.json` and `.md`; `--quick` shows that everything runs.
 """
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -24,14 +26,19 @@ import yaml
 from transformers import Trainer, TrainingArguments
 
 from evaluation import steps as stepwise
-from evaluation.steps import RESULTS, bar, machine
+from evaluation.steps import RESULTS, bar, machine, taken
 from hf_compact import DistillationCallback, HessoCallback, SpeedConfig, api, evaluate
+from hf_compact.checkpoint import write_text
 from hf_compact.footprint import count
 from hf_compact.groups import find_groups
 from hf_compact.methods.pruning.callback import group_counts
+from hf_compact.scoring import perplexity
 
 #: recipe -> most perplexity, times dense, on the two texts.
 ONE_SHOT = {"prune-20": (1.25, 1.40), "prune-50": (2.1, 2.8)}
+#: Other calibration: sequences, and whether a part of the text is what the dense model wrote.
+CALIBRATED = {"256": (256, False), "1024": (1024, False), "1024-own-text": (1024, True)}
+OWN_TOKENS, OWN_BATCH = 262_144, 512
 #: removed share of the block parameters -> most perplexity, times the dense model trained alike.
 TRAINED = {20: 1.08, 40: 1.25}
 #: How rows that are pruned before they are trained choose; at 20 %.
@@ -40,30 +47,74 @@ BEFORE = {
     "magnitude": {"score": "magnitude", "compensation": "none"},
     "random": {"score": "random", "compensation": "none"},
 }
-STEPS, LENGTH, BATCH, LEARNING_RATE = 400, 512, 2, 1e-4
+STEPS, LENGTH, BATCH = 400, 512, 2
+RATES = (1e-4, 3e-4)
+#: What overhead is measured at.
+LEARNING_RATE = 1e-4
 #: HESSO's own scores, without what a group adds to the output.
 PAPER = {"output": 0.0} | dict.fromkeys(("magnitude", "avg_magnitude", "cosine", "taylor_first", "taylor_second"), 0.2)
-#: HESSO warms up for a twentieth of the steps and prunes for a quarter of them, or for a half.
-WARM_UP, PRUNING, SLOW = 20, 4, 2
+#: HESSO warms up for a twentieth of the steps and prunes for a quarter of them.
+WARM_UP, PRUNING = 20, 4
+#: Row -> removed share in training (None: before it, by the row's name), whether the trained dense model teaches, other scores.
+TRAINED_ROWS: dict[str, tuple[float | None, bool, dict[str, float]]] = {
+    "trained-dense": (None, False, {}),
+    **{f"hesso-{percent}": (percent / 100, False, {}) for percent in TRAINED},
+    **{f"hesso-{percent}-distilled": (percent / 100, True, {}) for percent in TRAINED},
+    "hesso-20-paper-scores": (0.2, False, PAPER),
+    **{f"{name}-20-trained": (None, False, {}) for name in BEFORE},
+    "flap-20-trained-distilled": (None, True, {}),
+}
 PREFILL_RATIO, DECODE_RATIO, OVERHEAD = 1.3, 1.2, 0.1
 
 
 def scored(model: str | Path, options: argparse.Namespace) -> dict[str, float]:
     """Perplexity by text."""
     count_of, length = (2, options.length) if options.quick else (40, 1024)
-    return {Path(row["text"]).name: row["perplexity"] for row in evaluate([model], options.text, count_of, length)}
+    rows = evaluate([model], options.text, count_of, length, device=options.device)
+    return {Path(row["text"]).name: row["perplexity"] for row in rows}
 
 
-def compressed(options: argparse.Namespace, name: str, stage: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Prune in one shot by a recipe of the project, or by `prune-20` with another stage; then score."""
-    recipe = yaml.safe_load(Path(f"configs/recipes/{name if stage is None else 'prune-20'}.yaml").read_text())
+@torch.no_grad()
+def own_text(options: argparse.Namespace) -> Path:
+    """What the dense model writes behind single random tokens, sampled as it is likely; one sequence a paragraph."""
+    path = options.work / "own-text.txt"
+    with taken(path):
+        if not path.exists():
+            opened = api.open_dense(options.model, "bfloat16", is_whole=True)
+            model, tokenizer = opened.model.to(options.device), opened.load_tokenizer()
+            torch.manual_seed(0)
+            parts = []
+            count, length = (2, options.length) if options.quick else (OWN_TOKENS // LENGTH, LENGTH)
+            for start in range(0, count, OWN_BATCH):
+                first = torch.randint(model.config.vocab_size, (min(OWN_BATCH, count - start), 1), device=options.device)
+                ids = model.generate(
+                    first, do_sample=True, top_k=0, max_new_tokens=length - 1, pad_token_id=model.config.eos_token_id,
+                    attention_mask=torch.ones_like(first),
+                )  # fmt: skip
+                parts += tokenizer.batch_decode(ids, skip_special_tokens=True)
+            write_text(path, "\n\n".join(parts))
+    return path
+
+
+def compressed(
+    options: argparse.Namespace, name: str, stage: dict[str, Any] | None = None, calibrated: str | None = None
+) -> dict[str, Any]:  # fmt: skip
+    """Prune in one shot by a recipe of the project, by one with other calibration, or by `prune-20` with another stage; then score."""
+    known = "prune-20" if stage is not None else name.removesuffix(f"-{calibrated}")
+    recipe = yaml.safe_load(Path(f"configs/recipes/{known}.yaml").read_text())
     if stage is not None:
         recipe["stages"] = [recipe["stages"][0] | stage]
+    texts = options.calibration
+    if calibrated is not None:
+        number, is_own = CALIBRATED[calibrated]
+        recipe["calibration"] = {**recipe["calibration"], "num_sequences": number, "batch_size": 16}
+        texts = [*texts, own_text(options)] if is_own else texts
     if options.quick:
         recipe["calibration"] = {"num_sequences": 4, "sequence_length": options.length}
     folder = options.work / name
-    if not (folder / "compression_report.json").exists():
-        api.compress(options.model, recipe, output=folder, calibration=options.calibration)
+    with taken(folder):
+        if not (folder / "compression_report.json").exists():
+            api.compress(options.model, recipe, output=folder, calibration=texts, device=options.device)
     report = json.loads((folder / "compression_report.json").read_text())
     kept = {key: report[key] for key in ("file_bytes", "seconds", "footprint")}
     return {"command_seconds": sum(report["seconds"].values()), "perplexity": scored(folder, options), **kept}
@@ -79,32 +130,32 @@ def share_of_groups(options: argparse.Namespace, target: float) -> dict[str, flo
     return {kind: counts[kind] / number for kind, number in found.items()}
 
 
-def trained(
-    options: argparse.Namespace, name: str, target: float | None = None, is_distilled: bool = False, pruning: int = PRUNING,
-    **scores: float,
-) -> dict[str, Any]:  # fmt: skip
+def trained(options: argparse.Namespace, name: str, rate: float) -> dict[str, Any]:
     """Train the dense model as it is, with HESSO, or after it was pruned in one shot; then score."""
-    started = time.perf_counter()
-    opened = api.open_dense(options.model, "float32", is_whole=True)
-    model, tokenizer = opened.model, opened.load_tokenizer()
-    before, callbacks = count(model), []
+    target, is_distilled, scores = TRAINED_ROWS[name]
+    callbacks: list[transformers.TrainerCallback] = []
     if is_distilled:
-        callbacks.append(DistillationCallback(api.open_dense(options.model, "float32", is_whole=True).model))
+        teacher = options.work / best(options, "trained-dense")
+        callbacks.append(DistillationCallback(transformers.AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)))
     if target is not None:
         warm_up, periods = max(1, options.steps // WARM_UP), 2 if options.quick else 10
         callbacks.append(
-            HessoCallback(target=target, warm_up_steps=warm_up, pruning_steps=options.steps // pruning, periods=periods, **scores)
+            HessoCallback(target=target, warm_up_steps=warm_up, pruning_steps=options.steps // PRUNING, periods=periods, **scores)
         )
-    elif name != "trained-dense":
-        pruned = options.work / name.removesuffix("-trained")
+    opened = api.open_dense(options.model, "float32", is_whole=True)
+    model, tokenizer = opened.model, opened.load_tokenizer()
+    before = count(model)
+    if target is None and name != "trained-dense":
+        pruned = options.work / name.partition("-trained")[0]
         shares = share_of_groups(options, 0.2)
         stage = {"channel_sparsity": shares["channels"], "head_sparsity": shares.get("kv_heads", 0.0)}
         compressed(options, pruned.name, BEFORE[pruned.name.split("-")[0]] | stage)
         model = transformers.AutoModelForCausalLM.from_pretrained(pruned, dtype=torch.float32)
+    started, name = time.perf_counter(), f"{name}-{rate:g}"
     data = stepwise.TrainingWindows(options.calibration, tokenizer, options.length, options.steps * BATCH)
     arguments = TrainingArguments(
-        str(options.work / f"{name}-trainer"), per_device_train_batch_size=BATCH, max_steps=options.steps, bf16=True, use_cpu=True,
-        learning_rate=LEARNING_RATE, lr_scheduler_type="cosine", warmup_steps=options.steps // 20, weight_decay=0.0,
+        str(options.work / f"{name}-trainer"), per_device_train_batch_size=BATCH, max_steps=options.steps, bf16=True,
+        use_cpu=options.device == "cpu", learning_rate=rate, lr_scheduler_type="cosine", warmup_steps=options.steps // 20, weight_decay=0.0,
         save_steps=50, save_total_limit=1, report_to=[], disable_tqdm=True, logging_steps=20, seed=0,
     )  # fmt: skip
     trainer = Trainer(model, arguments, train_dataset=data, callbacks=callbacks)
@@ -114,7 +165,10 @@ def trained(
     tokenizer.save_pretrained(folder)
     after = count(model)
     blocks = [sum(of["parameters"] for of in side.blocks.values()) for side in (before, after)]
+    held_out = None if data.held_out is None else perplexity(model.eval(), data.held_out, options.length, None)["perplexity"]
     return {
+        "learning_rate": rate,
+        "held_out": held_out,
         "num_tokens": options.steps * BATCH * options.length,
         "removed_share": 1 - blocks[1] / blocks[0],
         "parameters": after.parameters,
@@ -123,14 +177,29 @@ def trained(
     }
 
 
+def best(options: argparse.Namespace, name: str) -> str:
+    """The row at the rate that is best on held-out windows; measures what is missing."""
+    todo = steps(options)
+    rates = [f"{name}-{rate:g}" for rate in RATES]
+    return min(rates, key=lambda row: stepwise.done(todo, options.work, row, options.device)["held_out"] or math.inf)
+
+
+def chosen(found: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """The best row that there is."""
+    rows = [found[row] for rate in RATES if (row := f"{name}-{rate:g}") in found]
+    return min(rows, key=lambda row: row["held_out"] or math.inf, default=None)
+
+
 def speed(options: argparse.Namespace) -> dict[str, Any]:
     """Dense and pruned by turns in one process."""
     started = time.perf_counter()
-    is_quick = options.quick
+    is_quick, shares = options.quick, share_of_groups(options, 0.4)
+    sizes = {"channel_sparsity": shares["channels"], "head_sparsity": shares.get("kv_heads", 0.0)}
+    compressed(options, "random-40", BEFORE["random"] | sizes)  # what goes makes no difference to times
     timed = SpeedConfig(prompt_tokens=16, new_tokens=2, repeats=1) if is_quick else SpeedConfig(prompt_tokens=512, repeats=15)
-    found = api.compare(options.model, options.work / "hesso-40", speed=timed)
+    found = api.compare(options.model, options.work / "random-40", speed=timed)
     values: dict[str, Any] = {}
-    for name, side in (("dense", found.before), ("hesso-40", found.after)):
+    for name, side in (("dense", found.before), ("-40 %", found.after)):
         values |= {f"prefill {name}": side.prefill_seconds, f"decode {name}": side.decode_seconds}
     return {**values, "threads": torch.get_num_threads(), "command_seconds": time.perf_counter() - started}
 
@@ -190,13 +259,12 @@ def steps(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]
         "dense": lambda: {"perplexity": scored(options.model, options), "command_seconds": 0.0}
     }
     found |= {name: lambda name=name: compressed(options, name) for name in ONE_SHOT}
-    found["trained-dense"] = lambda: trained(options, "trained-dense")
-    for percent in TRAINED:
-        found[f"hesso-{percent}"] = lambda percent=percent: trained(options, f"hesso-{percent}", percent / 100)
-    found["hesso-20-slow"] = lambda: trained(options, "hesso-20-slow", 0.2, pruning=SLOW)
-    found["hesso-20-slow-paper-scores"] = lambda: trained(options, "hesso-20-slow-paper-scores", 0.2, pruning=SLOW, **PAPER)
-    found["hesso-20-distilled"] = lambda: trained(options, "hesso-20-distilled", 0.2, is_distilled=True)
-    found |= {f"{name}-20-trained": lambda name=name: trained(options, f"{name}-20-trained") for name in BEFORE}
+    for name in ONE_SHOT:
+        found |= {
+            f"{name}-{key}": lambda name=name, key=key: compressed(options, f"{name}-{key}", None, key) for key in CALIBRATED
+        }
+    for name in TRAINED_ROWS:
+        found |= {f"{name}-{rate:g}": lambda name=name, rate=rate: trained(options, name, rate) for rate in RATES}
     found["speed"] = lambda: speed(options)
     found["overhead"] = lambda: overhead(options)
     return found
@@ -214,14 +282,14 @@ def bars(found: dict[str, Any]) -> list[dict[str, Any]]:
 
     base = found["dense"]["perplexity"]
     for name, limits in ONE_SHOT.items():
-        for (text, value), limit in zip(found.get(name, {}).get("perplexity", {}).items(), limits, strict=False):
-            ratio = value / base[text]
+        for text, limit in zip(found.get(name, {}).get("perplexity", {}), limits, strict=False):
+            ratio = stepwise.ratio(found[name], text, base)
             add(f"{name}, no training: perplexity on {text}, times dense", f"<= {limit}", ratio, ratio <= limit, found[name])
     trained_bars(found, add)
     if "speed" in found:
         row = found["speed"]
         for kind, least in (("prefill", PREFILL_RATIO), ("decode", DECODE_RATIO)):
-            ratio = row[f"{kind} dense"] / row[f"{kind} hesso-40"]
+            ratio = row[f"{kind} dense"] / row[f"{kind} -40 %"]
             add(f"-40 % of block parameters: {kind}, times as fast as dense", f">= {least}", ratio, ratio >= least, row)
     if "overhead" in found:
         row = found["overhead"]
@@ -233,38 +301,45 @@ def bars(found: dict[str, Any]) -> list[dict[str, Any]]:
 def trained_bars(found: dict[str, Any], add: Add) -> None:
     """Of rows that were trained, against the dense control and against those that were pruned before."""
     for percent, limit in TRAINED.items():
-        row, control = found.get(f"hesso-{percent}"), found.get("trained-dense")
-        for text, value in row["perplexity"].items() if row and control else ():
-            ratio = value / control["perplexity"][text]
-            claim = f"hesso-{percent}: perplexity on {text}, times the dense model trained alike"
-            add(claim, f"<= {limit}", ratio, ratio <= limit, row)
-    for name in BEFORE:
-        row, other = found.get("hesso-20"), found.get(f"{name}-20-trained")
+        for name in (f"hesso-{percent}", f"hesso-{percent}-distilled"):
+            row, control = chosen(found, name), chosen(found, "trained-dense")
+            for text, value in row["perplexity"].items() if row and control else ():
+                ratio = value / control["perplexity"][text]
+                claim = f"{name}: perplexity on {text}, times the dense model trained alike"
+                add(claim, f"<= {limit}", ratio, ratio <= limit, row)
+    for ours, other_name in (
+        *(("hesso-20", f"{name}-20-trained") for name in BEFORE),
+        ("hesso-20-distilled", "flap-20-trained-distilled"),
+    ):
+        row, other = chosen(found, ours), chosen(found, other_name)
         for text, value in row["perplexity"].items() if row and other else ():
             ratio = value / other["perplexity"][text]
-            add(f"hesso-20: perplexity on {text}, times {name}-20-trained", "< 1", ratio, ratio < 1, row)
+            add(f"{ours}: perplexity on {text}, times {other_name}", "< 1", ratio, ratio < 1, row)
 
 
 def write(found: dict[str, Any], line: str, folder: Path = RESULTS) -> str:
     """The JSON, and a table of all rows and of the bars."""
-    base, held = found["dense"]["perplexity"], bars(found)
-    control = found.get("trained-dense", {}).get("perplexity", {})
-    columns = [f"{text}, × dense" for text in base] + [f"{text}, × dense trained alike" for text in base]
+    base, claims = found["dense"]["perplexity"], bars(found)
+    control = (chosen(found, "trained-dense") or {}).get("perplexity", {})
+    columns = (
+        [f"{text}, × dense" for text in base] + [f"{text}, × dense trained alike" for text in base] + ["held-out perplexity"]
+    )
     lines = ["| row | removed of the blocks | " + " | ".join(columns) + " | minutes |", "|---" * (3 + len(columns)) + "|"]
     for name, row in found.items():
         if "perplexity" not in row:
             continue
         removed = f"{100 * row['removed_share']:.1f} %" if "removed_share" in row else ""
-        ratios = [f"{value / base[text]:.3f}" for text, value in row["perplexity"].items()]
+        ratios = [f"{stepwise.ratio(row, text, base):.3f}" for text in row["perplexity"]]
         is_trained = "num_tokens" in row and control
         ratios += [f"{value / control[text]:.3f}" if is_trained else "" for text, value in row["perplexity"].items()]
-        lines.append("| " + " | ".join([name, removed, *ratios, f"{row['command_seconds'] / 60:.1f}"]) + " |")
+        held = f"{row['held_out']:.2f}" if row.get("held_out") else ""
+        lines.append("| " + " | ".join([name, removed, *ratios, held, f"{row['command_seconds'] / 60:.1f}"]) + " |")
     common = {"seed": 0, "machine": machine(), "command": line}
-    (folder / "05-pruning.json").write_text(json.dumps({"bars": [b | common for b in held], "rows": found}, indent=2) + "\n")
+    (folder / "05-pruning.json").write_text(json.dumps({"bars": [common | b for b in claims], "rows": found}, indent=2) + "\n")
     text = f"# Structured pruning\n\n{machine()}, seed 0; the commit of each row is in the JSON.\n\n" + "\n".join(lines)
     if "speed" in found:
         text += "\n\n" + ", ".join(f"{key}: {1e3 * value:.1f} ms" for key, value in found["speed"].items() if " " in key)
-    text += f"\n\n{stepwise.bar_table(held)}\n"
+    text += f"\n\n{stepwise.bar_table(claims)}\n"
     (folder / "05-pruning.md").write_text(text)
     return text
 
@@ -279,7 +354,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="only shows that everything runs; tables go to the work folder")
     options = stepwise.parse(parser, arguments)
     options.steps, options.length = (8, 32) if options.quick else (options.train_steps, LENGTH)
-    found = stepwise.run(steps(options), options.work / "rows.json", options.step)
+    found = stepwise.run(steps(options), options.work, options.step, options.device, options.rows)
     line = stepwise.command_line("pruning", options) + f" --train-steps {options.steps}"
     print(write(found, line, options.work if options.quick else RESULTS))
     return 0

@@ -103,7 +103,8 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "hf_compact"]
     compress = [*command, "compress", options.model, "--recipe", str(path), "--output", str(folder)]
     compress += ["--seed", str(row.seed), *(argument for text in options.calibration for argument in ("--calibration", text))]
-    evaluate = [*command, "evaluate", str(folder), "--json", str(scores)]
+    compress += ["--device", options.device]
+    evaluate = [*command, "evaluate", str(folder), "--json", str(scores), "--device", options.device]
     evaluate += [argument for text in options.text for argument in ("--text", text)]
     started = time.perf_counter()
     with (options.work / f"{label}.log").open("w") as log:
@@ -141,7 +142,7 @@ def decode_speeds(work: Path, found: dict[str, Any]) -> dict[str, Any]:
     """Decoding by row. Of a folder that is gone, what was measured on it: kept in the work folder, or else in the results."""
     folders = {name: work / found[name]["folder"] for name in found if name in BARS and name.startswith("codebook")}
     todo = {name: lambda folder=folder: decode_speed(folder) for name, folder in folders.items() if folder.exists()}
-    measured = steps.run(todo, work / "speeds.json")
+    measured = steps.run(todo, work / "speeds")
     path = RESULTS / "02-codebook.json"
     for row in json.loads(path.read_text())["bars"] if path.exists() else ():
         name = row["claim"].removesuffix(DECODING)
@@ -157,7 +158,7 @@ def decode_speeds(work: Path, found: dict[str, Any]) -> dict[str, Any]:
 def dense(options: argparse.Namespace) -> dict[str, Any]:
     """Scores of the uncompressed model."""
     scores = options.work / "dense.scores.json"
-    command = [sys.executable, "-m", "hf_compact", "evaluate", options.model, "--json", str(scores)]
+    command = [sys.executable, "-m", "hf_compact", "evaluate", options.model, "--json", str(scores), "--device", options.device]
     command += [argument for text in options.text for argument in ("--text", text)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return {"perplexity": {Path(row["text"]).name: row["perplexity"] for row in json.loads(scores.read_text())}}
@@ -170,7 +171,7 @@ def check(name: str, row: dict[str, Any], base: dict[str, float]) -> list[dict[s
     def claim(what: str, target: str, measured: float, is_held: bool, seconds: float = 0) -> None:
         result.append(bar(f"{name}: {what}", target, measured, is_held, row, seconds) | {"seed": ROWS[name].seed})
 
-    if "reconstruction" not in ROWS[name].changes:
+    if "reconstruction" not in ROWS[name].changes and "base" not in row:  # minutes of a CPU
         minutes = sum(row["seconds"].values()) / 60
         claim("minutes to compress", f"<= {MINUTES}", round(minutes, 1), minutes <= MINUTES, row["command_seconds"])
         alone = minutes - row["seconds"].get("distill", 0) / 60
@@ -185,9 +186,9 @@ def check(name: str, row: dict[str, Any], base: dict[str, float]) -> list[dict[s
     if goal.share_of_fp32 is not None:
         share = totals["share_of_fp32"]
         claim("file, share of fp32", f"<= {goal.share_of_fp32}", round(share, 4), share <= goal.share_of_fp32)
-    for (text, value), limit in zip(row["perplexity"].items(), goal.ratios, strict=True):
+    for text, limit in zip(row["perplexity"], goal.ratios, strict=True):
         if limit is not None:
-            ratio = round(value / base[text], 4)
+            ratio = round(steps.ratio(row, text, base), 4)
             claim(f"perplexity on {text}, times dense", f"<= {limit}", ratio, ratio <= limit, row["command_seconds"])
     return result
 
@@ -217,10 +218,11 @@ def write(found: dict[str, Any], base: dict[str, float], speeds: dict[str, Any],
             f"{row['file_bytes'] / 1e6:.1f}",
             f"{100 * totals['share_of_fp32']:.1f} %",
         ]
-        ratios = [f"{value / base[text]:.3f}" for text, value in row["perplexity"].items()]
-        lines.append("| " + " | ".join([name, *sizes, *ratios, f"{sum(row['seconds'].values()) / 60:.1f}"]) + " |")
+        ratios = [f"{steps.ratio(row, text, base):.3f}" for text in row["perplexity"]]
+        minutes = "" if "base" in row else f"{sum(row['seconds'].values()) / 60:.1f}"
+        lines.append("| " + " | ".join([name, *sizes, *ratios, minutes]) + " |")
     rows = [{"name": name, **found[name]} for name in ROWS if name in found]
-    (RESULTS / "02-codebook.json").write_text(json.dumps({"bars": [b | common for b in bars], "rows": rows}, indent=2) + "\n")
+    (RESULTS / "02-codebook.json").write_text(json.dumps({"bars": [common | b for b in bars], "rows": rows}, indent=2) + "\n")
     text = f"# Codebook recipes\n\n{machine()}; the commit of each row is in the JSON.\n\n" + "\n".join(lines)
     text += f"\n\n{steps.bar_table(bars)}\n"
     (RESULTS / "02-codebook.md").write_text(text)
@@ -233,7 +235,7 @@ def main() -> int:
     parser.add_argument("--row", action="append", choices=list(ROWS), help="a row by name; all by default")
     options = steps.parse(parser)
     todo = {"dense": lambda: dense(options)} | {name: lambda name=name: measure(options, name) for name in ROWS}
-    found = steps.run(todo, options.work / "rows.json", options.row)
+    found = steps.run(todo, options.work, options.row, options.device, options.rows)
     base = found.pop("dense")["perplexity"]
     print(
         write(

@@ -1,11 +1,14 @@
 """What every measurement shares: its arguments, steps that are kept as they are done, bars and their table."""
 
 import argparse
+import fcntl
 import importlib.util
 import json
+import os
 import platform
 import subprocess
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,22 +17,27 @@ import torch
 from torch.utils.data import Dataset
 
 from hf_compact.calibration import read_texts, tokenize, windows
+from hf_compact.checkpoint import write_text
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "evaluation" / "results"
 TEXTS = 2
+HELD_OUT = 32
 
 
-def machine() -> str:
-    """Processor, cores and memory."""
+def machine(device: str = "cpu") -> str:
+    """Processor, cores and memory; the accelerator, where one is used."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     gigabytes = int(Path("/proc/meminfo").read_text().split()[1]) / 1e6
-    return f"{names[0]}, {len(names)} cores, {gigabytes:.0f} GB, torch {torch.__version__}, Python {platform.python_version()}"
+    found = f"{names[0]}, {len(names)} cores, {gigabytes:.0f} GB, torch {torch.__version__}, Python {platform.python_version()}"
+    return found if torch.device(device).type == "cpu" else f"{torch.cuda.get_device_name(device)}, {found}"
 
 
 def commit() -> str:
-    """Of the code that measures."""
+    """Of the code that measures; where that is no repository, what the variable COMMIT says."""
+    if "COMMIT" in os.environ:
+        return os.environ["COMMIT"]
     command = ["git", "rev-parse", "--short", "HEAD"]
     return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
 
@@ -49,6 +57,11 @@ def parser(description: str, work: str) -> argparse.ArgumentParser:
     made.add_argument("--calibration", action="append", required=True, help="calibration and training text; repeat for several")
     made.add_argument("--text", action="append", required=True, help="two texts to score")
     made.add_argument("--work", type=Path, default=Path(work), help="folder of everything that is made")
+    made.add_argument("--device", default="cpu", help="where models run; times that are claimed are those of a CPU")
+    made.add_argument(
+        "--rows", action="append", type=Path, default=[],
+        help="rows.json of a work folder of another machine, whose rows are held against its own dense model; repeat for several",
+    )  # fmt: skip
     return made
 
 
@@ -68,34 +81,84 @@ def command_line(module: str, options: argparse.Namespace) -> str:
     return " ".join(words + [f"--text {Path(path).name}" for path in options.text])
 
 
+@contextmanager
+def taken(place: Path, is_patient: bool = True) -> Iterator[int | None]:
+    """One process at a time; the lock's file descriptor, or None where another one holds it and this one does not wait."""
+    with Path(f"{place}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if is_patient else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield None
+        else:
+            yield lock.fileno()
+
+
+def kept(place: Path, measure: Callable[[], dict[str, Any]], is_patient: bool = True) -> dict[str, Any] | None:
+    """What has been measured, or is now, by one process; None where another one is at it and this one does not wait."""
+    with taken(place, is_patient) as lock:
+        if lock is None:
+            return None
+        if not place.exists():
+            write_text(place, json.dumps(measure(), indent=2) + "\n")
+            print(f"done: {place.stem}", flush=True)
+        return json.loads(place.read_text())
+
+
 def run(
-    todo: dict[str, Callable[[], dict[str, Any]]], kept: Path, wanted: Collection[str] | None = None
-) -> dict[str, dict[str, Any]]:
-    """Measure what is not in the file `kept`, which is written after every step.
+    todo: dict[str, Callable[[], dict[str, Any]]], work: Path, wanted: Collection[str] | None = None, device: str = "cpu",
+    others: Iterable[Path] = (),
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Measure what is missing in a work folder; the same command, given several times at once, shares the steps.
 
     Args:
         todo: Step by name, in the order they need each other; the first one is the dense model, which all are held against.
-        kept: JSON of what has been measured.
+        work: Each step leaves its JSON in the folder `rows` there; all of them are in `rows.json` at the end.
         wanted: Names of the steps to take besides the first; all if None.
+        device: Where.
+        others: `rows.json` of other machines. Their rows come with the scores of their own dense model, as `base`, and take the
+            place of those that were measured here.
     """
-    found = json.loads(kept.read_text()) if kept.exists() else {}
-    at = commit()
-    for number, (name, measure) in enumerate(todo.items()):
-        if name not in found and (number == 0 or not wanted or name in wanted):
-            found[name] = {**measure(), "commit": at}
-            partial = kept.with_suffix(".partial")
-            partial.write_text(json.dumps(found, indent=2) + "\n")
-            partial.replace(kept)
-            print(f"done: {name}", flush=True)
-    return found
+    first, together = next(iter(todo), None), work / "rows.json"
+    earlier = json.loads(together.read_text()) if together.exists() else {}
+    names = [name for name in todo if name not in earlier and (name == first or not wanted or name in wanted)]
+    for is_patient in (False, True):
+        for name in names:
+            done(todo, work, name, device, is_patient)
+    found = earlier | {name: json.loads(path.read_text()) for name in todo if (path := work / "rows" / f"{name}.json").exists()}
+    with taken(together):
+        write_text(together, json.dumps(found, indent=2) + "\n")
+    for path in others:
+        rows = json.loads(path.read_text())
+        found |= {name: {**row, "base": rows[first]["perplexity"]} for name, row in rows.items() if name != first}
+    return {name: found[name] for name in dict.fromkeys([*todo, *found]) if name in found}
+
+
+def done(
+    todo: dict[str, Callable[[], dict[str, Any]]], work: Path, name: str, device: str = "cpu", is_patient: bool = True
+) -> dict[str, Any] | None:  # fmt: skip
+    """One step as it was measured, or is now; None where another process is at it and this one does not wait."""
+    (work / "rows").mkdir(parents=True, exist_ok=True)
+    place = work / "rows" / f"{name}.json"
+    return kept(place, lambda: {**todo[name](), "commit": commit(), "machine": machine(device)}, is_patient)
+
+
+def ratio(row: dict[str, Any], text: str, dense: dict[str, float]) -> float:
+    """Perplexity over that of the dense model on the machine of the row."""
+    return row["perplexity"][text] / row.get("base", dense)[text]
 
 
 class TrainingWindows(Dataset):
-    """As many windows of `length` tokens as asked for, spread evenly over the texts; every row of a comparison trains on them."""
+    """As many windows of `length` tokens as asked for, spread evenly over the texts; every row of a comparison trains on them.
+
+    `held_out` are up to `HELD_OUT` of the windows between them, one behind the other, or None: settings are chosen by these.
+    """
 
     def __init__(self, texts: list[str], tokenizer: Any, length: int, number: int) -> None:
         rows = list(windows(tokenize(tokenizer, read_texts(texts)), length, None))
+        used = {i * len(rows) // number for i in range(number)}
         self.rows = [rows[i * len(rows) // number][0] for i in range(number)]
+        rest = [row[0] for i, row in enumerate(rows) if i not in used]
+        self.held_out = torch.cat(rest[:: max(1, len(rest) // HELD_OUT)][:HELD_OUT]) if rest else None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -107,7 +170,8 @@ class TrainingWindows(Dataset):
 def bar(claim: str, target: str, measured: Any, held: bool, source: dict[str, Any], seconds: float) -> dict[str, Any]:
     """One row of the results; `source` is the step that measured it."""
     row = {"claim": claim, "target": target, "measured": measured, "held": bool(held)}
-    return row | {"seconds": round(seconds, 1), "commit": source["commit"]}
+    where = {"machine": source["machine"]} if "machine" in source else {}
+    return row | {"seconds": round(seconds, 1), "commit": source["commit"]} | where
 
 
 def bar_table(bars: list[dict[str, Any]]) -> str:

@@ -4,8 +4,9 @@ r"""Tensor networks: quality without training, healing, composition at equal byt
         --calibration technical.utf8 --calibration tiny.utf8 --text wiki.test.raw --text c4.utf8 --work runs/tensor
 
 `--step` takes some of the steps only; what has not run yet is left out of the tables. Healing trains on windows of the
-calibration texts, the factors of the decomposed model and, as the control, all weights of the dense one, on the same
-tokens in the same order. Results go to `evaluation/results/03-tensor-network.json` and `.md`.
+calibration texts: the factors of the decomposed model, or all of its weights, and, as the control, all weights of the dense one, on the
+same tokens in the same order. Each is trained at several learning rates, and the best one on windows that no row trains on, of the same
+texts, counts; the teacher of distilled rows is the dense model so trained. Several processes may be at it at once. Results go to `evaluation/results/03-tensor-network.json` and `.md`.
 """
 
 import argparse
@@ -22,12 +23,13 @@ from typing import Any
 import torch
 import yaml
 from safetensors import safe_open
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from evaluation import steps as stepwise
 from evaluation.steps import RESULTS, bar, machine
-from hf_compact import TensorNetworkCallback, api, verify
+from hf_compact import DistillationCallback, TensorNetworkCallback, api, verify
 from hf_compact.methods.tensor_network import TensorTrainLinear
+from hf_compact.scoring import perplexity
 
 #: recipe -> most perplexity, times dense, on the two texts without training; None is reported only.
 UNTRAINED = {"20": (2.4, 3.5), "40": (6.0, 12.0), "40-fast": (6.0, 12.0), "60": None}
@@ -36,8 +38,10 @@ TIMED = ("40", "40-fast")
 #: recipe -> most perplexity after healing, times the dense model trained on the same tokens.
 HEALED = {"20": 1.15, "40": 1.4}
 TOKENS, LENGTH, BATCH = 500_000, 512, 4
-#: Of healing, and of all weights of the dense model.
-FACTOR_RATE, DENSE_RATE = 3e-4, 1e-4
+#: Of all weights of the dense model, and of healing.
+DENSE_RATES, RATES = (1e-4, 3e-4), (1e-4, 3e-4, 1e-3)
+#: What is trained of a decomposed model, and by what: whether the rest beside the factors, whether the dense model teaches.
+HEALING = {"": (False, False), "-all": (True, False), "-distilled": (False, True), "-all-distilled": (True, True)}
 MINUTES = 5
 PREFILL, PREFILL_RATIO = 512, 1.15
 ENTROPY = {"method": "entropy", "sensitivity": "fisher", "embedding_bits": 6.0}
@@ -56,7 +60,7 @@ def scored(model: str, options: argparse.Namespace, name: str) -> dict[str, floa
     """Perplexity by text."""
     path = options.work / f"{name}.scores.json"
     texts = [argument for text in options.text for argument in ("--text", text)]
-    command("evaluate", model, "--json", str(path), *texts, log=options.work / f"{name}.evaluate.log")
+    command("evaluate", model, "--json", str(path), "--device", options.device, *texts, log=options.work / f"{name}.evaluate.log")
     return {Path(row["text"]).name: row["perplexity"] for row in json.loads(path.read_text())}
 
 
@@ -66,7 +70,17 @@ def compressed(options: argparse.Namespace, name: str, recipe: dict[str, Any]) -
     path.write_text(yaml.safe_dump(recipe))
     if not folder.exists():
         texts = [argument for text in options.calibration for argument in ("--calibration", text)]
-        arguments = ("compress", options.model, "--recipe", str(path), "--output", str(folder), *texts)
+        arguments = (
+            "compress",
+            options.model,
+            "--recipe",
+            str(path),
+            "--output",
+            str(folder),
+            "--device",
+            options.device,
+            *texts,
+        )
         command(*arguments, log=options.work / f"{name}.log")
     report = json.loads((folder / "compression_report.json").read_text())
     num_kept = 0
@@ -90,29 +104,60 @@ def recipe(name: str) -> dict[str, Any]:
     return yaml.safe_load(Path(f"configs/recipes/{name}.yaml").read_text())
 
 
-def healed(options: argparse.Namespace, name: str) -> dict[str, Any]:
-    """Train the factors of a decomposed model, or the dense model as it is, on the same tokens; then score."""
-    is_dense = name == "dense"
+def healed(options: argparse.Namespace, percent: str | None, kind: str, rate: float) -> dict[str, Any]:
+    """Train a decomposed model, or the dense one as it is, on the same tokens; then score."""
+    callbacks: list[TrainerCallback] = []
+    name = healed_name(percent, kind, rate)
     opened = api.open_dense(options.model, "float32", is_whole=True)
     model, tokenizer = opened.model, opened.load_tokenizer()
-    folder = options.work / f"healed-{name}"
+    folder = options.work / name
+    if percent is not None:
+        trains_rest, is_distilled = HEALING[kind]
+        if is_distilled:
+            teacher = best(options, None, "")
+            callbacks.append(DistillationCallback(verify.load_model(options.work / teacher, dtype=torch.float32)))
+        callbacks.append(TensorNetworkCallback(schedule="heal", trains_rest=trains_rest))
+        stepwise.done(steps(options), options.work, f"tensor-network-{percent}", options.device)
+        model = verify.load_model(options.work / f"tensor-network-{percent}", dtype=torch.float32)
     started = time.perf_counter()
-    if not is_dense:
-        model = verify.load_model(options.work / f"tensor-network-{name}", dtype=torch.float32)
     data = stepwise.TrainingWindows(options.calibration, tokenizer, LENGTH, options.tokens // LENGTH)
     arguments = TrainingArguments(
-        str(options.work / f"healing-{name}"), per_device_train_batch_size=BATCH, num_train_epochs=1, bf16=True, use_cpu=True,
-        learning_rate=DENSE_RATE if is_dense else FACTOR_RATE, lr_scheduler_type="cosine", warmup_steps=len(data) // BATCH // 30, weight_decay=0.0,
+        str(options.work / f"{name}-trainer"), per_device_train_batch_size=BATCH, num_train_epochs=1, bf16=True,
+        use_cpu=options.device == "cpu", learning_rate=rate, lr_scheduler_type="cosine", warmup_steps=len(data) // BATCH // 30, weight_decay=0.0,
         save_steps=20, save_total_limit=1, report_to=[], disable_tqdm=True, logging_steps=20, seed=0,
     )  # fmt: skip
-    callbacks = [] if is_dense else [TensorNetworkCallback(schedule="heal")]
     trainer = Trainer(model, arguments, train_dataset=data, callbacks=callbacks)
     saved = list(Path(arguments.output_dir).glob("checkpoint-*"))
     trainer.train(resume_from_checkpoint=bool(saved))
     model.save_pretrained(folder)  # in float32; scoring takes bfloat16
     tokenizer.save_pretrained(folder)
-    row = {"num_tokens": len(data) * LENGTH, "command_seconds": time.perf_counter() - started}
-    return row | {"perplexity": scored(str(folder), options, f"healed-{name}")}
+    row = {"num_tokens": len(data) * LENGTH, "learning_rate": rate, "command_seconds": time.perf_counter() - started}
+    held_out = None if data.held_out is None else perplexity(model.eval(), data.held_out, LENGTH, None)["perplexity"]
+    return row | {"held_out": held_out, "perplexity": scored(str(folder), options, name)}
+
+
+def healed_name(percent: str | None, kind: str, rate: float) -> str:
+    """Of the row and its folder."""
+    return f"healed-{percent or 'dense'}{kind}-{rate:g}"
+
+
+def rows_of(percent: str | None, kind: str) -> list[str]:
+    """The same at all rates."""
+    return [healed_name(percent, kind, rate) for rate in (DENSE_RATES if percent is None else RATES)]
+
+
+def best(options: argparse.Namespace, percent: str | None, kind: str) -> str:
+    """The row at the rate that is best on held-out windows; measures what is missing."""
+    todo = steps(options)
+    return min(
+        rows_of(percent, kind), key=lambda row: stepwise.done(todo, options.work, row, options.device)["held_out"] or math.inf
+    )
+
+
+def chosen(found: dict[str, Any], percent: str | None, kind: str) -> dict[str, Any] | None:
+    """The best row that there is."""
+    rows = [found[row] for row in rows_of(percent, kind) if row in found]
+    return min(rows, key=lambda row: row["held_out"] or math.inf, default=None)
 
 
 @torch.no_grad()
@@ -171,8 +216,12 @@ def steps(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]
     )
     found["compactifai-93"] = lambda: compressed(options, "compactifai-93", recipe("compactifai-93"))
     found["compactifai-93-control"] = lambda: compressed(options, "compactifai-93-control", _control(options))
-    for name in ("dense", *HEALED):
-        found[f"healed-{name}"] = lambda name=name: healed(options, name)
+    kinds = [(None, ""), *((percent, kind) for percent in HEALED for kind in HEALING)]
+    for percent, kind in kinds:
+        for rate in DENSE_RATES if percent is None else RATES:
+            found[healed_name(percent, kind, rate)] = lambda percent=percent, kind=kind, rate=rate: healed(
+                options, percent, kind, rate
+            )
     return found
 
 
@@ -216,25 +265,30 @@ def untrained_bars(found: dict[str, Any], add: Add) -> None:
         row = found.get(f"tensor-network-{name}")
         if row is None or limits is None:
             continue
-        for (text, value), limit in zip(row["perplexity"].items(), limits, strict=True):
-            ratio = value / base[text]
+        for text, limit in zip(row["perplexity"], limits, strict=True):
+            ratio = stepwise.ratio(row, text, base)
             add(f"-{name}, no training: perplexity on {text}, times dense", f"<= {limit}", ratio, ratio <= limit, row)
-        minutes = row["solver_seconds"] / 60
-        add(f"-{name}: minutes of the solvers", f"<= {MINUTES}", minutes, minutes <= MINUTES, row)
+        if "base" not in row:  # minutes of a CPU
+            minutes = row["solver_seconds"] / 60
+            add(f"-{name}: minutes of the solvers", f"<= {MINUTES}", minutes, minutes <= MINUTES, row)
         share, wanted = row["kept_share"], 1 - int(name[:2]) / 100
         add(f"-{name}: kept share of the block weights", f"<= {wanted:.2f} + 0.005", share, share <= wanted + 0.005, row)
 
 
 def relative_bars(found: dict[str, Any], add: Add) -> None:
     """Of rows against a control row of their own."""
-    pairs = [(f"healed-{name}", "healed-dense", limit) for name, limit in HEALED.items()]
-    pairs += [("correction", "correction-control", 1.0), ("compactifai-93", "compactifai-93-control", 1.0)]
-    for name, control, limit in pairs:
-        if name not in found or control not in found:
-            continue
-        for text, value in found[name]["perplexity"].items():
-            ratio = value / found[control]["perplexity"][text]
-            add(f"{name}: perplexity on {text}, times {control}", f"<= {limit}", ratio, ratio <= limit, found[name])
+    dense = chosen(found, None, "")
+    pairs = [
+        (f"healed-{name}{kind}", chosen(found, name, kind), "healed-dense", dense, limit)
+        for name, limit in HEALED.items() for kind in HEALING
+    ]  # fmt: skip
+    pairs += [
+        (name, found.get(name), f"{name}-control", found.get(f"{name}-control"), 1.0) for name in ("correction", "compactifai-93")
+    ]
+    for name, row, control, other, limit in pairs:
+        for text, value in row["perplexity"].items() if row and other else ():
+            ratio = value / other["perplexity"][text]
+            add(f"{name}: perplexity on {text}, times {control}", f"<= {limit}", ratio, ratio <= limit, row)
 
 
 def write(found: dict[str, Any], line: str) -> str:
@@ -242,8 +296,9 @@ def write(found: dict[str, Any], line: str) -> str:
     base = found["dense"]["perplexity"]
     held = bars(found)
     lines = [
-        "| row | bits per compressed weight | MB on disk | vs fp32 | vs bf16 | " + " | ".join(f"{text}, × dense" for text in base) + " | minutes |",
-        "|---" * (6 + len(base)) + "|",
+        "| row | bits per compressed weight | MB on disk | vs fp32 | vs bf16 | "
+        + " | ".join(f"{text}, × dense" for text in base) + " | held-out perplexity | minutes |",
+        "|---" * (7 + len(base)) + "|",
     ]  # fmt: skip
     for name, row in found.items():
         if "perplexity" not in row:
@@ -253,11 +308,12 @@ def write(found: dict[str, Any], line: str) -> str:
         if totals:
             shares = [f"{100 * totals[key]:.1f} %" for key in ("share_of_fp32", "share_of_bf16")]
             sizes = [f"{totals['body_bits_per_weight']:.2f}", f"{row['file_bytes'] / 1e6:.1f}", *shares]
-        ratios = [f"{value / base[text]:.3f}" for text, value in row["perplexity"].items()]
+        ratios = [f"{stepwise.ratio(row, text, base):.3f}" for text in row["perplexity"]]
+        ratios.append(f"{row['held_out']:.2f}" if row.get("held_out") else "")
         lines.append("| " + " | ".join([name, *sizes, *ratios, f"{row['command_seconds'] / 60:.1f}"]) + " |")
     common = {"seed": 0, "machine": machine(), "command": line}
     (RESULTS / "03-tensor-network.json").write_text(
-        json.dumps({"bars": [b | common for b in held], "rows": found}, indent=2) + "\n"
+        json.dumps({"bars": [common | b for b in held], "rows": found}, indent=2) + "\n"
     )
     text = f"# Tensor networks\n\n{machine()}, seed 0; the commit of each row is in the JSON.\n\n" + "\n".join(lines)
     if "speed" in found:
@@ -275,7 +331,7 @@ def main() -> int:
     )
     parser.add_argument("--tokens", type=int, default=TOKENS, help="to heal on, and to train the dense control on")
     options = stepwise.parse(parser)
-    found = stepwise.run(steps(options), options.work / "rows.json", options.step)
+    found = stepwise.run(steps(options), options.work, options.step, options.device, options.rows)
     print(write(found, stepwise.command_line("tensor_network", options) + f" --tokens {options.tokens}"))
     return 0
 

@@ -14,7 +14,6 @@ and is taken by one process only: the same command, given twice at once, shares 
 
 import argparse
 import copy
-import fcntl
 import json
 import math
 import shutil
@@ -23,8 +22,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +30,7 @@ import torch
 from matplotlib.figure import Figure
 
 from evaluation import steps as stepwise
-from evaluation.steps import RESULTS, bar, bar_table, commit, machine
+from evaluation.steps import RESULTS, bar, bar_table, commit, kept, machine, taken
 from hf_compact.checkpoint import write_plot, write_text
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -64,27 +61,6 @@ TEACHER = {"hidden_size": 128, "tokens": 2_000_000, "learning_rate": 4e-3, "weig
 CONVERSION = {
     "epochs": 2, "batch_size": 2, "learning_rate": 1e-3, "warm_start_epochs": 6, "warm_start_tokens": 8192,
 }  # fmt: skip
-
-
-@contextmanager
-def taken(place: Path, is_patient: bool = True) -> Iterator[int | None]:
-    """One process at a time; the lock's file descriptor, or None where another one holds it and this one does not wait."""
-    with Path(f"{place}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if is_patient else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield None
-        else:
-            yield lock.fileno()
-
-
-def kept(place: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What has been measured, or is now, by one process."""
-    with taken(place):
-        if not place.exists():
-            write_text(place, json.dumps(measure(), indent=2) + "\n")
-            print(f"done: {place.stem}", flush=True)
-        return json.loads(place.read_text())
 
 
 def script(
@@ -256,11 +232,11 @@ def conversion(options: argparse.Namespace) -> dict[str, Any]:
     started = time.perf_counter()
     settings = {"model": options.model, "tokens": options.tokens // CONVERSION["epochs"], **CONVERSION}
     settings |= {"tokens": 1024, "length": 64, "warm_start_epochs": 1, "warm_start_tokens": 256} if options.quick else {}
-    settings |= {} if torch.cuda.is_available() else {"cpu": True}
+    settings |= {"cpu": True} if options.device == "cpu" else {}
     folder, scores = options.work / "converted", options.work / "scores.json"
     found = script("convert_to_ternary", folder, settings, options.train)
     command = [sys.executable, "-m", "hf_compact", "evaluate", options.model, str(folder), "--json", str(scores)]
-    command += ["--dtype", "float32", "--text", *options.text]
+    command += ["--dtype", "float32", "--device", options.device, "--text", *options.text]
     subprocess.run(command + (["--windows", "2", "--window-length", "64"] if options.quick else []), check=True)
     names = {options.model: "dense", str(folder): "ternary, trained"}
     rows = [{"kind": names[row["model"]], "text": Path(row["text"]).name, "perplexity": row["perplexity"],
@@ -399,6 +375,7 @@ def main() -> int:
     parser.add_argument("--part", action="append", choices=PARTS, help="default: all")
     parser.add_argument("--quick", action="store_true", help="tiny models and few tokens; results go to the work folder")
     parser.add_argument("--work", type=Path, default=Path("runs/ternary"))
+    parser.add_argument("--device", default="cpu", help="of the conversion: cpu or cuda")
     options = parser.parse_args()
     parts = options.part or list(PARTS)
     if "conversion" in parts and (options.model is None or not options.text):

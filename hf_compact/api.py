@@ -46,7 +46,7 @@ from .checkpoint import (
     whole_folder,
     write_text,
 )
-from .config import CalibrationConfig, DistillationConfig, MethodConfig, Recipe
+from .config import CalibrationConfig, DistillationConfig, MethodConfig, Recipe, check_device
 from .distillation import distill_
 from .errors import CalibrationError, ConfigError, FormatError, NothingMatched, OutputError, UnsupportedModel, VerificationError
 from .footprint import Comparison, Footprint, count
@@ -106,7 +106,7 @@ class Dense:
 def compress(
     model: str | Path | PreTrainedModel, recipe: Recipe | Mapping[str, Any] | str | Path, *, output: str | Path | None = None,
     calibration: Sequence[str | Path] | Calibration = (), tokenizer: PreTrainedTokenizerBase | None = None,
-    seed: int | None = None, progress: Progress = lambda unit, done, total: None,
+    seed: int | None = None, device: str = "cpu", progress: Progress = lambda unit, done, total: None,
 ) -> Report:  # fmt: skip
     """Compress a model and, with an output folder, verify it in a fresh process.
 
@@ -121,6 +121,7 @@ def compress(
         calibration: text files, or ready batches; without any, the documentation text that Python ships.
         tokenizer: for a model in memory with calibration from text.
         seed: replaces the recipe's.
+        device: where a model given by name runs; solvers work on the processor. A model in memory stays where it is.
         progress: called with the unit, finished and all units.
 
     Returns:
@@ -130,7 +131,7 @@ def compress(
         CompactError: bad input, before anything is written; or a failed verification, after which the folder is
             marked as unverified.
     """
-    recipe = as_recipe(recipe, seed)
+    recipe, device = as_recipe(recipe, seed), check_device(device)
     if isinstance(model, PreTrainedModel):
         return _compress_in_memory(model, recipe, output, calibration, tokenizer, progress)
     if output is None:
@@ -142,12 +143,12 @@ def compress(
     started = time.perf_counter()
     dense = open_dense(model, recipe.dtype, is_whole=recipe.needs_whole_model)
     arch = describe(dense.model)
-    prepared = prepare_calibration(calibration, tokenizer or dense.load_tokenizer(), recipe)
+    prepared = prepare_calibration(calibration, tokenizer or dense.load_tokenizer(), recipe).to(device)
     return_freed_memory()
     check_inputs(dense.model, prepared)
     check_training(recipe)
     if dense.source is None:
-        _check_model_finite(dense.model)
+        _check_model_finite(dense.model.to(device))
     else:
         dense.source.check_finite()
     report = new_report(dense.name, dense.model, arch, recipe, prepared)
@@ -174,7 +175,7 @@ def compress(
         lambda folder: _write_side_files(folder, dense.model, config, dense.load_tokenizer(), recipe)
     )
     try:
-        _verify(output, prepared, logits, report, is_causal_lm(dense.model))
+        _verify(output, prepared, logits, report, is_causal_lm(dense.model), device)
     finally:
         if (output / REPORT_NAME).exists():
             journal.close()
@@ -265,7 +266,7 @@ def plan_budget(  # noqa: PLR0913 - by keyword
     max_ppl_increase: str | float | None = None, candidates: Recipe | Mapping[str, Any] | str | Path = "codebook",
     calibration: Sequence[str | Path] | Calibration = (), output: str | Path | None = None, plot: str | Path | None = None,
     cache: str | Path | None = None, validate: bool = False, data_free: bool = False, num_tokens: int = PLAN_TOKENS,
-    seed: int | None = None, progress: Progress = lambda unit, done, total: None,
+    seed: int | None = None, device: str = "cpu", progress: Progress = lambda unit, done, total: None,
 ) -> BudgetPlan:  # fmt: skip
     """The recipe that loses least within a budget, from the measured error of every choice for every layer.
 
@@ -288,6 +289,7 @@ def plan_budget(  # noqa: PLR0913 - by keyword
         data_free: propose from the weights alone, without any text and without a forecast of the perplexity.
         num_tokens: about how many tokens errors are measured on.
         seed: replaces that of the candidates.
+        device: where the model runs; solvers work on the processor.
         progress: called with the unit, finished and all units.
 
     Returns:
@@ -299,21 +301,21 @@ def plan_budget(  # noqa: PLR0913 - by keyword
             `max_ppl_increase` that is known only after the measurement, whose file stays.
     """
     target = Target.parse(target_size, target_bpw, max_ppl_increase)
-    recipe = as_recipe(BUILT_IN_CANDIDATES.get(str(candidates), candidates), seed)
+    recipe, device = as_recipe(BUILT_IN_CANDIDATES.get(str(candidates), candidates), seed), check_device(device)
     files = [Path(path) for path in (output, plot) if path is not None]
     _check_plan(recipe, num_tokens)
     _check_plan_files(files, plot, cache)
     if data_free:
         _check_data_free(recipe, target, validate, {"calibration": calibration, "cache": cache})
     dense = open_dense(model, recipe.dtype, is_whole=True)
-    _check_model_finite(dense.model)
+    _check_model_finite(dense.model.to(device))
     arch = describe(dense.model)
     items = find_items(dense.model, arch, [(METHODS[stage.method], stage) for stage in recipe.stages])
     Programme(dense.model, arch, items).check(target)
     if data_free:
         programme = Programme(dense.model, arch, items, propose(dense.model, arch, items, progress))
     else:
-        prepared = prepare_calibration(calibration, dense.load_tokenizer(), recipe)
+        prepared = prepare_calibration(calibration, dense.load_tokenizer(), recipe).to(device)
         check_inputs(dense.model, prepared)
         check_training(recipe)
         _check_increase(dense.model, target)
@@ -466,7 +468,7 @@ def recover(  # noqa: PLR0913 - settings, by keyword
         logits = adapted(**probe)[0].cpu()
     with disk_errors(partial):
         adapted.save_pretrained(partial)
-    result["verification"] = verify.verify(partial, {"input_ids": probe["input_ids"].cpu()}, logits, None)
+    result["verification"] = verify.verify(partial, probe, logits, None, str(adapted.device))
     result["adapter_bytes"] = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
     result["seconds"] = time.perf_counter() - started
     with disk_errors(partial):
@@ -478,7 +480,7 @@ def recover(  # noqa: PLR0913 - settings, by keyword
 
 def profile(
     model: str | Path, recipe: Recipe | Mapping[str, Any] | str | Path, *, output: str | Path, ratios: Sequence[float] = (0.25, 0.5, 0.75),
-    calibration: Sequence[str | Path] | Calibration = (), seed: int | None = None,
+    calibration: Sequence[str | Path] | Calibration = (), seed: int | None = None, device: str = "cpu",
     progress: Progress = lambda unit, done, total: None,
 ) -> dict[str, Any]:  # fmt: skip
     """What compressing each Linear alone costs a causal language model, at several sizes.
@@ -493,6 +495,7 @@ def profile(
         ratios: kept parameters / dense parameters.
         calibration: text files; the end of the text, which no gram matrix sees, is what the divergence is taken on.
         seed: replaces the recipe's.
+        device: where the model runs; solvers work on the processor.
         progress: called with the Linear, finished and all Linears.
 
     Returns:
@@ -501,7 +504,7 @@ def profile(
     Raises:
         CompactError: bad input, before anything is measured.
     """
-    recipe, output = as_recipe(recipe, seed), Path(output)
+    recipe, output, device = as_recipe(recipe, seed), Path(output), check_device(device)
     stage = recipe.stages[0]
     if not hasattr(stage, "keep_ratio"):
         raise ConfigError(f"recipe.stages[0] must be a method with a keep_ratio, like tensor_network, got {stage.method}")
@@ -517,7 +520,7 @@ def profile(
     if not is_causal_lm(dense.model):
         raise UnsupportedModel(f"model {str(model)!r} is a {type(dense.model).__name__}: a profile needs a causal language model")
     prepared = prepare_calibration(calibration, dense.load_tokenizer(), recipe)
-    check_inputs(dense.model, prepared)
+    check_inputs(dense.model.to(device), prepared)
     if prepared.held_out is None:
         raise CalibrationError("a profile takes the divergence on the end of a text: give calibration as text files")
     _check_model_finite(dense.model)
@@ -1140,7 +1143,7 @@ def _compress_in_memory(
         raise UnsupportedModel("model holds compressed layers of a run that did not finish: load the dense model again")
     arch = describe(model)
     check_nesting(arch, recipe)
-    prepared = prepare_calibration(calibration, tokenizer, recipe)
+    prepared = prepare_calibration(calibration, tokenizer, recipe).to(model.device)
     check_inputs(model, prepared)
     check_training(recipe)
     _check_model_finite(model)
@@ -1160,7 +1163,7 @@ def _compress_in_memory(
         model.save_pretrained(output)
         _write_side_files(Path(output), model, model.config, tokenizer, recipe)
         report.file_bytes = sum(path.stat().st_size for path in Path(output).glob("*.safetensors"))
-        _verify(Path(output), prepared, logits, report, is_causal_lm(model))
+        _verify(Path(output), prepared, logits, report, is_causal_lm(model), str(model.device))
     distributed.barrier()
     return report
 
@@ -1219,12 +1222,14 @@ def _run(runner: BlockRunner, recipe: Recipe, calibration: Calibration, progress
     return runner.rewrite()
 
 
-def _verify(output: Path, calibration: Calibration, logits: torch.Tensor, report: Report, is_causal: bool) -> None:
+def _verify(
+    output: Path, calibration: Calibration, logits: torch.Tensor, report: Report, is_causal: bool, device: str
+) -> None:  # fmt: skip
     """Verify, then write report, card and plot whatever the outcome; raise if it failed."""
     failure: VerificationError | None = None
     try:
         held_out = calibration.held_out if is_causal else None
-        report.verification = verify.verify(output, probe_inputs(calibration), logits, held_out)
+        report.verification = verify.verify(output, probe_inputs(calibration), logits, held_out, device)
         report.seconds["verify"] = report.verification.pop("seconds")
     except VerificationError as error:
         failure = error

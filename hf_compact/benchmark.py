@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .api import base_folder, count_parameters, inspect_folder, local_folder, open_for_scoring, versions
 from .calibration import read_texts, tokenize
 from .checkpoint import QUANT_METHOD, REPORT_NAME, check_same_run, disk_errors, hash_files
+from .config import check_device
 from .errors import ConfigError, FormatError, OutputError, UnsupportedModel
 from .harness import load_tasks, run_tasks
 from .report import Report, peak_memory_bytes, return_freed_memory
@@ -68,10 +69,7 @@ class Protocol:
             raise ConfigError(f"num_fewshot must be at least 0, got {self.num_fewshot}")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ConfigError(f"dtype must be one of auto, float32, bfloat16, float16, got {self.dtype!r}")
-        try:
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            raise ConfigError(f"device {self.device!r} is not to be had: {str(error).splitlines()[0]}") from error
+        check_device(self.device)
 
 
 @dataclass(frozen=True)
@@ -167,7 +165,7 @@ def measure(
 
 def evaluate(
     models: Sequence[str | Path], texts: Sequence[str | Path], num_windows: int | None = 40, window_length: int = 1024,
-    progress: Callable[[str, int], None] = lambda name, done: None,
+    progress: Callable[[str, int], None] = lambda name, done: None, device: str = "cpu",
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Perplexity of each model on each text, in windows side by side without special tokens.
 
@@ -180,7 +178,7 @@ def evaluate(
     Raises:
         CompactError: a model cannot be opened or a text cannot be read.
     """
-    protocol = Protocol(windows=Windows(window_length=window_length, num_windows=num_windows))
+    protocol = Protocol(windows=Windows(window_length=window_length, num_windows=num_windows), device=device)
     found = measure(models, texts, protocol, progress=lambda unit, done, total: progress(unit, done))
     return perplexity_rows(found, models, texts)
 

@@ -5,7 +5,7 @@ import importlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,14 @@ class Calibration:
                 digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
                 digest.update(tensor.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+    def to(self, device: torch.device | str) -> "Calibration":
+        """The same set with its batches on a device; what is held out stays where it is."""
+
+        def moved(batches: tuple[dict[str, Tensor], ...]) -> tuple[dict[str, Tensor], ...]:
+            return tuple({name: value.to(device) for name, value in batch.items()} for batch in batches)
+
+        return replace(self, batches=moved(self.batches), distillation=moved(self.distillation))
 
     @property
     def num_tokens(self) -> int:

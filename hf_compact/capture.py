@@ -145,7 +145,7 @@ class BlockRunner:
         model: in memory, or a skeleton with meta tensors if `source` is given.
         arch: where its blocks are.
         stages: methods with their configs, in order.
-        calibration: model inputs; each rank of a process group works on its share.
+        calibration: model inputs; each rank of a process group works on its share. Tensors of a `source` go to its device.
         report: filled as blocks finish.
         source: dense tensors of a model that is not in memory, under the model's own names.
         journal: where finished units are written; without it nothing is written.
@@ -167,6 +167,9 @@ class BlockRunner:
             {name: value.to(model.device) if source is None else value for name, value in batch.items()}
             for batch in [*batches, probe_inputs(calibration)]
         ]
+        self.device = next(iter(self.batches[0].values())).device
+        if source is not None:
+            move_buffers_(model, self.device)
         self.table: dict[str, dict[str, Any]] = {}
         self.cuts: dict[str, dict[str, Any]] = {}  # Linears that have lost units, as they are before later stages
         self.hidden: list[Tensor] = []
@@ -279,13 +282,13 @@ class BlockRunner:
             if entry.get("reconstruction") is not None:
                 self.report.reconstruction[entry["unit"]] = entry["reconstruction"]
             shard = TensorSource([self.journal.folder / entry["file"]])
-            assign_(self.model, shard.read(shard.file_of))
+            assign_(self.model, shard.read(shard.file_of), self.device)
             for name, spec in entry["modules"].items():
                 if "tied_to" in spec:
                     share_buffers_(self.model.get_submodule(name), self.model.get_submodule(spec["tied_to"]))
             self.model.tie_weights()
         elif self.source is not None:
-            assign_(self.model, self.source.read(name for name in names if name in self.source.file_of))
+            assign_(self.model, self.source.read(name for name in names if name in self.source.file_of), self.device)
             self.model.tie_weights()
 
     def _compress(self, position: int, unit: str, work: Callable[[], Mapping[str, LayerReport | None]]) -> None:
@@ -783,14 +786,22 @@ def probe_inputs(calibration: Calibration) -> dict[str, Tensor]:
     return {name: value[:1, :_PROBE_TOKENS] if value.dim() == 2 else value[:1] for name, value in first.items()}
 
 
-def assign_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put tensors in the place of a skeleton's meta tensors; they take the dtype that stands there."""
+def assign_(model: nn.Module, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+    """Put tensors in the place of a skeleton's meta tensors, on a device; they take the dtype that stands there."""
     for name, tensor in tensors.items():
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         old = model.get_parameter_or_buffer(name)
-        tensor = tensor.to(old.dtype)
+        tensor = tensor.to(device, old.dtype)
         setattr(module, leaf, nn.Parameter(tensor, requires_grad=False) if isinstance(old, nn.Parameter) else tensor)
+
+
+def move_buffers_(model: nn.Module, device: torch.device) -> None:
+    """Take the buffers of a skeleton that are not on meta, rotary tables for example, to a device."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)
 
 
 def correct_bias_(module: nn.Module, weight: Tensor, total: Tensor) -> None:
@@ -819,7 +830,7 @@ def stored_bytes(module: nn.Module) -> int:
 def _relative_error(weight: Tensor, module: nn.Module, gram: Tensor | None) -> float:
     """Share of the output energy that is lost, row block by row block, so that an embedding needs little memory."""
     lost = total = 0.0
-    gram = None if gram is None else gram.to(weight.device)
+    gram = None if gram is None else gram.to(weight.device, torch.float32)
     for rows in torch.arange(len(weight), device=weight.device).split(1024):
         dense = weight[rows].float()
         total += output_energy(dense, gram)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch
 import yaml
 
 from .errors import ConfigError
@@ -290,3 +291,19 @@ def _describe(option: Any) -> str:
 def _plain(config: Any) -> dict[str, Any]:
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def check_device(device: str) -> str:
+    """The name of a device, if there is one of it.
+
+    Raises:
+        ConfigError: torch knows none of that name, or this machine has none.
+
+    >>> check_device("cpu")
+    'cpu'
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {device!r} is not to be had: {str(error).splitlines()[0]}") from error
+    return device

@@ -1,6 +1,6 @@
 """Success is what a fresh process says: it loads the folder with transformers, compares logits and scores held-out text.
 
-Run as a module, this file is that process: `python -m hf_compact.verify FOLDER INPUTS.safetensors OUTPUTS.safetensors`.
+Run as a module, this file is that process: `python -m hf_compact.verify FOLDER INPUTS.safetensors OUTPUTS.safetensors DEVICE`.
 """
 
 import json
@@ -42,7 +42,9 @@ def load_model(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     return cls.from_pretrained(folder, **kwargs)
 
 
-def verify(folder: Path, probe: dict[str, Tensor], logits: Tensor, held_out: Tensor | None) -> dict[str, Any]:
+def verify(
+    folder: Path, probe: dict[str, Tensor], logits: Tensor, held_out: Tensor | None, device: str = "cpu"
+) -> dict[str, Any]:  # fmt: skip
     """Reload a folder in a fresh process and compare.
 
     Args:
@@ -50,6 +52,7 @@ def verify(folder: Path, probe: dict[str, Tensor], logits: Tensor, held_out: Ten
         probe: inputs of one forward pass.
         logits: what the compressed model gave for them.
         held_out: token ids `[T]` to score, or None for a model that is not a causal language model.
+        device: where the logits were computed: another one rounds in other places.
 
     Returns:
         `verified`, `is_equal` (bit for bit), `relative_difference`, `perplexity`, `files` (SHA-256 of weights and config),
@@ -61,11 +64,11 @@ def verify(folder: Path, probe: dict[str, Tensor], logits: Tensor, held_out: Ten
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         inputs, outputs = Path(scratch, "inputs.safetensors"), Path(scratch, "outputs.safetensors")
-        tensors = {f"probe.{name}": value.contiguous() for name, value in probe.items()}
+        tensors = {f"probe.{name}": value.cpu().contiguous() for name, value in probe.items()}
         if held_out is not None:
             tensors["held_out"] = held_out
         save_file(tensors, inputs)
-        command = [sys.executable, "-m", "hf_compact.verify", str(folder), str(inputs), str(outputs)]
+        command = [sys.executable, "-m", "hf_compact.verify", str(folder), str(inputs), str(outputs), device]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
@@ -92,13 +95,14 @@ def verify(folder: Path, probe: dict[str, Tensor], logits: Tensor, held_out: Ten
     }
 
 
-def main(folder: str, inputs: str, outputs: str) -> None:
+def main(folder: str, inputs: str, outputs: str, device: str) -> None:
     """What the fresh process does; prints one line of JSON."""
     tensors = load_file(inputs)
-    model = load_model(folder).eval()
+    model = load_model(folder).eval().to(device)
+    probe = {name.removeprefix("probe."): value.to(device) for name, value in tensors.items() if name != "held_out"}
     with torch.no_grad():
-        logits = model(**{name.removeprefix("probe."): value for name, value in tensors.items() if name != "held_out"})[0]
-    save_file({"logits": logits.contiguous()}, outputs)
+        logits = model(**probe)[0]
+    save_file({"logits": logits.cpu().contiguous()}, outputs)
     score = None
     if "held_out" in tensors:
         length = min(512, len(tensors["held_out"]), max_positions(model) or 512)

@@ -138,5 +138,5 @@ def output_energy(weight: Tensor, gram: Tensor | None = None) -> float:
     (5.0, 4.0)
     """
     weight = weight.float()
-    through = weight if gram is None else weight @ gram.float()
+    through = weight if gram is None else weight @ gram.to(weight.device, torch.float32)
     return (through * weight).sum().item()

@@ -345,7 +345,7 @@ def _verify(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
     with torch.no_grad():
         logits = model(**{name: ids.to(model.device) for name, ids in probe.items()})[0].cpu()
     model.train(was_training)
-    found = verify.verify(folder, probe, logits, None)
+    found = verify.verify(folder, probe, logits, None, str(model.device))
     return {name: value for name, value in found.items() if name not in ("seconds", "perplexity")}
 
 

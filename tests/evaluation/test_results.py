@@ -286,13 +286,14 @@ def test_tensor_networks_are_held_against_their_bars(tmp_path, monkeypatch):
         "dense": scores(20.0, 30.0),
         "tensor-network-20": twenty,
         "speed": {**times, **common},
-        "healed-dense": scores(10.0, 30.0),
-        "healed-20": scores(11.0, 36.0),
+        "healed-dense-0.0001": {**scores(10.0, 30.0), "held_out": 9.0},
+        "healed-20-0.001": {**scores(11.0, 36.0), "held_out": 9.5},
+        "healed-20-0.0003": {**scores(10.5, 37.0), "held_out": 9.6},
     }
     tensor_network.write(found, "python -m evaluation.tensor_network")
     bars = json.loads((tmp_path / "03-tensor-network.json").read_text())["bars"]
     assert [bar["held"] for bar in bars] == [True, False, True, True, True, False, False, True, True, False]
     assert [bar["measured"] for bar in bars] == [1.5, 4.0, 2.0, 0.803, 1.1, 1.2, 0.9091, 1.2, 1.25, 1.0909]
     table = (tmp_path / "03-tensor-network.md").read_text()
-    assert "| tensor-network-20 | 12.80 | 100.0 | 40.0 % | 80.0 % | 1.500 | 4.000 | 1.0 |" in table
-    assert "| healed-20 |  |  |  |  | 0.550 | 1.200 | 1.0 |" in table
+    assert "| tensor-network-20 | 12.80 | 100.0 | 40.0 % | 80.0 % | 1.500 | 4.000 |  | 1.0 |" in table
+    assert "| healed-20-0.001 |  |  |  |  | 0.550 | 1.200 | 9.50 | 1.0 |" in table

@@ -56,9 +56,9 @@ def compress_linear(
     made = [module.load_factors_(*spectrum(weight, right, left).truncate(rank)) for module in low_rank]
     if trains:
         started = [_solve_train(train, weight, right, left) for train in trains]
-        best = min(started, key=lambda train: _weighted_error(weight - train.to_dense(torch.float64), right, left))
+        best = min(started, key=lambda train: _weighted_error(weight - train.to_dense(torch.float64).cpu(), right, left))
         made.append(_solve_train(best, weight, right, left, num_sweeps=_SWEEPS))
-    return min(made, key=lambda module: _weighted_error(weight - module.to_dense(torch.float64), right, left))
+    return min(made, key=lambda module: _weighted_error(weight - module.to_dense(torch.float64).cpu(), right, left))
 
 
 def compress_embedding(module: nn.Embedding | nn.Linear, config: TensorNetworkConfig, solve: bool = True) -> None:

@@ -50,7 +50,7 @@ class TensorNetworkCallback(CompactCallback):
         self.frozen: list[nn.Parameter] = []
 
     def swap_(self, model: PreTrainedModel) -> None:
-        """Freeze all but the factors (heal; pivoted products become plain and balanced ones meanwhile), find the Linears (trp), or factor them at full rank (maestro).
+        """Freeze all but the factors (heal, unless the rest is trained; pivoted products become plain and balanced ones meanwhile), find the Linears (trp), or factor them at full rank (maestro).
 
         Raises:
             ConfigError: a schedule does not fit the model.
@@ -66,7 +66,8 @@ class TensorNetworkCallback(CompactCallback):
             self.names = [n for n, m in zip(trains, modules, strict=True) if m.is_pivoted and not m.ties and _is_plain(m)]
             self._set_pivots_(model, False)
             factors = {id(p) for name in trains for p in model.get_submodule(name).parameters()}
-            self.frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in factors]
+            rest = [p for p in model.parameters() if p.requires_grad and id(p) not in factors]
+            self.frozen = [] if self.training.trains_rest else rest
             for parameter in self.frozen:
                 parameter.requires_grad_(False)
             return

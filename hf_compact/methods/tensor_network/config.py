@@ -112,9 +112,11 @@ class TensorNetworkTraining:
     """
 
     schedule: Literal["heal", "trp", "maestro"] = "heal"
-    """`heal`: train the factors of a decomposed model, nothing else. `trp`: train a dense model whose matrices are
+    """`heal`: train the factors of a decomposed model. `trp`: train a dense model whose matrices are
     truncated from time to time, and factor them at the end. `maestro`: train factors of full rank of which now and then
     only the first few are used, so that the result can be cut to any rank."""
+    trains_rest: bool = False
+    """heal: whether embeddings, norms and Linears that are dense are trained beside the factors."""
     include: tuple[str, ...] = ("*",)
     """trp and maestro: whole-name globs of block Linears."""
     exclude: tuple[str, ...] = ()
