@@ -11,7 +11,8 @@ and the direction is what the optimizer's step has really taken off.
 import inspect
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from transformers import PreTrainedModel, TrainerControl, TrainerState, Training
 
 from ... import distributed
 from ...arch import dense_shape, describe
+from ...capture import without_cache
 from ...checkpoint import disk_errors, write_shard, write_text
 from ...errors import ConfigError, FormatError
 from ...footprint import Comparison, count
@@ -46,22 +48,32 @@ class HessoCallback(CompactCallback):
 
     Args:
         config: the schedule.
+        batches: model inputs that the energies of `output` are taken from before training, as the one-shot score `wanda_sp` does:
+            the first choice, of the weights as they are then, is by them alone, and batches of training count from then on.
         settings: fields of `HessoConfig`, in the place of those of `config`.
+
+    Raises:
+        ConfigError: there are batches, and `output` is 0.
 
     >>> HessoCallback(target=0.4, warm_up_steps=20).config.last_step
     120
     """
 
-    def __init__(self, config: HessoConfig | None = None, **settings: Any) -> None:
+    def __init__(
+        self, config: HessoConfig | None = None, batches: Sequence[Mapping[str, Tensor]] = (), **settings: Any
+    ) -> None:  # fmt: skip
         """Keep the settings."""
         super().__init__()
-        self.config = replace(config or HessoConfig(), **settings)
+        self.config, self.batches = replace(config or HessoConfig(), **settings), batches
+        if batches and not self.config.output:
+            raise ConfigError("hesso.output must be above 0 with batches, which fill the energies that it weighs, got 0")
         self.sets: list[GroupSet] = []
         self.counts: dict[str, int] = {}
         self.before: dict[nn.Parameter, Tensor] = {}
         self.hooks: list[Any] = []
         self.table: dict[str, Any] = {}
         self.fresh: dict[nn.Module, Tensor] = {}
+        self.is_measuring = False
         self.masks: dict[nn.Module, str] = {}
         self.inputs: dict[str, Any] = {}
         self.correction: Correction | None = None
@@ -83,6 +95,8 @@ class HessoCallback(CompactCallback):
             reader.register_buffer(_name(group_set), states)
         if self.config.output:
             self._attach_(model)
+            if self.batches:
+                self._measure_(model)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """As the base; the run must be long enough.
@@ -144,6 +158,8 @@ class HessoCallback(CompactCallback):
     def step(self, model: PreTrainedModel, step: int, learning_rate: float) -> None:
         """Choose at the start of a period, then shrink what is chosen and keep zero what was."""
         position, config = self._position(step), self.config
+        if self.batches and step <= config.warm_up_steps + 1:  # until the first choice, or trial, is made
+            self.fresh = {}
         self._collect()
         if self.correction is not None:
             self._correct(model, step)
@@ -205,10 +221,21 @@ class HessoCallback(CompactCallback):
             module.register_buffer(_ENERGY, torch.zeros(dense_shape(module)[1], device=module.weight.device))
             self.hooks.append(module.register_forward_pre_hook(self._add_energy))
 
+    def _measure_(self, model: PreTrainedModel) -> None:
+        """The energies of `batches`, dealt out to the ranks. A checkpoint that is resumed brings its own, which replace them."""
+        self.is_measuring = True
+        try:
+            with _evaluating(model), without_cache(model):
+                for batch in distributed.share(self.batches):
+                    model(**{name: value.to(model.device) for name, value in batch.items()})
+        finally:
+            self.is_measuring = False
+        self._collect()
+
     @torch.no_grad()
     def _add_energy(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Into no buffer: DDP overwrites those of a rank before every forward pass. Padding is left out."""
-        if not module.training:
+        if not module.training and not self.is_measuring:
             return
         squares = args[0].detach().flatten(0, -2).float().square()
         mask = self.inputs.get(self.masks.get(module, "attention_mask"))
@@ -219,7 +246,7 @@ class HessoCallback(CompactCallback):
         self.fresh[module] = self.fresh[module] + new if module in self.fresh else new
 
     def _collect(self) -> None:
-        """What the forward passes of all ranks have given since the last step goes into the buffers."""
+        """What the forward passes of all ranks have given since the last call goes into the buffers."""
         for module in self._readers() if self.hooks else ():
             energy = module.get_buffer(_ENERGY)
             new = self.fresh.pop(module, torch.zeros_like(energy)).to(energy)
@@ -473,6 +500,19 @@ def _multiple(number: int, multiple: int) -> int:
 
 def _group_cost(group_set: GroupSet, cost: Any) -> float:
     return sum(cost([part.parameter]) * part.index.shape[1] / part.parameter.shape[part.dim] for part in group_set.slices)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """No gradients and no dropout; modes come back module by module, as parts may stand in evaluation on purpose."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _is_read(part: Slice) -> bool:
