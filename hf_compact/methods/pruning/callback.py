@@ -8,6 +8,7 @@ asked for, they compete within their kind, already chosen ones are masked and no
 and the direction is what the optimizer's step has really taken off.
 """
 
+import copy
 import inspect
 import json
 import logging
@@ -26,10 +27,12 @@ from ... import distributed
 from ...arch import dense_shape, describe
 from ...capture import without_cache
 from ...checkpoint import disk_errors, write_shard, write_text
-from ...errors import ConfigError, FormatError
+from ...errors import ConfigError, FormatError, UnsupportedModel
 from ...footprint import Comparison, count
 from ...groups import HIDDEN, GroupSet, cut_zeros_, find_groups
 from ...reorder import Slice
+from ...scoring import is_causal_lm
+from ...speed import SpeedConfig, check_positions, compare_by_turns
 from ...training import CompactCallback, check_same_on_all_ranks
 from .config import HessoConfig
 from .cric import FILE_NAME, Correction
@@ -50,6 +53,7 @@ class HessoCallback(CompactCallback):
         config: the schedule.
         batches: model inputs that the energies of `output` are taken from before training, as the one-shot score `wanda_sp` does:
             the first choice, of the weights as they are then, is by them alone, and batches of training count from then on.
+        speed: what is timed at the end, dense and pruned by turns, for the report; it takes a copy of the model. None leaves it out.
         settings: fields of `HessoConfig`, in the place of those of `config`.
 
     Raises:
@@ -60,11 +64,12 @@ class HessoCallback(CompactCallback):
     """
 
     def __init__(
-        self, config: HessoConfig | None = None, batches: Sequence[Mapping[str, Tensor]] = (), **settings: Any
+        self, config: HessoConfig | None = None, batches: Sequence[Mapping[str, Tensor]] = (), speed: SpeedConfig | None = None,
+        **settings: Any,
     ) -> None:  # fmt: skip
         """Keep the settings."""
         super().__init__()
-        self.config, self.batches = replace(config or HessoConfig(), **settings), batches
+        self.config, self.batches, self.speed = replace(config or HessoConfig(), **settings), batches, speed
         if batches and not self.config.output:
             raise ConfigError("hesso.output must be above 0 with batches, which fill the energies that it weighs, got 0")
         self.sets: list[GroupSet] = []
@@ -83,10 +88,14 @@ class HessoCallback(CompactCallback):
         """Find the groups, and how many of each kind a block loses.
 
         Raises:
-            ConfigError: the floors forbid the target.
+            ConfigError: the floors forbid the target, or the model has too few positions for what is timed.
             NothingMatched: the model has no groups.
-            UnsupportedModel: its family is not known.
+            UnsupportedModel: its family is not known, or it is to be timed and does not generate.
         """
+        if self.speed is not None:
+            if not is_causal_lm(model):
+                raise UnsupportedModel(f"speed must be None for a {type(model).__name__}: it times causal language models")
+            check_positions(model, f"the {type(model).__name__}", self.speed)
         self.sets = find_groups(model, self.config.kinds)
         self.counts = group_counts(model, self.sets, self.config)
         for group_set in self.sets:
@@ -192,9 +201,14 @@ class HessoCallback(CompactCallback):
         for module in self._readers() if self.hooks else ():
             del module._buffers[_ENERGY]
         self.hooks, self.fresh, self.inputs = [], {}, {}
+        # Ranks on one machine would disturb each other; the first one writes the report.
+        dense = _copied(model) if self.speed is not None and distributed.rank() == 0 else None
         before = count(model)
         self.table = cut_zeros_(model, self.config.kinds, self.config.is_uniform, self.config.channel_multiple)
         self.comparison = Comparison(before=before, after=count(model))
+        if dense is not None:
+            with _evaluating(model):
+                self.comparison = compare_by_turns(dense, model, self.speed)
         logger.info("cut from %d to %d parameters", before.parameters, self.comparison.after.parameters)
         self.before = {}
 
@@ -500,6 +514,12 @@ def _multiple(number: int, multiple: int) -> int:
 
 def _group_cost(group_set: GroupSet, cost: Any) -> float:
     return sum(cost([part.parameter]) * part.index.shape[1] / part.parameter.shape[part.dim] for part in group_set.slices)
+
+
+def _copied(model: PreTrainedModel) -> PreTrainedModel:
+    """In evaluation mode and without hooks, as those of other callbacks may hold a teacher or what cannot be copied."""
+    hooks = [values for module in model.modules() for name, values in vars(module).items() if name.endswith("_hooks")]
+    return copy.deepcopy(model, {id(values): type(values)() for values in hooks}).eval()
 
 
 @contextmanager

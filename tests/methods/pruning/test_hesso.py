@@ -1,6 +1,7 @@
 """HESSO in a stock Trainer: the schedule is exact, a stopped run ends alike, ranks agree, the result is ordinary."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import hf_compact
-from hf_compact import HessoCallback, HessoConfig, MaskCallback, SortedNetCallback, SortedNetConfig, SparsityConfig
+from hf_compact import (
+    HessoCallback,
+    HessoConfig,
+    MaskCallback,
+    SortedNetCallback,
+    SortedNetConfig,
+    SparsityConfig,
+    SpeedConfig,
+)
 from hf_compact.calibration import from_batches
-from hf_compact.errors import ConfigError, FormatError
+from hf_compact.errors import ConfigError, FormatError, UnsupportedModel
 from hf_compact.groups import find_groups
 from hf_compact.methods.pruning.callback import KEPT, PRUNED, SHRINKING
 from hf_compact.methods.pruning.functional import lowest, unit_energy
@@ -299,6 +308,30 @@ def test_batches_leave_the_modes_of_a_model_alone():
 def test_batches_need_the_score_they_fill():
     with pytest.raises(ConfigError, match=r"hesso\.output must be above 0 with batches, .* got 0"):
         HessoCallback(**SETTINGS, **PAPER, batches=BATCHES)
+
+
+@pytest.mark.parametrize("is_bf16", [False, True], ids=["float32", "bf16"])
+def test_the_report_times_dense_and_pruned_on_request(is_bf16, tmp_path):
+    model, plain = tiny_model("llama"), tiny_model("llama")
+    speed = SpeedConfig(prompt_tokens=8, new_tokens=3, repeats=2)
+    handle = model.register_forward_hook(partial(lambda *args: None, (row for row in ())))  # a generator cannot be copied
+    train(model, HessoCallback(**SETTINGS, speed=speed), tmp_path / "timed", bf16=is_bf16, save_strategy="no")
+    handle.remove()
+    train(plain, HessoCallback(**SETTINGS), tmp_path / "plain", bf16=is_bf16, save_strategy="no")
+    timed, untimed = (json.loads((tmp_path / name / "pruning_report.json").read_text()) for name in ("timed", "plain"))
+    for side in ("before", "after"):
+        seconds = {key: timed[side].pop(key) for key in ("prefill_seconds", "decode_seconds")}
+        assert all(0 < value < 60 for value in seconds.values())
+        assert all(untimed[side].pop(key) is None for key in seconds)
+    assert timed == untimed
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in plain.state_dict().items())
+
+
+def test_what_cannot_be_timed_is_refused_before_training():
+    with pytest.raises(UnsupportedModel, match="speed must be None for a BertModel: it times causal language models"):
+        HessoCallback(**SETTINGS, speed=SpeedConfig()).prepare(tiny_model("bert"))
+    with pytest.raises(ConfigError, match="must be at most 64, the positions of the LlamaForCausalLM, got 288"):
+        HessoCallback(**SETTINGS, speed=SpeedConfig()).prepare(tiny_model("llama", max_position_embeddings=64))
 
 
 @pytest.mark.parametrize(
