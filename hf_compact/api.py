@@ -63,9 +63,9 @@ from .planner import BudgetPlan, Point, Programme, Target, files_bytes, find_ite
 from .profiling import plot_profile, profile_
 from .recovery import train_adapter
 from .report import Report, peak_memory_bytes, return_freed_memory
-from .scoring import max_positions, perplexity
+from .scoring import is_causal_lm, max_positions, perplexity
 from .select import select_stages
-from .speed import SpeedConfig, alternate, note_slow_bfloat16, summary
+from .speed import SpeedConfig, check_positions, compare_by_turns, note_slow_bfloat16
 from .stored import open_linears
 from .version import __version__
 
@@ -361,19 +361,9 @@ def compare(
         check_new_file(Path(plot))
     speed = speed or SpeedConfig()
     models = {side: open_for_scoring(name)[0] for side, name in (("before", before), ("after", after))}
-    wanted = speed.prompt_tokens + speed.new_tokens
     for name, model in zip((before, after), models.values(), strict=True):
-        most = max_positions(model)
-        if most is not None and wanted > most:
-            raise ConfigError(f"prompt_tokens + new_tokens must be at most {most}, the positions of {str(name)!r}, got {wanted}")
-    vocabulary = min(model.config.get_text_config(decoder=True).vocab_size for model in models.values())
-    ids = (torch.arange(speed.prompt_tokens) % (vocabulary - 4) + 3)[None]
-    sides = {}
-    for side, turns in alternate(models, ids, speed).items():
-        times = summary(turns, speed.prompt_tokens)
-        seconds = {key: times[key] for key in ("prefill_seconds", "decode_seconds")}
-        sides[side] = replace(count(models[side]), **seconds)
-    found = Comparison(**sides)
+        check_positions(model, repr(str(name)), speed)
+    found = compare_by_turns(**models, config=speed)
     if plot is not None:
         with disk_errors(Path(plot).absolute().parent):
             found.plot(Path(plot))
@@ -891,11 +881,6 @@ def check_output_or_resume(output: Path) -> None:
         raise OutputError(f"output {str(output)!r} must name a folder to create")
     if not Journal.is_unfinished(output):
         check_output(output)
-
-
-def is_causal_lm(model: PreTrainedModel) -> bool:
-    """Whether perplexity means something for the model."""
-    return model.get_output_embeddings() is not None and not model.config.is_encoder_decoder and model.can_generate()
 
 
 def count_parameters(model: PreTrainedModel) -> int:

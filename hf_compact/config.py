@@ -19,6 +19,8 @@ from .errors import ConfigError
 
 #: YAML 1.1 reads a number without a point, like 2e-3, as text.
 _YAML_FLOAT = re.compile(r"[+-]?\d+[eE][+-]?\d+")
+#: Where a recipe whose file is missing may lie: where the repository has them, and those that come with the library.
+_RECIPE_FOLDERS = (Path("configs", "recipes"), Path(__file__).parent / "candidates")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +218,11 @@ class Recipe:
         """
         try:
             text = Path(path).read_text(encoding="utf-8")
+        except FileNotFoundError as error:
+            name = Path(path).name.removesuffix(".yaml") + ".yaml"
+            found = [folder / name for folder in _RECIPE_FOLDERS if (folder / name).is_file()]
+            hint = f": did you mean {found[0]}?" if found else ""
+            raise ConfigError(f"recipe must be a YAML file, got {str(path)!r}, which does not exist{hint}") from error
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"recipe {str(path)!r} cannot be read: {error}") from error
         try:

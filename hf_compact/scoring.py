@@ -80,6 +80,11 @@ class Windows:
         return spans
 
 
+def is_causal_lm(model: PreTrainedModel) -> bool:
+    """Whether perplexity means something for the model."""
+    return model.get_output_embeddings() is not None and not model.config.is_encoder_decoder and model.can_generate()
+
+
 def max_positions(model: PreTrainedModel) -> int | None:
     """Tokens that the model has positions for, None if its config does not say."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)

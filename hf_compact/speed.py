@@ -9,7 +9,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -19,6 +19,8 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from .errors import ConfigError
+from .footprint import Comparison, count
+from .scoring import max_positions
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +142,26 @@ def ratios(turns: Sequence[Mapping[str, float]], base: Sequence[Mapping[str, flo
         key: statistics.median(other[key] / turn[key] for turn, other in zip(turns, base, strict=True))
         for key in ("prefill", "first_token", "decode")
     }
+
+
+def check_positions(model: PreTrainedModel, name: str, config: SpeedConfig) -> None:
+    """Raise ConfigError if the prompt and what is generated are longer than what the model has positions for."""
+    wanted, most = config.prompt_tokens + config.new_tokens, max_positions(model)
+    if most is not None and wanted > most:
+        raise ConfigError(f"prompt_tokens + new_tokens must be at most {most}, the positions of {name}, got {wanted}")
+
+
+def compare_by_turns(before: PreTrainedModel, after: PreTrainedModel, config: SpeedConfig) -> Comparison:
+    """Two causal language models, in evaluation mode, counted and timed; medians over the turns."""
+    models = {"before": before, "after": after}
+    vocabulary = min(model.config.get_text_config(decoder=True).vocab_size for model in models.values())
+    ids = (torch.arange(config.prompt_tokens) % (vocabulary - 4) + 3)[None]
+    sides = {}
+    for side, turns in alternate(models, ids, config).items():
+        times = summary(turns, config.prompt_tokens)
+        seconds = {key: times[key] for key in ("prefill_seconds", "decode_seconds")}
+        sides[side] = replace(count(models[side]), **seconds)
+    return Comparison(**sides)
 
 
 def energy_joules(device: torch.device, root: Path = POWERCAP) -> float | None:

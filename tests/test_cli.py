@@ -348,8 +348,16 @@ def test_bad_recipe(text, message, dense_folder, texts, tmp_path):
 
 
 def test_a_recipe_that_is_not_text(dense_folder, tmp_path):
-    for recipe in (tmp_path / "missing.yaml", tmp_path, ROOT / "tests" / "golden" / "codebook.safetensors"):
+    for recipe in (tmp_path, ROOT / "tests" / "golden" / "codebook.safetensors"):
         assert_one_line(run("plan", dense_folder, "--recipe", recipe), f"recipe '{recipe}' cannot be read: ")
+
+
+def test_a_recipe_by_its_bare_name(dense_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    message = "recipe must be a YAML file, got 'prune-20', which does not exist: did you mean configs/recipes/prune-20.yaml?"
+    assert_one_line(run("compress", dense_folder, "--recipe", "prune-20", "--output", tmp_path / "small"), message)
+    assert_one_line(run("plan", dense_folder, "--recipe", "prune-20"), message)
+    assert not (tmp_path / "small").exists()
 
 
 def test_bad_models(compressed, recipe, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -116,8 +117,20 @@ def test_from_dict_leaves_its_input():
 
 
 def test_file_is_missing(tmp_path):
-    with pytest.raises(ConfigError, match=r"recipe '.*none.yaml' cannot be read: .*No such file"):
+    with pytest.raises(ConfigError, match=r"recipe must be a YAML file, got '.*none.yaml', which does not exist$"):
         Recipe.from_yaml(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("name", ["small-1.5", "small-1.5.yaml", "recipes/small-1.5"])
+def test_a_missing_file_is_named_where_it_lies(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path("configs", "recipes")
+    folder.mkdir(parents=True)
+    (folder / "small-1.5.yaml").touch()
+    with pytest.raises(ConfigError, match=rf"got '{name}', which does not exist: did you mean {folder}/small-1\.5\.yaml\?"):
+        Recipe.from_yaml(name)
+    with pytest.raises(ConfigError, match=r"got 'entropy', which does not exist: did you mean .*candidates/entropy\.yaml\?"):
+        Recipe.from_yaml("entropy")
 
 
 def test_file_is_a_folder(tmp_path):

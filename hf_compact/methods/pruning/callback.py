@@ -8,10 +8,12 @@ asked for, they compete within their kind, already chosen ones are masked and no
 and the direction is what the optimizer's step has really taken off.
 """
 
+import copy
 import inspect
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +25,14 @@ from transformers import PreTrainedModel, TrainerControl, TrainerState, Training
 
 from ... import distributed
 from ...arch import dense_shape, describe
+from ...capture import without_cache
 from ...checkpoint import disk_errors, write_shard, write_text
-from ...errors import ConfigError, FormatError
+from ...errors import ConfigError, FormatError, UnsupportedModel
 from ...footprint import Comparison, count
 from ...groups import HIDDEN, GroupSet, cut_zeros_, find_groups
 from ...reorder import Slice
+from ...scoring import is_causal_lm
+from ...speed import SpeedConfig, check_positions, compare_by_turns
 from ...training import CompactCallback, check_same_on_all_ranks
 from .config import HessoConfig
 from .cric import FILE_NAME, Correction
@@ -46,22 +51,34 @@ class HessoCallback(CompactCallback):
 
     Args:
         config: the schedule.
+        batches: model inputs that the energies of `output` are taken from before training, as the one-shot score `wanda_sp` does:
+            the first choice, of the weights as they are then, is by them alone, and batches of training count from then on.
+        speed: what is timed at the end, dense and pruned by turns, for the report; it takes a copy of the model. None leaves it out.
         settings: fields of `HessoConfig`, in the place of those of `config`.
+
+    Raises:
+        ConfigError: there are batches, and `output` is 0.
 
     >>> HessoCallback(target=0.4, warm_up_steps=20).config.last_step
     120
     """
 
-    def __init__(self, config: HessoConfig | None = None, **settings: Any) -> None:
+    def __init__(
+        self, config: HessoConfig | None = None, batches: Sequence[Mapping[str, Tensor]] = (), speed: SpeedConfig | None = None,
+        **settings: Any,
+    ) -> None:  # fmt: skip
         """Keep the settings."""
         super().__init__()
-        self.config = replace(config or HessoConfig(), **settings)
+        self.config, self.batches, self.speed = replace(config or HessoConfig(), **settings), batches, speed
+        if batches and not self.config.output:
+            raise ConfigError("hesso.output must be above 0 with batches, which fill the energies that it weighs, got 0")
         self.sets: list[GroupSet] = []
         self.counts: dict[str, int] = {}
         self.before: dict[nn.Parameter, Tensor] = {}
         self.hooks: list[Any] = []
         self.table: dict[str, Any] = {}
         self.fresh: dict[nn.Module, Tensor] = {}
+        self.is_measuring = False
         self.masks: dict[nn.Module, str] = {}
         self.inputs: dict[str, Any] = {}
         self.correction: Correction | None = None
@@ -71,10 +88,14 @@ class HessoCallback(CompactCallback):
         """Find the groups, and how many of each kind a block loses.
 
         Raises:
-            ConfigError: the floors forbid the target.
+            ConfigError: the floors forbid the target, or the model has too few positions for what is timed.
             NothingMatched: the model has no groups.
-            UnsupportedModel: its family is not known.
+            UnsupportedModel: its family is not known, or it is to be timed and does not generate.
         """
+        if self.speed is not None:
+            if not is_causal_lm(model):
+                raise UnsupportedModel(f"speed must be None for a {type(model).__name__}: it times causal language models")
+            check_positions(model, f"the {type(model).__name__}", self.speed)
         self.sets = find_groups(model, self.config.kinds)
         self.counts = group_counts(model, self.sets, self.config)
         for group_set in self.sets:
@@ -83,6 +104,8 @@ class HessoCallback(CompactCallback):
             reader.register_buffer(_name(group_set), states)
         if self.config.output:
             self._attach_(model)
+            if self.batches:
+                self._measure_(model)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """As the base; the run must be long enough.
@@ -144,6 +167,8 @@ class HessoCallback(CompactCallback):
     def step(self, model: PreTrainedModel, step: int, learning_rate: float) -> None:
         """Choose at the start of a period, then shrink what is chosen and keep zero what was."""
         position, config = self._position(step), self.config
+        if self.batches and step <= config.warm_up_steps + 1:  # until the first choice, or trial, is made
+            self.fresh = {}
         self._collect()
         if self.correction is not None:
             self._correct(model, step)
@@ -176,9 +201,14 @@ class HessoCallback(CompactCallback):
         for module in self._readers() if self.hooks else ():
             del module._buffers[_ENERGY]
         self.hooks, self.fresh, self.inputs = [], {}, {}
+        # Ranks on one machine would disturb each other; the first one writes the report.
+        dense = _copied(model) if self.speed is not None and distributed.rank() == 0 else None
         before = count(model)
         self.table = cut_zeros_(model, self.config.kinds, self.config.is_uniform, self.config.channel_multiple)
         self.comparison = Comparison(before=before, after=count(model))
+        if dense is not None:
+            with _evaluating(model):
+                self.comparison = compare_by_turns(dense, model, self.speed)
         logger.info("cut from %d to %d parameters", before.parameters, self.comparison.after.parameters)
         self.before = {}
 
@@ -205,10 +235,21 @@ class HessoCallback(CompactCallback):
             module.register_buffer(_ENERGY, torch.zeros(dense_shape(module)[1], device=module.weight.device))
             self.hooks.append(module.register_forward_pre_hook(self._add_energy))
 
+    def _measure_(self, model: PreTrainedModel) -> None:
+        """The energies of `batches`, dealt out to the ranks. A checkpoint that is resumed brings its own, which replace them."""
+        self.is_measuring = True
+        try:
+            with _evaluating(model), without_cache(model):
+                for batch in distributed.share(self.batches):
+                    model(**{name: value.to(model.device) for name, value in batch.items()})
+        finally:
+            self.is_measuring = False
+        self._collect()
+
     @torch.no_grad()
     def _add_energy(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Into no buffer: DDP overwrites those of a rank before every forward pass. Padding is left out."""
-        if not module.training:
+        if not module.training and not self.is_measuring:
             return
         squares = args[0].detach().flatten(0, -2).float().square()
         mask = self.inputs.get(self.masks.get(module, "attention_mask"))
@@ -219,7 +260,7 @@ class HessoCallback(CompactCallback):
         self.fresh[module] = self.fresh[module] + new if module in self.fresh else new
 
     def _collect(self) -> None:
-        """What the forward passes of all ranks have given since the last step goes into the buffers."""
+        """What the forward passes of all ranks have given since the last call goes into the buffers."""
         for module in self._readers() if self.hooks else ():
             energy = module.get_buffer(_ENERGY)
             new = self.fresh.pop(module, torch.zeros_like(energy)).to(energy)
@@ -473,6 +514,25 @@ def _multiple(number: int, multiple: int) -> int:
 
 def _group_cost(group_set: GroupSet, cost: Any) -> float:
     return sum(cost([part.parameter]) * part.index.shape[1] / part.parameter.shape[part.dim] for part in group_set.slices)
+
+
+def _copied(model: PreTrainedModel) -> PreTrainedModel:
+    """In evaluation mode and without hooks, as those of other callbacks may hold a teacher or what cannot be copied."""
+    hooks = [values for module in model.modules() for name, values in vars(module).items() if name.endswith("_hooks")]
+    return copy.deepcopy(model, {id(values): type(values)() for values in hooks}).eval()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """No gradients and no dropout; modes come back module by module, as parts may stand in evaluation on purpose."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _is_read(part: Slice) -> bool:

@@ -1,6 +1,7 @@
 """HESSO in a stock Trainer: the schedule is exact, a stopped run ends alike, ranks agree, the result is ordinary."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,20 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import hf_compact
-from hf_compact import HessoCallback, HessoConfig, MaskCallback, SortedNetCallback, SortedNetConfig, SparsityConfig
+from hf_compact import (
+    HessoCallback,
+    HessoConfig,
+    MaskCallback,
+    SortedNetCallback,
+    SortedNetConfig,
+    SparsityConfig,
+    SpeedConfig,
+)
 from hf_compact.calibration import from_batches
-from hf_compact.errors import ConfigError, FormatError
+from hf_compact.errors import ConfigError, FormatError, UnsupportedModel
 from hf_compact.groups import find_groups
 from hf_compact.methods.pruning.callback import KEPT, PRUNED, SHRINKING
+from hf_compact.methods.pruning.functional import lowest, unit_energy
 from hf_compact.methods.sparsity import MaskTraining
 from tests.conftest import tiny_inputs, tiny_model
 from tests.ranks import run_ranks
@@ -24,6 +34,14 @@ SETTINGS = {"target": 0.3, "warm_up_steps": 1, "pruning_steps": 6, "periods": 2,
 PAPER = {
     "output": 0.0, "magnitude": 0.2, "avg_magnitude": 0.2, "cosine": 0.2, "taylor_first": 0.2, "taylor_second": 0.2,
 }  # fmt: skip
+
+
+def padded(family: str, seed: int) -> dict[str, torch.Tensor]:
+    """A batch of two rows, the second one shorter."""
+    return tiny_inputs(family, seed=seed) | {"attention_mask": (torch.arange(24) < torch.tensor([[24], [15]])).long()}
+
+
+BATCHES = [padded("llama", seed) for seed in (50, 51, 52)]
 
 
 class Tokens(torch.utils.data.Dataset):
@@ -112,9 +130,11 @@ def test_the_target_counts_what_it_says(unit):
         assert abs(1 - left / whole - 0.5) <= 3 * 32 / (2 * whole) * 3
 
 
+@pytest.mark.parametrize("has_batches", [False, True], ids=["training's energies", "first those of batches"])
 @pytest.mark.parametrize("is_uniform", [True, False], ids=["uniform", "free"])
-def test_a_run_stopped_in_a_period_ends_with_the_same_weights(is_uniform, tmp_path):
+def test_a_run_stopped_in_a_period_ends_with_the_same_weights(is_uniform, has_batches, tmp_path):
     settings = SETTINGS | {"is_uniform": is_uniform, "kinds": ("channels", "query_heads")}
+    settings |= {"batches": BATCHES} if has_batches else {}
     model, again = tiny_model("llama"), tiny_model("llama")
     train(model, HessoCallback(**settings), tmp_path)
     train(again, HessoCallback(**settings), tmp_path, resume=str(tmp_path / "checkpoint-3"))
@@ -215,6 +235,103 @@ def test_channels_that_add_nothing_go_first_however_large_they_are(family):
     model.eval()(**tiny_inputs(family))
     callback.step(model, 2, 0.0)
     assert torch.equal(group_set.slices[-1].module.pruning_energy, halved)  # evaluation is not counted
+
+
+@torch.no_grad()
+def wanda_sp(model, sets, num_removed: int) -> list[list[int]]:
+    """What the one-shot score takes out of each block, from the inputs of the dense model."""
+    grams = {}
+
+    def add(module, args):
+        rows = args[0].view(2, 24, -1)[batch["attention_mask"].bool()].double()
+        grams[module] = grams.get(module, 0) + rows.T @ rows
+
+    handles = [group_set.slices[-1].module.register_forward_pre_hook(add) for group_set in sets]
+    for batch in BATCHES:
+        model.eval()(**batch)
+    for handle in handles:
+        handle.remove()
+    found = []
+    for group_set in sets:
+        reader = group_set.slices[-1]
+        weight = reader.parameter if reader.dim else reader.parameter.T
+        scores = unit_energy(weight, grams[reader.module], reader.index)
+        found.append(lowest(scores, num_removed, group_set.num_groups).sort().values.tolist())
+    return found
+
+
+@pytest.mark.parametrize("warm_up_steps", [0, 2])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_with_batches_the_first_choice_is_that_of_wanda_sp(family, warm_up_steps):
+    model, one_shot = tiny_model(family), tiny_model(family)
+    stage = {"method": "pruning", "channel_sparsity": 0.25, "score": "wanda_sp", "compensation": "none", "channel_multiple": 1}
+    hf_compact.compress(one_shot, {"stages": [stage]}, calibration=from_batches(BATCHES))
+    callback = HessoCallback(
+        batches=BATCHES, target=0.5, unit="groups", warm_up_steps=warm_up_steps, pruning_steps=4, periods=2, channel_multiple=1,
+        kinds=("channels",),
+    )  # fmt: skip
+    callback.prepare(model)
+    width = callback.sets[0].num_groups
+    expected = wanda_sp(model, callback.sets, width // 4)
+    kept = find_groups(one_shot, ("channels",))[0].slices[0].parameter  # later blocks are chosen behind pruned ones
+    first = callback.sets[0].slices[0]
+    stays = torch.tensor([channel for channel in range(width) if channel not in expected[0]])
+    assert torch.equal(kept, first.parameter.index_select(first.dim, first.positions(stays)))
+    model.train()
+    for step in range(warm_up_steps + 1):  # no optimizer, so the weights are the dense model's
+        model(**tiny_inputs(family, seed=step))
+        callback.before_update(model, step)
+        callback.step(model, step + 1, 0.0)
+    assert [(callback.states(s) == SHRINKING).nonzero()[:, 0].tolist() for s in callback.sets] == expected
+    readers = [group_set.slices[-1].module for group_set in callback.sets]
+    first_choice = [reader.pruning_energy.clone() for reader in readers]
+    model(**tiny_inputs(family, seed=9))
+    callback.step(model, warm_up_steps + 2, 0.0)
+    assert all(bool((now.pruning_energy > was).any()) for now, was in zip(readers, first_choice, strict=True))
+
+
+def test_batches_leave_the_modes_of_a_model_alone():
+    model = tiny_model("llama", attention_dropout=0.5).train()
+    model.model.layers[1].eval()
+    modes = [module.training for module in model.modules()]
+    callback = HessoCallback(**SETTINGS, batches=BATCHES)
+    callback.prepare(model)
+    assert [module.training for module in model.modules()] == modes
+    assert model.config.use_cache
+    quiet = tiny_model("llama")
+    HessoCallback(**SETTINGS, batches=BATCHES).prepare(quiet)
+    mine, theirs = ([m.pruning_energy for m in of.modules() if hasattr(m, "pruning_energy")] for of in (model, quiet))
+    assert all(torch.equal(one, other) for one, other in zip(mine, theirs, strict=True))
+    assert all(energy.min() > 0 and not energy.requires_grad for energy in mine)
+
+
+def test_batches_need_the_score_they_fill():
+    with pytest.raises(ConfigError, match=r"hesso\.output must be above 0 with batches, .* got 0"):
+        HessoCallback(**SETTINGS, **PAPER, batches=BATCHES)
+
+
+@pytest.mark.parametrize("is_bf16", [False, True], ids=["float32", "bf16"])
+def test_the_report_times_dense_and_pruned_on_request(is_bf16, tmp_path):
+    model, plain = tiny_model("llama"), tiny_model("llama")
+    speed = SpeedConfig(prompt_tokens=8, new_tokens=3, repeats=2)
+    handle = model.register_forward_hook(partial(lambda *args: None, (row for row in ())))  # a generator cannot be copied
+    train(model, HessoCallback(**SETTINGS, speed=speed), tmp_path / "timed", bf16=is_bf16, save_strategy="no")
+    handle.remove()
+    train(plain, HessoCallback(**SETTINGS), tmp_path / "plain", bf16=is_bf16, save_strategy="no")
+    timed, untimed = (json.loads((tmp_path / name / "pruning_report.json").read_text()) for name in ("timed", "plain"))
+    for side in ("before", "after"):
+        seconds = {key: timed[side].pop(key) for key in ("prefill_seconds", "decode_seconds")}
+        assert all(0 < value < 60 for value in seconds.values())
+        assert all(untimed[side].pop(key) is None for key in seconds)
+    assert timed == untimed
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in plain.state_dict().items())
+
+
+def test_what_cannot_be_timed_is_refused_before_training():
+    with pytest.raises(UnsupportedModel, match="speed must be None for a BertModel: it times causal language models"):
+        HessoCallback(**SETTINGS, speed=SpeedConfig()).prepare(tiny_model("bert"))
+    with pytest.raises(ConfigError, match="must be at most 64, the positions of the LlamaForCausalLM, got 288"):
+        HessoCallback(**SETTINGS, speed=SpeedConfig()).prepare(tiny_model("llama", max_position_embeddings=64))
 
 
 @pytest.mark.parametrize(
@@ -331,6 +448,24 @@ def test_callbacks_that_swap_its_linears_are_refused(tmp_path):
     args = TrainingArguments(str(tmp_path), max_steps=9, report_to=[], use_cpu=True)
     with pytest.raises(ConfigError, match=r"another callback has swapped Linears of model\.layers\.0 that HessoCallback prunes"):
         Trainer(tiny_model("llama"), args, train_dataset=Tokens(), callbacks=callbacks).train()
+
+
+def _measure_worker(rank: int, folder: str) -> None:
+    model = tiny_model("llama")
+    HessoCallback(**SETTINGS, batches=BATCHES).prepare(model)
+    save_file({name: b for name, b in model.named_buffers() if name.endswith("pruning_energy")}, f"{folder}/{rank}.safetensors")
+
+
+@pytest.mark.distributed
+def test_two_ranks_share_the_batches(tmp_path):
+    run_ranks(_measure_worker, str(tmp_path), seconds=120)
+    first, second = load_file(tmp_path / "0.safetensors"), load_file(tmp_path / "1.safetensors")
+    model = tiny_model("llama")
+    HessoCallback(**SETTINGS, batches=BATCHES).prepare(model)
+    assert len(first) == 6
+    for name, energy in first.items():
+        assert torch.equal(energy, second[name])
+        torch.testing.assert_close(energy, model.get_buffer(name))
 
 
 def _worker(rank: int, folder: str, broadcast: bool) -> None:
