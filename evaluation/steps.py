@@ -59,6 +59,10 @@ def parser(description: str, work: str) -> argparse.ArgumentParser:
     made.add_argument("--work", type=Path, default=Path(work), help="folder of everything that is made")
     made.add_argument("--device", default="cpu", help="where models run; times that are claimed are those of a CPU")
     made.add_argument(
+        "--dtype", choices=["auto", "float32"], default="auto",
+        help="to compress and score in: float32 where the processor computes bfloat16 in software; rows beside others by --rows",
+    )  # fmt: skip
+    made.add_argument(
         "--rows", action="append", type=Path, default=[],
         help="rows.json of a work folder of another machine, whose rows are held against its own dense model; repeat for several",
     )  # fmt: skip

@@ -1199,7 +1199,7 @@ def _run(runner: BlockRunner, recipe: Recipe, calibration: Calibration, progress
     started = time.perf_counter()
     losses = distill_(
         runner.model, teacher, calibration.distillation or calibration.batches, recipe.distillation,
-        lambda done, total: progress("distillation", done, total),
+        lambda done, total: progress("distillation", done, total), runner.pruned_linears(),
     )  # fmt: skip
     first, last = losses[:8], losses[-8:]
     runner.report.distillation = {"steps": len(losses), "first": sum(first) / len(first), "last": sum(last) / len(last)}

@@ -165,11 +165,11 @@ def measure(
 
 def evaluate(
     models: Sequence[str | Path], texts: Sequence[str | Path], num_windows: int | None = 40, window_length: int = 1024,
-    progress: Callable[[str, int], None] = lambda name, done: None, device: str = "cpu",
+    progress: Callable[[str, int], None] = lambda name, done: None, device: str = "cpu", dtype: str = "auto",
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Perplexity of each model on each text, in windows side by side without special tokens.
 
-    A model given as float32 is scored in bfloat16, the dtype of the protocol. Ratios are to the first model.
+    With the dtype auto a model given as float32 is scored in bfloat16, the dtype of the protocol. Ratios are to the first model.
 
     Returns:
         One dict per model and text: `model`, `text`, `file_bytes`, `dtype`, `seconds`, `ratio`, and what `scoring.score` and
@@ -178,7 +178,7 @@ def evaluate(
     Raises:
         CompactError: a model cannot be opened or a text cannot be read.
     """
-    protocol = Protocol(windows=Windows(window_length=window_length, num_windows=num_windows), device=device)
+    protocol = Protocol(windows=Windows(window_length=window_length, num_windows=num_windows), device=device, dtype=dtype)
     found = measure(models, texts, protocol, progress=lambda unit, done, total: progress(unit, done))
     return perplexity_rows(found, models, texts)
 

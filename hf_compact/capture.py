@@ -257,6 +257,11 @@ class BlockRunner:
         self.model.train(training)
         return output
 
+    def pruned_linears(self, prefix: str = "") -> list[nn.Module]:
+        """The Linears of a pruned model that are dense; none of a model that has lost no units."""
+        modules = [self.model.get_submodule(name) for name in self.arch.roles if name.startswith(prefix)] if self.cuts else []
+        return [module for module in modules if isinstance(module, nn.Linear | Conv1D)]
+
     # Units: what is loaded, compressed and written together.
 
     def _inside(self, block: str) -> list[str]:
@@ -427,7 +432,8 @@ class BlockRunner:
             return relative_error(without_padding(output, mask), without_padding(targets[number], mask))
 
         num_steps = self.reconstruction.epochs * len(targets)
-        losses = list(fit_(module, loss_of, num_steps, self.reconstruction.learning_rate, "reconstruction"))
+        linears = self.pruned_linears(f"{block}.")
+        losses = list(fit_(module, loss_of, num_steps, self.reconstruction.learning_rate, "reconstruction", linears))
         first, last = losses[: len(targets)], losses[-len(targets) :]
         self.report.reconstruction[block] = [sum(first) / len(first), sum(last) / len(last)]
 

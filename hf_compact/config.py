@@ -92,7 +92,8 @@ class CalibrationConfig:
 class DistillationConfig:
     """How long what is continuous in the compressed model is fitted to the dense one.
 
-    That is norms, biases, and the scales and codebooks of compressed Linears. Calibration batches given ready are used as
+    That is norms, biases, the scales and codebooks of compressed Linears, and of a pruned model factors for the rows and columns
+    of its Linears, which their weights take over. Calibration batches given ready are used as
     they are.
     """
 

@@ -4,11 +4,11 @@ What falls is the divergence of the distributions over tokens or classes, or, fo
 the last hidden states' energy that is lost.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .capture import without_cache
@@ -19,7 +19,7 @@ from .functional.divergence import kl_divergence
 
 def distill_(
     model: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], config: DistillationConfig,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = lambda done, total: None, linears: Collection[nn.Module] = (),
 ) -> list[float]:  # fmt: skip
     """Fit scales, codebooks, norms and biases of a compressed model to the dense one, in place.
 
@@ -29,6 +29,7 @@ def distill_(
         batches: model inputs, each used once per epoch, in order.
         config: epochs and learning rate.
         progress: called with finished and all steps.
+        linears: dense ones of the model whose rows and columns are scaled too.
 
     Returns:
         The loss of every step: nats per position, or a share.
@@ -51,7 +52,7 @@ def distill_(
         return loss(call(**batch)[0][kept], target[0][kept])
 
     with without_cache(model), without_cache(teacher):
-        return list(fit_(model, loss_of, total, config.learning_rate, "distillation"))
+        return list(fit_(model, loss_of, total, config.learning_rate, "distillation", linears))
 
 
 def divergence(output: Tensor, target: Tensor) -> Tensor:

@@ -1,26 +1,31 @@
 """Training of what is continuous in a compressed module: scales, codebooks, norms, biases; integers stay as they are.
 
+Of pruned Linears, which have no scales, rows and columns are scaled.
+
 Every trained tensor is its value times `1 + theta` with `theta` float32 from 0, so that one learning rate, in relative
 steps, fits tensors of any size. Distillation fits the whole model in this way, reconstruction one block at a time.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .arch import dense_shape
 from .errors import NumericalError
 from .functional.divergence import lost_energy
 from .stored import CodedModule, ScaledModule
 
 
 def fit_(
-    module: nn.Module, loss_of: Callable[[Callable[..., Any], int], Tensor], num_steps: int, learning_rate: float, label: str
-) -> Iterator[float]:
+    module: nn.Module, loss_of: Callable[[Callable[..., Any], int], Tensor], num_steps: int, learning_rate: float, label: str,
+    linears: Collection[nn.Module] = (),
+) -> Iterator[float]:  # fmt: skip
     """Adam on everything continuous in a module; stored when the last step is done.
 
     Args:
@@ -29,6 +34,8 @@ def fit_(
         num_steps: how many.
         learning_rate: largest relative change in one step; warmed up, then half a cosine down to a tenth.
         label: names the loss in an error.
+        linears: dense ones in it (`nn.Linear`, `Conv1D`) of which every row and every column gets a factor, which the weights
+            take over.
 
     Yields:
         The loss of every step.
@@ -36,6 +43,13 @@ def fit_(
     Raises:
         NumericalError: a loss or what was fitted is not finite; the module is left as it was.
     """
+    with _factors(linears):
+        yield from _fit(module, loss_of, num_steps, learning_rate, label)
+
+
+def _fit(
+    module: nn.Module, loss_of: Callable[[Callable[..., Any], int], Tensor], num_steps: int, learning_rate: float, label: str
+) -> Iterator[float]:  # fmt: skip
     bases = _trained(module)
     thetas = {name: nn.Parameter(torch.zeros_like(base)) for name, base in bases.items()}
     optimizer = torch.optim.Adam(thetas.values(), lr=learning_rate, betas=(0.9, 0.99))
@@ -93,6 +107,33 @@ def patched_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterat
 
 
 @contextmanager
+def _factors(linears: Collection[nn.Module]) -> Iterator[None]:
+    """Factors of rows and columns, as buffers of ones; if nothing goes wrong the weights take over what they have become."""
+    forwards: dict[nn.Module, Callable[..., Any]] = {}
+    for linear in linears:
+        rows, columns = dense_shape(linear)
+        for name, size in (("row_factor", rows), ("column_factor", columns)):
+            linear.register_buffer(name, torch.ones(size, device=linear.weight.device), persistent=False)
+        forwards[linear] = partial(_factored_forward, linear)
+    try:
+        with patched_forwards(forwards):
+            yield
+        with torch.no_grad():
+            for linear in linears:
+                factors = linear.row_factor[:, None] * linear.column_factor
+                linear.weight.mul_(factors if isinstance(linear, nn.Linear) else factors.T)
+    finally:
+        for linear in linears:
+            del linear.row_factor, linear.column_factor
+
+
+def _factored_forward(linear: nn.Module, x: Tensor) -> Tensor:
+    weight = linear.weight if isinstance(linear, nn.Linear) else linear.weight.T
+    y = nn.functional.linear(x * linear.column_factor.to(x.dtype), weight) * linear.row_factor.to(x.dtype)
+    return y if linear.bias is None else y + linear.bias
+
+
+@contextmanager
 def _frozen(module: nn.Module) -> Iterator[None]:
     """No gradients for the parameters themselves, no dropout."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -109,13 +150,14 @@ def _frozen(module: nn.Module) -> Iterator[None]:
 
 
 def _trained(module: nn.Module) -> dict[str, Tensor]:
-    """What is trained: one-dimensional parameters, and the scales of compressed Linears; float32 copies."""
+    """What is trained: one-dimensional parameters, the scales of compressed Linears, factors of dense ones; float32 copies."""
     found = {name: parameter.detach().float() for name, parameter in module.named_parameters() if parameter.dim() == 1}
     for name, part in module.named_modules():
         if isinstance(part, ScaledModule) and not part.is_tied:
             if isinstance(part, CodedModule):
                 part.decode_()
             found |= {f"{name}.{scale}": part.get_buffer(scale).float() for scale in part.trained_scales}
+        found |= {f"{name}.{key}": part.get_buffer(key) for key in ("row_factor", "column_factor") if hasattr(part, key)}
     return found
 
 

@@ -62,6 +62,45 @@ def test_the_scaled_forward_is_the_forward(pair):
     torch.testing.assert_close(module.scaled_forward(x), module(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_rows_and_columns_of_a_pruned_model_are_scaled(family):
+    teacher, inputs = tiny_model(family), tiny_inputs(family)
+    with torch.no_grad():  # logits that say something
+        for parameter in teacher.parameters():
+            parameter.mul_(2 if parameter.dim() == 2 else 1)
+    recipe = {"stages": [{"method": "pruning", "channel_sparsity": 0.5, "score": "random", "compensation": "none"}]}
+    plain, distilled = copy.deepcopy(teacher), copy.deepcopy(teacher)
+    hf_compact.compress(plain, recipe, calibration=from_batches([inputs]))
+    settings = {"epochs": 40, "learning_rate": 0.01}
+    hf_compact.compress(distilled, recipe | {"distillation": settings}, calibration=from_batches([inputs]))
+    with torch.no_grad():
+        lost = [divergence(model(**inputs)[0], teacher(**inputs)[0]).item() for model in (plain, distilled)]
+    assert lost[1] < 0.7 * lost[0]
+    assert {name: tensor.shape for name, tensor in distilled.state_dict().items()} == {
+        name: tensor.shape for name, tensor in plain.state_dict().items()
+    }
+    name = "model.layers.1.mlp.up_proj" if family == "llama" else "transformer.h.1.mlp.c_fc"
+    ratio = distilled.get_submodule(name).weight / plain.get_submodule(name).weight
+    # Nothing but factors: every second-order minor of the ratios vanishes.
+    torch.testing.assert_close(ratio * ratio[0, 0], ratio[:, :1] * ratio[:1], rtol=1e-3, atol=1e-3)
+    assert (ratio - 1).abs().max() > 1e-2
+    assert type(distilled.get_submodule(name)) is type(teacher.get_submodule(name))
+
+
+def test_factors_of_a_fit_that_fails_leave_nothing():
+    teacher = tiny_model("llama")
+    model = copy.deepcopy(teacher)
+    linears = [layer.mlp.up_proj for layer in model.model.layers]
+    broken = {"input_ids": tiny_inputs("llama")["input_ids"]}
+    with torch.no_grad():
+        teacher.lm_head.weight[0] = torch.nan
+    with pytest.raises(NumericalError, match="distillation step 0 is not finite"):
+        distill_(model, teacher, [broken], DistillationConfig(), linears=linears)
+    assert not any("factor" in name for name, _ in model.named_buffers())
+    assert all("forward" not in vars(linear) for linear in linears)
+    torch.testing.assert_close(model.state_dict(), tiny_model("llama").state_dict(), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     "settings", [{"grid": "uniform"}, {"grid": "learned"}, {"grid": "nf4", "scale_bits": None, "group_size": None}, {"scale_bits": None}],
     ids=["uniform", "learned", "row", "groups"],
