@@ -70,7 +70,7 @@ PREFILL_RATIO, DECODE_RATIO, OVERHEAD = 1.3, 1.2, 0.1
 def scored(model: str | Path, options: argparse.Namespace) -> dict[str, float]:
     """Perplexity by text."""
     count_of, length = (2, options.length) if options.quick else (40, 1024)
-    rows = evaluate([model], options.text, count_of, length, device=options.device)
+    rows = evaluate([model], options.text, count_of, length, device=options.device, dtype=options.dtype)
     return {Path(row["text"]).name: row["perplexity"] for row in rows}
 
 
@@ -100,8 +100,10 @@ def compressed(
     options: argparse.Namespace, name: str, stage: dict[str, Any] | None = None, calibrated: str | None = None
 ) -> dict[str, Any]:  # fmt: skip
     """Prune in one shot by a recipe of the project, by one with other calibration, or by `prune-20` with another stage; then score."""
-    known = "prune-20" if stage is not None else name.removesuffix(f"-{calibrated}")
-    recipe = yaml.safe_load(Path(f"configs/recipes/{known}.yaml").read_text())
+    known = "prune-20" if stage is not None else "-".join(name.split("-")[:2])
+    recipe = yaml.safe_load(Path(f"configs/recipes/{known}.yaml").read_text()) | {"dtype": options.dtype}
+    if name != known:
+        recipe["distillation"] = None
     if stage is not None:
         recipe["stages"] = [recipe["stages"][0] | stage]
     texts = options.calibration
@@ -111,6 +113,7 @@ def compressed(
         texts = [*texts, own_text(options)] if is_own else texts
     if options.quick:
         recipe["calibration"] = {"num_sequences": 4, "sequence_length": options.length}
+        recipe["distillation"] = recipe["distillation"] and {"num_sequences": 4}
     folder = options.work / name
     with taken(folder):
         if not (folder / "compression_report.json").exists():
@@ -260,6 +263,7 @@ def steps(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]
     }
     found |= {name: lambda name=name: compressed(options, name) for name in ONE_SHOT}
     for name in ONE_SHOT:
+        found[f"{name}-not-distilled"] = lambda name=name: compressed(options, f"{name}-not-distilled")
         found |= {
             f"{name}-{key}": lambda name=name, key=key: compressed(options, f"{name}-{key}", None, key) for key in CALIBRATED
         }

@@ -257,7 +257,7 @@ class BlockRunner:
         self.model.train(training)
         return output
 
-    def pruned_linears(self, prefix: str = "") -> list[nn.Module]:
+    def pruned_linears(self, prefix: str = "") -> list[nn.Linear | Conv1D]:
         """The Linears of a pruned model that are dense; none of a model that has lost no units."""
         modules = [self.model.get_submodule(name) for name in self.arch.roles if name.startswith(prefix)] if self.cuts else []
         return [module for module in modules if isinstance(module, nn.Linear | Conv1D)]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from .capture import without_cache
 from .config import DistillationConfig
@@ -19,7 +20,7 @@ from .functional.divergence import kl_divergence
 
 def distill_(
     model: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], config: DistillationConfig,
-    progress: Callable[[int, int], None] = lambda done, total: None, linears: Collection[nn.Module] = (),
+    progress: Callable[[int, int], None] = lambda done, total: None, linears: Collection[nn.Linear | Conv1D] = (),
 ) -> list[float]:  # fmt: skip
     """Fit scales, codebooks, norms and biases of a compressed model to the dense one, in place.
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
 
 from .arch import dense_shape
 from .errors import NumericalError
@@ -24,7 +25,7 @@ from .stored import CodedModule, ScaledModule
 
 def fit_(
     module: nn.Module, loss_of: Callable[[Callable[..., Any], int], Tensor], num_steps: int, learning_rate: float, label: str,
-    linears: Collection[nn.Module] = (),
+    linears: Collection[nn.Linear | Conv1D] = (),
 ) -> Iterator[float]:  # fmt: skip
     """Adam on everything continuous in a module; stored when the last step is done.
 
@@ -107,7 +108,7 @@ def patched_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterat
 
 
 @contextmanager
-def _factors(linears: Collection[nn.Module]) -> Iterator[None]:
+def _factors(linears: Collection[nn.Linear | Conv1D]) -> Iterator[None]:
     """Factors of rows and columns, as buffers of ones; if nothing goes wrong the weights take over what they have become."""
     forwards: dict[nn.Module, Callable[..., Any]] = {}
     for linear in linears:
@@ -120,16 +121,17 @@ def _factors(linears: Collection[nn.Module]) -> Iterator[None]:
             yield
         with torch.no_grad():
             for linear in linears:
-                factors = linear.row_factor[:, None] * linear.column_factor
+                factors = linear.get_buffer("row_factor")[:, None] * linear.get_buffer("column_factor")
                 linear.weight.mul_(factors if isinstance(linear, nn.Linear) else factors.T)
     finally:
         for linear in linears:
             del linear.row_factor, linear.column_factor
 
 
-def _factored_forward(linear: nn.Module, x: Tensor) -> Tensor:
+def _factored_forward(linear: nn.Linear | Conv1D, x: Tensor) -> Tensor:
     weight = linear.weight if isinstance(linear, nn.Linear) else linear.weight.T
-    y = nn.functional.linear(x * linear.column_factor.to(x.dtype), weight) * linear.row_factor.to(x.dtype)
+    y = nn.functional.linear(x * linear.get_buffer("column_factor").to(x.dtype), weight)
+    y = y * linear.get_buffer("row_factor").to(x.dtype)
     return y if linear.bias is None else y + linear.bias
 
 
