@@ -151,6 +151,12 @@ def ratio(row: dict[str, Any], text: str, dense: dict[str, float]) -> float:
     return row["perplexity"][text] / row.get("base", dense)[text]
 
 
+def quantized(file_bytes: int) -> dict[str, Any] | None:
+    """The largest row of `02-codebook.json` with at most so many bytes; same model, texts and windows."""
+    measured = json.loads((RESULTS / "02-codebook.json").read_text())["rows"]
+    return max((row for row in measured if row["file_bytes"] <= file_bytes), key=lambda row: row["file_bytes"], default=None)
+
+
 class TrainingWindows(Dataset):
     """As many windows of `length` tokens as asked for, spread evenly over the texts; every row of a comparison trains on them.
 

@@ -107,7 +107,7 @@ def recipe(name: str) -> dict[str, Any]:
 def healed(options: argparse.Namespace, percent: str | None, kind: str, rate: float) -> dict[str, Any]:
     """Train a decomposed model, or the dense one as it is, on the same tokens; then score."""
     callbacks: list[TrainerCallback] = []
-    name = healed_name(percent, kind, rate)
+    name = healed_name(percent, kind, rate, options.tokens)
     opened = api.open_dense(options.model, "float32", is_whole=True)
     model, tokenizer = opened.model, opened.load_tokenizer()
     folder = options.work / name
@@ -136,28 +136,27 @@ def healed(options: argparse.Namespace, percent: str | None, kind: str, rate: fl
     return row | {"held_out": held_out, "perplexity": scored(str(folder), options, name)}
 
 
-def healed_name(percent: str | None, kind: str, rate: float) -> str:
+def healed_name(percent: str | None, kind: str, rate: float, tokens: int) -> str:
     """Of the row and its folder."""
-    return f"healed-{percent or 'dense'}{kind}-{rate:g}"
+    return f"healed-{percent or 'dense'}{kind}-{rate:g}" + ("" if tokens == TOKENS else f"-{tokens}")
 
 
-def rows_of(percent: str | None, kind: str) -> list[str]:
+def rows_of(percent: str | None, kind: str, tokens: int) -> list[str]:
     """The same at all rates."""
-    return [healed_name(percent, kind, rate) for rate in (DENSE_RATES if percent is None else RATES)]
+    return [healed_name(percent, kind, rate, tokens) for rate in (DENSE_RATES if percent is None else RATES)]
 
 
 def best(options: argparse.Namespace, percent: str | None, kind: str) -> str:
     """The row at the rate that is best on held-out windows; measures what is missing."""
     todo = steps(options)
-    return min(
-        rows_of(percent, kind), key=lambda row: stepwise.done(todo, options.work, row, options.device)["held_out"] or math.inf
-    )
+    rows = {row: stepwise.done(todo, options.work, row, options.device) for row in rows_of(percent, kind, options.tokens)}
+    return min(rows, key=lambda name: rows[name]["held_out"] or math.inf)
 
 
-def chosen(found: dict[str, Any], percent: str | None, kind: str) -> dict[str, Any] | None:
+def chosen(found: dict[str, Any], percent: str | None, kind: str, tokens: int) -> dict[str, Any] | None:
     """The best row that there is."""
-    rows = [found[row] for row in rows_of(percent, kind) if row in found]
-    return min(rows, key=lambda row: row["held_out"] or math.inf, default=None)
+    rows = [found[row] for row in rows_of(percent, kind, tokens) if row in found]
+    return min(rows, key=lambda row: row.get("held_out") or math.inf, default=None)
 
 
 @torch.no_grad()
@@ -219,7 +218,7 @@ def steps(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]
     kinds = [(None, ""), *((percent, kind) for percent in HEALED for kind in HEALING)]
     for percent, kind in kinds:
         for rate in DENSE_RATES if percent is None else RATES:
-            found[healed_name(percent, kind, rate)] = lambda percent=percent, kind=kind, rate=rate: healed(
+            found[healed_name(percent, kind, rate, options.tokens)] = lambda percent=percent, kind=kind, rate=rate: healed(
                 options, percent, kind, rate
             )
     return found
@@ -277,14 +276,20 @@ def untrained_bars(found: dict[str, Any], add: Add) -> None:
 
 def relative_bars(found: dict[str, Any], add: Add) -> None:
     """Of rows against a control row of their own."""
-    dense = chosen(found, None, "")
-    pairs = [
-        (f"healed-{name}{kind}", chosen(found, name, kind), "healed-dense", dense, limit)
-        for name, limit in HEALED.items() for kind in HEALING
-    ]  # fmt: skip
+    pairs = []
+    others = {int(name.split("-")[3]) for name in found if name.startswith("healed-dense") and name.count("-") == 3}
+    for tokens in (TOKENS, *sorted(others)):
+        dense, words = chosen(found, None, "", tokens), "" if tokens == TOKENS else f", {tokens} tokens"
+        pairs += [
+            (f"healed-{name}{kind}{words}", chosen(found, name, kind, tokens), "healed-dense", dense, limit)
+            for name, limit in HEALED.items() for kind in HEALING
+        ]  # fmt: skip
     pairs += [
         (name, found.get(name), f"{name}-control", found.get(f"{name}-control"), 1.0) for name in ("correction", "compactifai-93")
     ]
+    if row := found.get("compactifai-93"):
+        control = stepwise.quantized(row["file_bytes"])
+        pairs.append(("compactifai-93", row, f"{control['name']} of no more bytes (02-codebook)", control, 1.0))
     for name, row, control, other, limit in pairs:
         for text, value in row["perplexity"].items() if row and other else ():
             ratio = value / other["perplexity"][text]
@@ -326,12 +331,13 @@ def write(found: dict[str, Any], line: str) -> str:
 def main() -> int:
     """Measure what is missing and write the tables."""
     parser = stepwise.parser(__doc__, "runs/tensor")
-    parser.add_argument(
-        "--step", action="append", choices=list(steps(argparse.Namespace())), help="a step by name; all by default"
-    )
+    parser.add_argument("--step", action="append", help="a step by name; all by default")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="to heal on, and to train the dense control on")
     options = stepwise.parse(parser)
-    found = stepwise.run(steps(options), options.work, options.step, options.device, options.rows)
+    todo = steps(options)
+    if unknown := [name for name in options.step or () if name not in todo]:
+        parser.error(f"--step must be one of {', '.join(todo)}, got {unknown[0]!r}")
+    found = stepwise.run(todo, options.work, options.step, options.device, options.rows)
     print(write(found, stepwise.command_line("tensor_network", options) + f" --tokens {options.tokens}"))
     return 0
 

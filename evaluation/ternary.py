@@ -248,14 +248,14 @@ def conversion(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "training": found,
         "rows": rows + quantized_after_training(found["file_bytes"]),
+        "machine": machine(options.device),
         "seconds": time.perf_counter() - started,
     }
 
 
 def quantized_after_training(file_bytes: int) -> list[dict[str, Any]]:
-    """The largest row of the codebook measurements with at most so many bytes: same model, texts and windows; weights are not trained."""
-    measured = json.loads((RESULTS / "02-codebook.json").read_text())["rows"]
-    row = max((row for row in measured if row["file_bytes"] <= file_bytes), key=lambda row: row["file_bytes"], default=None)
+    """The scores of the row of the codebook measurements with as many bytes: weights are not trained there."""
+    row = stepwise.quantized(file_bytes)
     return [
         {"kind": f"{row['name']} (02-codebook)", "text": text, "perplexity": value, "file_bytes": row["file_bytes"]}
         for text, value in (row["perplexity"].items() if row else ())
@@ -339,7 +339,7 @@ def write(found: dict[str, Any], common: dict[str, Any], folder: Path) -> str:
         training = part["training"]
         lines += [
             "",
-            f"Conversion: {training['tokens_seen']} tokens, {training['body_bits_per_weight']:.3f} bits per block weight.",
+            f"Conversion ({part['machine']}): {training['tokens_seen']} tokens, {training['body_bits_per_weight']:.3f} bits per block weight.",
             "",
         ]
         lines += ["| held-out perplexity of the training text | |", "|---|---|"]
