@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from .arch import dense_shape
 from .errors import NumericalError
 from .functional.divergence import lost_energy
 from .stored import CodedModule, ScaledModule
@@ -112,7 +111,7 @@ def _factors(linears: Collection[nn.Linear | Conv1D]) -> Iterator[None]:
     """Factors of rows and columns, as buffers of ones; if nothing goes wrong the weights take over what they have become."""
     forwards: dict[nn.Module, Callable[..., Any]] = {}
     for linear in linears:
-        rows, columns = dense_shape(linear)
+        rows, columns = _matrix(linear).shape
         for name, size in (("row_factor", rows), ("column_factor", columns)):
             linear.register_buffer(name, torch.ones(size, device=linear.weight.device), persistent=False)
         forwards[linear] = partial(_factored_forward, linear)
@@ -122,15 +121,19 @@ def _factors(linears: Collection[nn.Linear | Conv1D]) -> Iterator[None]:
         with torch.no_grad():
             for linear in linears:
                 factors = linear.get_buffer("row_factor")[:, None] * linear.get_buffer("column_factor")
-                linear.weight.mul_(factors if isinstance(linear, nn.Linear) else factors.T)
+                _matrix(linear).mul_(factors)
     finally:
         for linear in linears:
             del linear.row_factor, linear.column_factor
 
 
+def _matrix(linear: nn.Linear | Conv1D) -> Tensor:
+    """`[out, in]`, a view of the weight."""
+    return linear.weight if isinstance(linear, nn.Linear) else linear.weight.T
+
+
 def _factored_forward(linear: nn.Linear | Conv1D, x: Tensor) -> Tensor:
-    weight = linear.weight if isinstance(linear, nn.Linear) else linear.weight.T
-    y = nn.functional.linear(x * linear.get_buffer("column_factor").to(x.dtype), weight)
+    y = nn.functional.linear(x * linear.get_buffer("column_factor").to(x.dtype), _matrix(linear))
     y = y * linear.get_buffer("row_factor").to(x.dtype)
     return y if linear.bias is None else y + linear.bias
 
