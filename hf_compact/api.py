@@ -52,7 +52,7 @@ from .errors import CalibrationError, ConfigError, FormatError, NothingMatched, 
 from .footprint import Comparison, Footprint, count
 from .groups import find_groups, settle_
 from .hf.card import write_card
-from .hf.export import save_bitnet, save_compressed_tensors, save_dense, save_low_rank
+from .hf.export import save_bitnet, save_compressed_tensors, save_dense, save_low_rank, save_onnx
 from .hf.gguf import GgufKind, save_gguf
 from .hf.hub import push_folder
 from .hf.quantizer import CompactConfig, attach_, expect_, names_in, outermost
@@ -75,7 +75,7 @@ logger = logging.getLogger(__name__)
 ExportKind = Literal[
     "dense", "low_rank", "bitnet", "compressed-tensors", "gguf", "f16", "q8_0", "q4_0", "q4_1", "tq1_0", "tq2_0", "onnx"
 ]
-#: Kinds of which an ordinary model can be the source too, a pruned one for example.
+#: Of these, and of onnx, an ordinary model can be the source too, a pruned one for example.
 GGUF_KINDS = ("gguf", *get_args(GgufKind))
 #: What imports and buffers of the libraries themselves take, beside tensors of the model.
 RUNTIME_BYTES = 400_000_000
@@ -536,7 +536,7 @@ def export(folder: str | Path, output: str | Path, kind: ExportKind = "dense") -
         kind: `dense`; `low_rank`: two plain Linears for each low-rank layer, under `trust_remote_code=True`; `bitnet`:
             transformers' own ternary format; `compressed-tensors`: packed int4 and int8. Or `model.gguf` for llama.cpp in
             the folder: `f16`, `q8_0`, `q4_0`, `q4_1`, `tq1_0`, `tq2_0`, and `gguf` for the smallest that holds the model
-            as it is. `onnx` is refused: the library that writes it does not run with this transformers.
+            as it is. Or `onnx`: `model.onnx` in float32, for scoring, classes and embeddings.
 
     Raises:
         CompactError: the folder is not compressed by this library, or has layers that `kind` cannot say.
@@ -544,12 +544,7 @@ def export(folder: str | Path, output: str | Path, kind: ExportKind = "dense") -
     folder, output = Path(folder), Path(output)
     if kind not in get_args(ExportKind):
         raise ConfigError(f"kind must be one of {', '.join(get_args(ExportKind))}, got {kind!r}")
-    if kind == "onnx":
-        raise UnsupportedModel(
-            "onnx is written by optimum-onnx, which needs transformers below 4.58: export to dense, and convert that folder in "
-            "an environment of its own"
-        )
-    if kind not in GGUF_KINDS or getattr(_read_config(folder), "quantization_config", None):
+    if kind not in (*GGUF_KINDS, "onnx") or getattr(_read_config(folder), "quantization_config", None):
         inspect_folder(folder)
     check_output(output)
     model, tokenizer = verify.load_model(folder), _tokenizer(folder)
@@ -560,6 +555,8 @@ def export(folder: str | Path, output: str | Path, kind: ExportKind = "dense") -
             save_bitnet(model, partial)
         elif kind == "compressed-tensors":
             save_compressed_tensors(model, partial)
+        elif kind == "onnx":
+            save_onnx(model, partial)
         elif kind == "low_rank":
             save_low_rank(model, partial, "AutoModelForCausalLM" if is_causal_lm(model) else "AutoModel")
         else:

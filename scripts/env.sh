@@ -6,7 +6,7 @@ if [ "$(cat .venv/stamp 2>/dev/null)" != "$stamp" ]; then
   "${PYTHON:-python3}" -m venv --clear .venv
   .venv/bin/pip install --quiet --upgrade pip setuptools wheel
   .venv/bin/pip install --quiet --constraint constraints.txt torch==2.13.0
-  .venv/bin/pip install --quiet --constraint constraints.txt --editable '.[dev,eval]'
+  .venv/bin/pip install --quiet --constraint constraints.txt --editable '.[dev,docs,eval]'
   echo "$stamp" > .venv/stamp
 fi
 export PATH="$PWD/.venv/bin:$PATH"

@@ -1,8 +1,9 @@
-"""Folders that need no plugin: dense, two plain Linears for each low-rank layer, `bitnet`, or `compressed-tensors`."""
+"""Folders that need no plugin: dense, two plain Linears for each low-rank layer, `bitnet`, `compressed-tensors`, or ONNX."""
 
 import copy
 import importlib.util
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..arch import describe
+from ..capture import without_cache
 from ..checkpoint import write_text
 from ..errors import UnsupportedModel
 from ..methods.ternary import TernaryLinear
@@ -58,6 +60,53 @@ def _add_older_rope(path: Path) -> None:
     if rope.get("rope_type", "default") != "default":
         config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
     write_text(path, json.dumps(config, indent=2) + "\n")
+
+
+class _Graph(nn.Module):
+    """What an ONNX file computes."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids, attention_mask=attention_mask)[0]
+
+
+def save_onnx(model: PreTrainedModel, folder: Path) -> None:
+    """Write `model.onnx` with float32 weights; the model itself becomes dense.
+
+    Inputs are `input_ids` and `attention_mask`, int64 `[batch, T]` with both axes free; the output is what the model gives
+    first, `logits` or `last_hidden_state`. There are no inputs for keys and values: it is for scoring, classes and embeddings.
+
+    Args:
+        model: reads token ids, and is no encoder-decoder.
+        folder: to create.
+
+    Raises:
+        UnsupportedModel: another kind of model, or the packages are missing; nothing is written.
+    """
+    if importlib.util.find_spec("onnxscript") is None:
+        raise UnsupportedModel("this export needs the packages onnx and onnxscript: pip install 'hf_compact[onnx]'")
+    if model.config.is_encoder_decoder or model.main_input_name != "input_ids":
+        raise UnsupportedModel(f"onnx is written of models that read token ids alone, which a {type(model).__name__} does not")
+    if getattr(model.config, "quantization_config", None) is not None:
+        model = model.dequantize()
+    graph = _Graph(model.float().eval()).eval()
+    ids = torch.ones(2, 16, dtype=torch.int64)
+    mask = torch.ones_like(ids)
+    mask[0, 0] = 0
+    axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    with without_cache(model), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch about torch
+        name = next(iter(model(input_ids=ids, attention_mask=mask)))
+        program = torch.onnx.export(
+            graph, (ids, mask), dynamo=True, verbose=False, input_names=["input_ids", "attention_mask"], output_names=[name],
+            dynamic_shapes={"input_ids": axes, "attention_mask": axes},
+        )  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    program.save(folder / "model.onnx")
+    model.config.save_pretrained(folder)
 
 
 def save_low_rank(model: PreTrainedModel, folder: Path, auto_class: str) -> None:
