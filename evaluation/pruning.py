@@ -204,7 +204,13 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, side in (("dense", found.before), ("-40 %", found.after)):
         values |= {f"prefill {name}": side.prefill_seconds, f"decode {name}": side.decode_seconds}
-    return {**values, "threads": torch.get_num_threads(), "command_seconds": time.perf_counter() - started}
+    return {
+        **values,
+        "threads": torch.get_num_threads(),
+        "machine": machine(),
+        "device": "cpu",
+        "command_seconds": time.perf_counter() - started,
+    }
 
 
 def overhead(options: argparse.Namespace) -> dict[str, Any]:
@@ -252,6 +258,8 @@ def overhead(options: argparse.Namespace) -> dict[str, Any]:
         "step_seconds": statistics.mean(steps),
         "callback_seconds": statistics.mean(calls),
         "callback_median": statistics.median(calls),
+        "machine": machine(),
+        "device": "cpu",
         "command_seconds": time.perf_counter() - started,
     }
 
@@ -304,11 +312,12 @@ def bars(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 def trained_bars(found: dict[str, Any], add: Add) -> None:
     """Of rows that were trained, against the dense control and against those that were pruned before."""
+    base = found["dense"]["perplexity"]
     for percent, limit in TRAINED.items():
         for name in (f"hesso-{percent}", f"hesso-{percent}-distilled"):
             row, control = chosen(found, name), chosen(found, "trained-dense")
-            for text, value in row["perplexity"].items() if row and control else ():
-                ratio = value / control["perplexity"][text]
+            for text in row["perplexity"] if row and control else ():
+                ratio = stepwise.ratio(row, text, base) / stepwise.ratio(control, text, base)
                 claim = f"{name}: perplexity on {text}, times the dense model trained alike"
                 add(claim, f"<= {limit}", ratio, ratio <= limit, row)
     for ours, other_name in (
@@ -316,8 +325,8 @@ def trained_bars(found: dict[str, Any], add: Add) -> None:
         ("hesso-20-distilled", "flap-20-trained-distilled"),
     ):
         row, other = chosen(found, ours), chosen(found, other_name)
-        for text, value in row["perplexity"].items() if row and other else ():
-            ratio = value / other["perplexity"][text]
+        for text in row["perplexity"] if row and other else ():
+            ratio = stepwise.ratio(row, text, base) / stepwise.ratio(other, text, base)
             add(f"{ours}: perplexity on {text}, times {other_name}", "< 1", ratio, ratio < 1, row)
 
 
@@ -354,12 +363,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--step", action="append", choices=list(steps(argparse.Namespace())), help="a step by name; all by default"
     )
+    parser.add_argument(
+        "--dtype", choices=["auto", "float32"], default="auto",
+        help="to prune in one shot and to score in: float32 where the processor computes bfloat16 in software",
+    )  # fmt: skip
     parser.add_argument("--train-steps", type=int, default=STEPS, help="steps of 1024 tokens of the rows that are trained")
     parser.add_argument("--quick", action="store_true", help="only shows that everything runs; tables go to the work folder")
     options = stepwise.parse(parser, arguments)
     options.steps, options.length = (8, 32) if options.quick else (options.train_steps, LENGTH)
     found = stepwise.run(steps(options), options.work, options.step, options.device, options.rows)
     line = stepwise.command_line("pruning", options) + f" --train-steps {options.steps}"
+    line += f" --dtype {options.dtype}" if options.dtype != "auto" else ""
     print(write(found, line, options.work if options.quick else RESULTS))
     return 0
 

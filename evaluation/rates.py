@@ -171,7 +171,7 @@ def check(name: str, row: dict[str, Any], base: dict[str, float]) -> list[dict[s
     def claim(what: str, target: str, measured: float, is_held: bool, seconds: float = 0) -> None:
         result.append(bar(f"{name}: {what}", target, measured, is_held, row, seconds) | {"seed": ROWS[name].seed})
 
-    if "reconstruction" not in ROWS[name].changes and "base" not in row:  # minutes of a CPU
+    if "reconstruction" not in ROWS[name].changes and steps.is_of_cpu(row):
         minutes = sum(row["seconds"].values()) / 60
         claim("minutes to compress", f"<= {MINUTES}", round(minutes, 1), minutes <= MINUTES, row["command_seconds"])
         alone = minutes - row["seconds"].get("distill", 0) / 60
@@ -219,7 +219,7 @@ def write(found: dict[str, Any], base: dict[str, float], speeds: dict[str, Any],
             f"{100 * totals['share_of_fp32']:.1f} %",
         ]
         ratios = [f"{steps.ratio(row, text, base):.3f}" for text in row["perplexity"]]
-        minutes = "" if "base" in row else f"{sum(row['seconds'].values()) / 60:.1f}"
+        minutes = "" if not steps.is_of_cpu(row) else f"{sum(row['seconds'].values()) / 60:.1f}"
         lines.append("| " + " | ".join([name, *sizes, *ratios, minutes]) + " |")
     rows = [{"name": name, **found[name]} for name in ROWS if name in found]
     (RESULTS / "02-codebook.json").write_text(json.dumps({"bars": [common | b for b in bars], "rows": rows}, indent=2) + "\n")

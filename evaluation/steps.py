@@ -59,10 +59,6 @@ def parser(description: str, work: str) -> argparse.ArgumentParser:
     made.add_argument("--work", type=Path, default=Path(work), help="folder of everything that is made")
     made.add_argument("--device", default="cpu", help="where models run; times that are claimed are those of a CPU")
     made.add_argument(
-        "--dtype", choices=["auto", "float32"], default="auto",
-        help="to compress and score in: float32 where the processor computes bfloat16 in software; rows beside others by --rows",
-    )  # fmt: skip
-    made.add_argument(
         "--rows", action="append", type=Path, default=[],
         help="rows.json of a work folder of another machine, whose rows are held against its own dense model; repeat for several",
     )  # fmt: skip
@@ -82,7 +78,9 @@ def command_line(module: str, options: argparse.Namespace) -> str:
     """How the results were made; where the files lay is nobody's business."""
     words = [f"python -m evaluation.{module} --model {Path(options.model).name}"]
     words += [f"--calibration {Path(path).name}" for path in options.calibration]
-    return " ".join(words + [f"--text {Path(path).name}" for path in options.text])
+    words += [f"--text {Path(path).name}" for path in options.text]
+    words += [f"--rows {path.parent.name}/{path.name}" for path in options.rows]
+    return " ".join(words + ([f"--device {options.device}"] if options.device != "cpu" else []))
 
 
 @contextmanager
@@ -122,14 +120,16 @@ def run(
         others: `rows.json` of other machines. Their rows come with the scores of their own dense model, as `base`, and take the
             place of those that were measured here.
     """
+    work.mkdir(parents=True, exist_ok=True)
     first, together = next(iter(todo), None), work / "rows.json"
     earlier = json.loads(together.read_text()) if together.exists() else {}
     names = [name for name in todo if name not in earlier and (name == first or not wanted or name in wanted)]
     for is_patient in (False, True):
         for name in names:
             done(todo, work, name, device, is_patient)
-    found = earlier | {name: json.loads(path.read_text()) for name in todo if (path := work / "rows" / f"{name}.json").exists()}
-    with taken(together):
+    found = {name: json.loads(path.read_text()) for name in todo if (path := work / "rows" / f"{name}.json").exists()}
+    with taken(together):  # other processes may have added theirs
+        found = (json.loads(together.read_text()) if together.exists() else {}) | found
         write_text(together, json.dumps(found, indent=2) + "\n")
     for path in others:
         rows = json.loads(path.read_text())
@@ -143,7 +143,13 @@ def done(
     """One step as it was measured, or is now; None where another process is at it and this one does not wait."""
     (work / "rows").mkdir(parents=True, exist_ok=True)
     place = work / "rows" / f"{name}.json"
-    return kept(place, lambda: {**todo[name](), "commit": commit(), "machine": machine(device)}, is_patient)
+    at = {"commit": commit(), "machine": machine(device), "device": device}
+    return kept(place, lambda: {**at, **todo[name]()}, is_patient)
+
+
+def is_of_cpu(row: dict[str, Any]) -> bool:
+    """Whether the times of a row are those of a CPU."""
+    return row.get("device", "cpu") == "cpu"
 
 
 def ratio(row: dict[str, Any], text: str, dense: dict[str, float]) -> float:

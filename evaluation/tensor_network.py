@@ -131,7 +131,12 @@ def healed(options: argparse.Namespace, percent: str | None, kind: str, rate: fl
     trainer.train(resume_from_checkpoint=bool(saved))
     model.save_pretrained(folder)  # in float32; scoring takes bfloat16
     tokenizer.save_pretrained(folder)
-    row = {"num_tokens": len(data) * LENGTH, "learning_rate": rate, "command_seconds": time.perf_counter() - started}
+    row = {
+        "num_tokens": len(data) * LENGTH,
+        "tokens": options.tokens,
+        "learning_rate": rate,
+        "command_seconds": time.perf_counter() - started,
+    }
     held_out = None if data.held_out is None else perplexity(model.eval(), data.held_out, LENGTH, None)["perplexity"]
     return row | {"held_out": held_out, "perplexity": scored(str(folder), options, name)}
 
@@ -162,6 +167,8 @@ def chosen(found: dict[str, Any], percent: str | None, kind: str, tokens: int) -
 @torch.no_grad()
 def speed(options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of prefill and of one decoded token, dense and decomposed by turns in one process; medians of 15."""
+    for name in TIMED:
+        stepwise.done(steps(options), options.work, f"tensor-network-{name}", options.device)
     started = time.perf_counter()
     models = {"dense": api.open_for_scoring(options.model)[0]}
     models |= {name: api.open_for_scoring(options.work / f"tensor-network-{name}")[0] for name in TIMED}
@@ -189,6 +196,8 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
     }
     return {
         **found,
+        "machine": machine(),
+        "device": "cpu",
         "factored_layers": sums,
         "threads": torch.get_num_threads(),
         "command_seconds": time.perf_counter() - started,
@@ -225,6 +234,7 @@ def steps(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]
 
 
 def _body_bits(options: argparse.Namespace, name: str) -> float:
+    stepwise.done(steps(options), options.work, name, options.device)
     return json.loads((options.work / name / "compression_report.json").read_text())["totals"]["body_bits_per_weight"]
 
 
@@ -267,7 +277,7 @@ def untrained_bars(found: dict[str, Any], add: Add) -> None:
         for text, limit in zip(row["perplexity"], limits, strict=True):
             ratio = stepwise.ratio(row, text, base)
             add(f"-{name}, no training: perplexity on {text}, times dense", f"<= {limit}", ratio, ratio <= limit, row)
-        if "base" not in row:  # minutes of a CPU
+        if stepwise.is_of_cpu(row):
             minutes = row["solver_seconds"] / 60
             add(f"-{name}: minutes of the solvers", f"<= {MINUTES}", minutes, minutes <= MINUTES, row)
         share, wanted = row["kept_share"], 1 - int(name[:2]) / 100
@@ -276,9 +286,9 @@ def untrained_bars(found: dict[str, Any], add: Add) -> None:
 
 def relative_bars(found: dict[str, Any], add: Add) -> None:
     """Of rows against a control row of their own."""
-    pairs = []
-    others = {int(name.split("-")[3]) for name in found if name.startswith("healed-dense") and name.count("-") == 3}
-    for tokens in (TOKENS, *sorted(others)):
+    pairs: list[tuple[str, Any, str, Any, float]] = []
+    budgets = {row["tokens"] for name, row in found.items() if name.startswith("healed-dense")}
+    for tokens in sorted(budgets, reverse=True):
         dense, words = chosen(found, None, "", tokens), "" if tokens == TOKENS else f", {tokens} tokens"
         pairs += [
             (f"healed-{name}{kind}{words}", chosen(found, name, kind, tokens), "healed-dense", dense, limit)
@@ -289,10 +299,12 @@ def relative_bars(found: dict[str, Any], add: Add) -> None:
     ]
     if row := found.get("compactifai-93"):
         control = stepwise.quantized(row["file_bytes"])
-        pairs.append(("compactifai-93", row, f"{control['name']} of no more bytes (02-codebook)", control, 1.0))
+        if control and control["perplexity"].keys() == row["perplexity"].keys():
+            pairs.append(("compactifai-93", row, f"{control['name']} of no more bytes (02-codebook)", control, 1.0))
+    base = found["dense"]["perplexity"]
     for name, row, control, other, limit in pairs:
-        for text, value in row["perplexity"].items() if row and other else ():
-            ratio = value / other["perplexity"][text]
+        for text in row["perplexity"] if row and other else ():
+            ratio = stepwise.ratio(row, text, base) / stepwise.ratio(other, text, base)
             add(f"{name}: perplexity on {text}, times {control}", f"<= {limit}", ratio, ratio <= limit, row)
 
 

@@ -106,7 +106,7 @@ class Dense:
 def compress(
     model: str | Path | PreTrainedModel, recipe: Recipe | Mapping[str, Any] | str | Path, *, output: str | Path | None = None,
     calibration: Sequence[str | Path] | Calibration = (), tokenizer: PreTrainedTokenizerBase | None = None,
-    seed: int | None = None, device: str = "cpu", progress: Progress = lambda unit, done, total: None,
+    seed: int | None = None, device: str | None = None, progress: Progress = lambda unit, done, total: None,
 ) -> Report:  # fmt: skip
     """Compress a model and, with an output folder, verify it in a fresh process.
 
@@ -121,7 +121,7 @@ def compress(
         calibration: text files, or ready batches; without any, the documentation text that Python ships.
         tokenizer: for a model in memory with calibration from text.
         seed: replaces the recipe's.
-        device: where a model given by name runs; solvers work on the processor. A model in memory stays where it is.
+        device: where a model given by name runs, by default on the CPU, as solvers always do. A model in memory stays where it is.
         progress: called with the unit, finished and all units.
 
     Returns:
@@ -131,11 +131,16 @@ def compress(
         CompactError: bad input, before anything is written; or a failed verification, after which the folder is
             marked as unverified.
     """
-    recipe, device = as_recipe(recipe, seed), check_device(device)
+    recipe = as_recipe(recipe, seed)
     if isinstance(model, PreTrainedModel):
+        if device is not None:
+            raise ConfigError(
+                f"device is for a model given by name, one in memory stays on its own ({model.device}), got {device!r}"
+            )
         return _compress_in_memory(model, recipe, output, calibration, tokenizer, progress)
     if output is None:
         raise ConfigError("output must name a folder when the model is given by name, got None")
+    device = check_device("cpu" if device is None else device, needs_double=True)
     if distributed.world_size() > 1:
         raise ConfigError("compressing to a folder runs in one process; under torchrun give compress() a model in memory")
     output = Path(output)
@@ -153,18 +158,19 @@ def compress(
         dense.source.check_finite()
     report = new_report(dense.name, dense.model, arch, recipe, prepared)
     report.seconds["open"] = time.perf_counter() - started
-    fingerprint = {
-        "recipe": recipe.to_dict(),
-        "source": dense.fingerprint,
-        "calibration": prepared.fingerprint,
-        "versions": versions(),
-    }
     stages = [(METHODS[stage.method], stage) for stage in recipe.stages]
     check_nesting(arch, recipe)  # a glob that matches nothing is found before a folder is made
     check_outside(dense.model, arch, recipe)
     check_cuts(dense.model, arch, recipe)
     before = _footprint(dense.model, recipe)
     arch, dropped = _shorten(dense.model, arch, recipe, prepared, report)
+    fingerprint = {
+        "recipe": recipe.to_dict(),
+        "source": dense.fingerprint,
+        "calibration": prepared.fingerprint,
+        "versions": versions(),
+        "dropped": dropped,  # chosen anew by every run, which another device may round to other blocks
+    }
     journal = Journal(output, fingerprint, num_units=1 + len(arch.blocks))
     runner = BlockRunner(dense.model, arch, stages, prepared, report, dense.source, journal, recipe.reconstruction)
     logits = _run(runner, recipe, prepared, progress)
@@ -301,7 +307,10 @@ def plan_budget(  # noqa: PLR0913 - by keyword
             `max_ppl_increase` that is known only after the measurement, whose file stays.
     """
     target = Target.parse(target_size, target_bpw, max_ppl_increase)
-    recipe, device = as_recipe(BUILT_IN_CANDIDATES.get(str(candidates), candidates), seed), check_device(device)
+    recipe, device = (
+        as_recipe(BUILT_IN_CANDIDATES.get(str(candidates), candidates), seed),
+        check_device(device, needs_double=True),
+    )
     files = [Path(path) for path in (output, plot) if path is not None]
     _check_plan(recipe, num_tokens)
     _check_plan_files(files, plot, cache)
@@ -494,7 +503,7 @@ def profile(
     Raises:
         CompactError: bad input, before anything is measured.
     """
-    recipe, output, device = as_recipe(recipe, seed), Path(output), check_device(device)
+    recipe, output, device = as_recipe(recipe, seed), Path(output), check_device(device, needs_double=True)
     stage = recipe.stages[0]
     if not hasattr(stage, "keep_ratio"):
         raise ConfigError(f"recipe.stages[0] must be a method with a keep_ratio, like tensor_network, got {stage.method}")

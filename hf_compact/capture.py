@@ -258,8 +258,9 @@ class BlockRunner:
         return output
 
     def pruned_linears(self, prefix: str = "") -> list[nn.Linear | Conv1D]:
-        """The Linears of a pruned model that are dense; none of a model that has lost no units."""
-        modules = [self.model.get_submodule(name) for name in self.arch.roles if name.startswith(prefix)] if self.cuts else []
+        """The dense Linears of a model that a stage prunes; none of another."""
+        is_pruned = any(method.cut_block is not None for method, _ in self.stages)
+        modules = [self.model.get_submodule(name) for name in self.arch.roles if is_pruned and name.startswith(prefix)]
         return [module for module in modules if isinstance(module, nn.Linear | Conv1D)]
 
     # Units: what is loaded, compressed and written together.

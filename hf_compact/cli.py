@@ -69,7 +69,7 @@ class SeveralValues(TyperCommand):
 ModelArgument = Annotated[str, typer.Argument(help="Hub id, folder or .gguf file of a dense model.", metavar="MODEL")]
 RecipeOption = Annotated[Path, typer.Option(help="YAML file: `stages: [{method: codebook, bits: 4}]`.", metavar="FILE.yaml")]
 SeedOption = Annotated[int | None, typer.Option(help="Replaces the recipe's seed.")]
-DeviceOption = Annotated[str, typer.Option(help="Where models run: cpu, cuda, cuda:1, mps.")]
+DeviceOption = Annotated[str | None, typer.Option(help="Where the model runs: cuda, cuda:1. Default: cpu.")]
 
 
 @app.command(
@@ -87,7 +87,7 @@ def compress(
         typer.Option(help="UTF-8 text, one or several files. Default: Python's own documentation.", metavar="FILE"),
     ] = None,
     seed: SeedOption = None,
-    device: DeviceOption = "cpu",
+    device: DeviceOption = None,
 ) -> None:
     """Compress MODEL into a new folder, reload it in a fresh process, score it, and report."""
     with _errors(), progress_bar("compressing") as advance:
@@ -142,7 +142,7 @@ def plan(  # noqa: PLR0913 - the options
     validate: Annotated[bool, typer.Option("--validate", help="Compress some points in memory and measure them.")] = False,
     data_free: Annotated[bool, typer.Option("--data-free", help="Propose from the weights alone, without text.")] = False,
     seed: SeedOption = None,
-    device: DeviceOption = "cpu",
+    device: DeviceOption = None,
 ) -> None:
     """Show what a recipe would do (writes nothing), or find the recipe that loses least within a budget.
 
@@ -150,7 +150,7 @@ def plan(  # noqa: PLR0913 - the options
     """
     targets = {"--target-size": target_size, "--target-bpw": target_bpw, "--max-ppl-increase": max_ppl_increase}
     others = {"--calibration": calibration, "--candidates": candidates, "--output": output, "--plot": plot, "--cache": cache,
-              "--tokens": tokens, "--validate": validate, "--data-free": data_free}  # fmt: skip
+              "--tokens": tokens, "--validate": validate, "--data-free": data_free, "--device": device}  # fmt: skip
     if sum(value is not None for value in (recipe, *targets.values())) != 1:
         raise typer.BadParameter(f"exactly one of --recipe, {', '.join(targets)} must be given", context)
     if recipe is None:
@@ -160,7 +160,7 @@ def plan(  # noqa: PLR0913 - the options
         with _errors(), progress_bar("planning") as advance:
             found = api.plan_budget(
                 model, **values, calibration=calibration or (), candidates=candidates or "codebook", output=output, plot=plot,
-                cache=cache, validate=validate, data_free=data_free, seed=seed, device=device, progress=advance,
+                cache=cache, validate=validate, data_free=data_free, seed=seed, device=device or "cpu", progress=advance,
                 num_tokens=api.PLAN_TOKENS if tokens is None else tokens,
             )  # fmt: skip
         _print_budget_plan(found, output)
@@ -256,7 +256,7 @@ def evaluate(  # noqa: PLR0913 - one argument per option
         Literal["auto", "float32", "bfloat16", "float16"],
         typer.Option(help="auto is the checkpoint's own, and bfloat16 for float32."),
     ] = "auto",
-    device: DeviceOption = "cpu",
+    device: Annotated[str, typer.Option(help="Where models run: cpu, cuda, cuda:1, mps.")] = "cpu",
     output: Annotated[
         Path | None,
         typer.Option(
@@ -475,7 +475,7 @@ def profile(
         typer.Option(help="UTF-8 text, one or several files. Default: Python's own documentation.", metavar="FILE"),
     ] = None,
     seed: SeedOption = None,
-    device: DeviceOption = "cpu",
+    device: DeviceOption = None,
 ) -> None:
     """Measure what compressing each Linear of MODEL alone costs; a stopped run goes on. The stage reads it as `profile`."""
     with _errors(), progress_bar("profiling") as advance:
@@ -486,7 +486,7 @@ def profile(
             ratios=ratio or (0.25, 0.5, 0.75),
             calibration=calibration or (),
             seed=seed,
-            device=device,
+            device=device or "cpu",
             progress=advance,
         )
     table = Table(title="divergence, nats per token: mean over the blocks")

@@ -301,8 +301,12 @@ def _plain(config: Any) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
-def check_device(device: str) -> str:
-    """The name of a device, if there is one of it.
+def check_device(device: str, needs_double: bool = False) -> str:
+    """The full name of a device, if there is one of it.
+
+    Args:
+        device: as torch names it.
+        needs_double: whether it has to compute in float64.
 
     Raises:
         ConfigError: torch knows none of that name, or this machine has none.
@@ -311,7 +315,11 @@ def check_device(device: str) -> str:
     'cpu'
     """
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise ConfigError(f"device {device!r} is not to be had: {str(error).splitlines()[0]}") from error
-    return device
+    if found.type == "meta" or (needs_double and found.type == "mps"):
+        reason = "nothing is computed there" if found.type == "meta" else "it has no float64, in which moments are summed"
+        raise ConfigError(f"device {device!r} is not to be had: {reason}")
+    return str(found)

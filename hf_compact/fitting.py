@@ -7,6 +7,7 @@ steps, fits tensors of any size. Distillation fits the whole model in this way, 
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -43,7 +44,7 @@ def fit_(
     Raises:
         NumericalError: a loss or what was fitted is not finite; the module is left as it was.
     """
-    with _factors(linears):
+    with _factors(linears, label):
         yield from _fit(module, loss_of, num_steps, learning_rate, label)
 
 
@@ -107,10 +108,12 @@ def patched_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterat
 
 
 @contextmanager
-def _factors(linears: Collection[nn.Linear | Conv1D]) -> Iterator[None]:
+def _factors(linears: Collection[nn.Linear | Conv1D], label: str) -> Iterator[None]:
     """Factors of rows and columns, as buffers of ones; if nothing goes wrong the weights take over what they have become."""
+    shared = Counter(id(linear.weight) for linear in dict.fromkeys(linears))
+    alone = [linear for linear in dict.fromkeys(linears) if shared[id(linear.weight)] == 1]  # two would scale one weight
     forwards: dict[nn.Module, Callable[..., Any]] = {}
-    for linear in linears:
+    for linear in alone:
         rows, columns = _matrix(linear).shape
         for name, size in (("row_factor", rows), ("column_factor", columns)):
             linear.register_buffer(name, torch.ones(size, device=linear.weight.device), persistent=False)
@@ -118,13 +121,22 @@ def _factors(linears: Collection[nn.Linear | Conv1D]) -> Iterator[None]:
     try:
         with patched_forwards(forwards):
             yield
+        for linear in alone:
+            if not _product(linear).isfinite().all():
+                raise NumericalError(f"a scaled weight is not finite in {linear.weight.dtype}: lower {label}.learning_rate")
         with torch.no_grad():
-            for linear in linears:
-                factors = linear.get_buffer("row_factor")[:, None] * linear.get_buffer("column_factor")
-                _matrix(linear).mul_(factors)
+            for linear in alone:
+                _matrix(linear).copy_(_product(linear))
     finally:
-        for linear in linears:
+        for linear in alone:
             del linear.row_factor, linear.column_factor
+
+
+@torch.no_grad()
+def _product(linear: nn.Linear | Conv1D) -> Tensor:
+    """The weight times its factors, in its dtype."""
+    weight = _matrix(linear)
+    return (weight * linear.get_buffer("row_factor")[:, None] * linear.get_buffer("column_factor")).to(weight.dtype)
 
 
 def _matrix(linear: nn.Linear | Conv1D) -> Tensor:

@@ -52,10 +52,11 @@ def verify(
         probe: inputs of one forward pass.
         logits: what the compressed model gave for them.
         held_out: token ids `[T]` to score, or None for a model that is not a causal language model.
-        device: where the logits were computed: another one rounds in other places.
+        device: where the logits were computed: another one rounds in other places. Where it has no room for a second
+            model, the CPU takes its place.
 
     Returns:
-        `verified`, `is_equal` (bit for bit), `relative_difference`, `perplexity`, `files` (SHA-256 of weights and config),
+        `verified`, `is_equal` (bit for bit), `relative_difference`, `device`, `perplexity`, `files` (SHA-256 of weights and config),
         `seconds`.
 
     Raises:
@@ -68,8 +69,13 @@ def verify(
         if held_out is not None:
             tensors["held_out"] = held_out
         save_file(tensors, inputs)
-        command = [sys.executable, "-m", "hf_compact.verify", str(folder), str(inputs), str(outputs), device]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        command = [sys.executable, "-m", "hf_compact.verify", str(folder), str(inputs), str(outputs)]
+        if torch.device(device).type == "cuda":
+            torch.cuda.empty_cache()  # what this process keeps for later, the other one needs now
+        done = subprocess.run([*command, device], capture_output=True, text=True, check=False)
+        if done.returncode and "OutOfMemoryError" in done.stderr:
+            device = "cpu"  # both models do not fit beside each other
+            done = subprocess.run([*command, device], capture_output=True, text=True, check=False)
         if done.returncode:
             reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
             raise VerificationError(f"{folder} does not load in a fresh process: {reason}")
@@ -89,6 +95,7 @@ def verify(
         "verified": True,
         "is_equal": torch.equal(found, logits),
         "relative_difference": difference,
+        "device": device,
         **result,
         "files": hash_model(folder),
         "seconds": time.perf_counter() - started,

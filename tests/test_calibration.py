@@ -178,3 +178,12 @@ def test_fingerprint_of_any_dtype_and_layout(dtype):
     values = (torch.arange(12).reshape(3, 4) % 2).to(dtype)
     contiguous, transposed = from_batches([{"a": values.T.contiguous()}]), from_batches([{"a": values.T}])
     assert contiguous.fingerprint == transposed.fingerprint
+
+
+def test_batches_move_and_stay_the_same_set(tokenizer, text):
+    found = draw(tokenizer, text)
+    there = found.to("meta")
+    assert all(batch["input_ids"].is_meta for batch in there.batches)
+    assert [batch["input_ids"].shape for batch in there.batches] == [batch["input_ids"].shape for batch in found.batches]
+    assert found.to("cpu").fingerprint == found.fingerprint
+    assert torch.equal(there.held_out, found.held_out)

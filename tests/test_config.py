@@ -5,10 +5,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from hf_compact import CalibrationConfig, CodebookConfig, Recipe
+from hf_compact import CalibrationConfig, CodebookConfig, Recipe, compress
+from hf_compact.config import check_device
 from hf_compact.errors import ConfigError
+from tests.conftest import tiny_model
 
 #: id -> (recipe, message)
 REFUSED = {
@@ -157,3 +160,17 @@ def test_file_is_empty(tmp_path):
     path.touch()
     with pytest.raises(ConfigError, match="recipe must be a mapping with the key 'stages', got NoneType"):
         Recipe.from_yaml(path)
+
+
+@pytest.mark.parametrize("device", ["cpuu", "meta", "cuda:99", None, "mps"])
+def test_a_device_that_cannot_be_used_is_named(device):
+    with pytest.raises(ConfigError, match=f"device {device!r} is not to be had: "):
+        check_device(device, needs_double=True)
+    assert check_device("cpu", needs_double=True) == check_device(torch.device("cpu")) == "cpu"
+
+
+def test_a_model_in_memory_stays_on_its_device():
+    with pytest.raises(
+        ConfigError, match=r"device is for a model given by name, one in memory stays on its own \(cpu\), got 'cuda'"
+    ):
+        compress(tiny_model("llama"), {"stages": [{"method": "codebook"}]}, device="cuda")

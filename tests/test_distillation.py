@@ -13,6 +13,7 @@ from hf_compact.checkpoint import Journal
 from hf_compact.config import DistillationConfig, Recipe
 from hf_compact.distillation import distill_, divergence
 from hf_compact.errors import ConfigError, NumericalError
+from hf_compact.fitting import fit_
 from tests.conftest import FAMILIES, tiny_inputs, tiny_model
 
 STAGE = {"method": "entropy", "bits": 2.0, "sensitivity": "none"}
@@ -88,17 +89,39 @@ def test_rows_and_columns_of_a_pruned_model_are_scaled(family):
 
 
 def test_factors_of_a_fit_that_fails_leave_nothing():
-    teacher = tiny_model("llama")
-    model = copy.deepcopy(teacher)
+    """The loss is no number in the second step, when factors have moved."""
+    model, inputs = tiny_model("llama"), tiny_inputs("llama")
     linears = [layer.mlp.up_proj for layer in model.model.layers]
-    broken = {"input_ids": tiny_inputs("llama")["input_ids"]}
-    with torch.no_grad():
-        teacher.lm_head.weight[0] = torch.nan
-    with pytest.raises(NumericalError, match="distillation step 0 is not finite"):
-        distill_(model, teacher, [broken], DistillationConfig(), linears=linears)
+
+    def loss_of(call, step):
+        return call(**inputs)[0].square().mean() * (torch.nan if step else 1)
+
+    with pytest.raises(NumericalError, match="distillation step 1 is not finite"):
+        list(fit_(model, loss_of, 2, 0.05, "distillation", linears))
     assert not any("factor" in name for name, _ in model.named_buffers())
     assert all("forward" not in vars(linear) for linear in linears)
     torch.testing.assert_close(model.state_dict(), tiny_model("llama").state_dict(), rtol=0, atol=0)
+
+
+def test_a_scaled_weight_beyond_its_dtype_is_an_error():
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False)).half()
+    largest = torch.finfo(torch.float16).max
+    with torch.no_grad():
+        module[0].weight.copy_(torch.tensor([[largest, 0.0], [0.0, 1.0]]))
+    before, x = module[0].weight.clone(), torch.tensor([[1e-3, 1.0]]).half()
+    with pytest.raises(NumericalError, match=r"not finite in torch.float16: lower distillation.learning_rate"):
+        list(fit_(module, lambda call, step: -1e-3 * call(x).float().sum(), 5, 0.05, "distillation", [module[0]]))
+    assert torch.equal(module[0].weight, before)
+
+
+def test_a_weight_of_two_linears_is_not_scaled():
+    model = tiny_model("llama")
+    up = [layer.mlp.up_proj for layer in model.model.layers]
+    up[1].weight = up[0].weight
+    before = up[0].weight.clone()
+    list(fit_(model, lambda call, step: call(**tiny_inputs("llama"))[0].square().mean(), 3, 0.05, "distillation", [*up, up[2]]))
+    assert torch.equal(up[0].weight, before)
+    assert not torch.equal(up[2].weight, tiny_model("llama").model.layers[2].mlp.up_proj.weight)
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,22 @@ def test_every_block_gains_and_codes_stay(family, stage):
     assert torch.equal(one.weight, other.weight)
 
 
+@pytest.mark.parametrize(
+    "stage", [{"channel_sparsity": 0.5}, {"channel_sparsity": 0.0, "num_layers": 1}], ids=["channels", "layer"]
+)
+def test_linears_of_a_pruned_block_are_scaled(stage):
+    inputs = [tiny_inputs("llama", seed=seed) for seed in range(2)]
+    pruning = {"method": "pruning", "score": "magnitude", "compensation": "none", **stage}
+    models = {}
+    for name, settings in (("plain", None), ("fitted", FAST)):
+        models[name] = tiny_model("llama")
+        recipe = {"stages": [pruning, {"method": "codebook", "bits": 4, "include": ["*q_proj"]}], "reconstruction": settings}
+        hf_compact.compress(models[name], recipe, calibration=from_batches(inputs))
+    ups = [[layer.mlp.up_proj.weight for layer in model.model.layers] for model in models.values()]
+    assert not any(torch.equal(one, other) for one, other in zip(*ups, strict=True))
+    assert [one.shape for one in ups[0]] == [other.shape for other in ups[1]]
+
+
 def test_a_run_without_it_reports_none():
     report = hf_compact.compress(
         tiny_model("llama"), {"stages": [STAGES["entropy"]]}, calibration=from_batches([tiny_inputs("llama")])

@@ -1,0 +1,66 @@
+"""Steps of a measurement: kept, shared between processes, and taken over from other machines."""
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from evaluation import steps
+
+
+def rows(work: Path) -> dict:
+    return json.loads((work / "rows.json").read_text())
+
+
+def todo(calls: list[str], names=("dense", "a", "b")) -> dict:
+    return {name: lambda name=name: calls.append(name) or {"perplexity": {"t": float(len(name))}} for name in names}
+
+
+def test_steps_are_kept_and_name_where_they_ran(tmp_path):
+    calls: list[str] = []
+    found = steps.run(todo(calls), tmp_path / "work", ["b"])
+    assert list(found) == ["dense", "b"] == calls
+    assert found["b"]["machine"] == steps.machine()
+    assert found["b"]["commit"] == steps.commit()
+    assert steps.run(todo(calls), tmp_path / "work") == found | {"a": steps.run(todo(calls), tmp_path / "work")["a"]}
+    assert calls == ["dense", "b", "a"]
+    assert steps.run({}, tmp_path / "none") == {}
+
+
+def test_a_step_that_another_process_is_at_is_left_and_waited_for(tmp_path):
+    calls: list[str] = []
+    (tmp_path / "rows").mkdir()
+    with steps.taken(tmp_path / "rows" / "a.json"):
+        thread = threading.Thread(target=steps.run, args=(todo(calls), tmp_path))
+        thread.start()
+        while len(calls) < 2:
+            thread.join(0.01)
+        assert calls == ["dense", "b"]
+        (tmp_path / "rows" / "a.json").write_text(json.dumps({"perplexity": {"t": 7.0}}))
+    thread.join(30)
+    assert calls == ["dense", "b"]
+    assert rows(tmp_path)["a"] == {"perplexity": {"t": 7.0}}
+
+
+def test_rows_of_another_run_in_the_same_folder_stay(tmp_path):
+    steps.run(todo([], ("dense", "x")), tmp_path)
+    steps.run(todo([]), tmp_path)
+    assert set(rows(tmp_path)) == {"dense", "x", "a", "b"}
+
+
+def test_rows_of_another_machine_have_its_dense_model_as_their_base(tmp_path):
+    steps.run({"dense": lambda: {"perplexity": {"t": 10.0}}, "a": lambda: {"perplexity": {"t": 12.0}}}, tmp_path / "theirs")
+    found = steps.run(
+        {"dense": lambda: {"perplexity": {"t": 20.0}}, "a": lambda: {"perplexity": {"t": 20.0}}}, tmp_path / "ours", ["dense"],
+        others=[tmp_path / "theirs" / "rows.json"],
+    )  # fmt: skip
+    dense = found["dense"]["perplexity"]
+    assert steps.ratio(found["a"], "t", dense) == pytest.approx(1.2)
+    assert steps.ratio(found["dense"], "t", dense) == 1
+    assert set(rows(tmp_path / "ours")) == {"dense"}
+
+
+def test_times_of_an_accelerator_are_not_those_of_a_cpu():
+    assert steps.is_of_cpu({"device": "cpu"})
+    assert not steps.is_of_cpu({"device": "cuda"})
