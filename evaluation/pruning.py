@@ -296,7 +296,7 @@ def bars(found: dict[str, Any]) -> list[dict[str, Any]]:
     for name, limits in ONE_SHOT.items():
         for text, limit in zip(found.get(name, {}).get("perplexity", {}), limits, strict=False):
             ratio = stepwise.ratio(found[name], text, base)
-            add(f"{name}, no training: perplexity on {text}, times dense", f"<= {limit}", ratio, ratio <= limit, found[name])
+            add(f"{name}: perplexity on {text}, times dense", f"<= {limit}", ratio, ratio <= limit, found[name])
     trained_bars(found, add)
     if "speed" in found:
         row = found["speed"]
