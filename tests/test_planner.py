@@ -566,7 +566,10 @@ def test_a_plot_that_cannot_be_finished_leaves_nothing(planned, tmp_path, monkey
         ({"target_bpw": 3.0, "data_free": True, "calibration": ["a.txt"]}, r"calibration must not be given, got \['a.txt'\]"),
         ({"target_bpw": 3.0, "data_free": True, "cache": "errors.json"}, "cache must not be given, got errors.json"),
         ({"target_bpw": 3.0, "num_tokens": 0}, "num_tokens must be at least 1, got 0"),
-        ({"target_bpw": 3.0, "candidates": "no/such.yaml"}, "recipe 'no/such.yaml' cannot be read"),
+        (
+            {"target_bpw": 3.0, "candidates": "no/such.yaml"},
+            "recipe must be a YAML file, got 'no/such.yaml', which does not exist",
+        ),
         (
             {"target_bpw": 3.0, "candidates": {"stages": [FAST, {"method": "correction"}]}},
             r"candidates: stages\[1\].method must store a Linear by itself, which correction leaves to a later stage",
