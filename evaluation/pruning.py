@@ -12,7 +12,6 @@ once. Results go to `evaluation/results/05-pruning.json` and `.md`; `--quick` sh
 
 import argparse
 import json
-import math
 import statistics
 import sys
 import time
@@ -183,14 +182,13 @@ def trained(options: argparse.Namespace, name: str, rate: float) -> dict[str, An
 def best(options: argparse.Namespace, name: str) -> str:
     """The row at the rate that is best on held-out windows; measures what is missing."""
     todo = steps(options)
-    rates = [f"{name}-{rate:g}" for rate in RATES]
-    return min(rates, key=lambda row: stepwise.done(todo, options.work, row, options.device)["held_out"] or math.inf)
+    names = [f"{name}-{rate:g}" for rate in RATES]
+    return stepwise.best_held_out({row: stepwise.done(todo, options.work, row, options.device) for row in names})
 
 
 def chosen(found: dict[str, Any], name: str) -> dict[str, Any] | None:
     """The best row that there is."""
-    rows = [found[row] for rate in RATES if (row := f"{name}-{rate:g}") in found]
-    return min(rows, key=lambda row: row["held_out"] or math.inf, default=None)
+    return found.get(stepwise.best_held_out({row: found[row] for rate in RATES if (row := f"{name}-{rate:g}") in found}))
 
 
 def speed(options: argparse.Namespace) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import argparse
 import fcntl
 import importlib.util
 import json
+import math
 import os
 import platform
 import subprocess
@@ -145,6 +146,11 @@ def done(
     place = work / "rows" / f"{name}.json"
     at = {"commit": commit(), "machine": machine(device), "device": device}
     return kept(place, lambda: {**at, **todo[name]()}, is_patient)
+
+
+def best_held_out(rows: dict[str, dict[str, Any]]) -> str | None:
+    """The name of the row with the least perplexity on held-out windows; the first where none has any."""
+    return min(rows, key=lambda name: rows[name].get("held_out") or math.inf, default=None)
 
 
 def is_of_cpu(row: dict[str, Any]) -> bool:

@@ -155,13 +155,12 @@ def best(options: argparse.Namespace, percent: str | None, kind: str) -> str:
     """The row at the rate that is best on held-out windows; measures what is missing."""
     todo = steps(options)
     rows = {row: stepwise.done(todo, options.work, row, options.device) for row in rows_of(percent, kind, options.tokens)}
-    return min(rows, key=lambda name: rows[name]["held_out"] or math.inf)
+    return stepwise.best_held_out(rows)
 
 
 def chosen(found: dict[str, Any], percent: str | None, kind: str, tokens: int) -> dict[str, Any] | None:
     """The best row that there is."""
-    rows = [found[row] for row in rows_of(percent, kind, tokens) if row in found]
-    return min(rows, key=lambda row: row.get("held_out") or math.inf, default=None)
+    return found.get(stepwise.best_held_out({row: found[row] for row in rows_of(percent, kind, tokens) if row in found}))
 
 
 @torch.no_grad()

@@ -307,10 +307,8 @@ def plan_budget(  # noqa: PLR0913 - by keyword
             `max_ppl_increase` that is known only after the measurement, whose file stays.
     """
     target = Target.parse(target_size, target_bpw, max_ppl_increase)
-    recipe, device = (
-        as_recipe(BUILT_IN_CANDIDATES.get(str(candidates), candidates), seed),
-        check_device(device, needs_double=True),
-    )
+    recipe = as_recipe(BUILT_IN_CANDIDATES.get(str(candidates), candidates), seed)
+    device = check_device(device, needs_double=True)
     files = [Path(path) for path in (output, plot) if path is not None]
     _check_plan(recipe, num_tokens)
     _check_plan_files(files, plot, cache)
