@@ -164,9 +164,10 @@ def ratio(row: dict[str, Any], text: str, dense: dict[str, float]) -> float:
 
 
 def quantized(file_bytes: int) -> dict[str, Any] | None:
-    """The largest row of `02-codebook.json` with at most so many bytes; same model, texts and windows."""
+    """The best row of `02-codebook.json`, on its first text, with at most so many bytes; same model, texts and windows."""
     measured = json.loads((RESULTS / "02-codebook.json").read_text())["rows"]
-    return max((row for row in measured if row["file_bytes"] <= file_bytes), key=lambda row: row["file_bytes"], default=None)
+    fitting = (row for row in measured if row["file_bytes"] <= file_bytes)
+    return min(fitting, key=lambda row: next(iter(row["perplexity"].values())), default=None)
 
 
 class TrainingWindows(Dataset):

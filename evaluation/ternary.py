@@ -6,7 +6,7 @@ r"""Everything that is claimed of 1.58-bit training, in one run that goes on whe
 Four parts: language models trained from scratch (`scripts/train_ternary_from_scratch.py`; a sweep of learning rate and weight
 decay on the smaller size, then full precision, ternary, and ternary with doubled hidden size at the rates that were best for
 full precision and for ternary weights, three seeds), the time of a training step, cached distillation of a damaged model against
-plain cross-entropy, each at its best rate, and the conversion of SmolLM2 (`scripts/convert_to_ternary.py`), beside the largest
+plain cross-entropy, each at its best rate, and the conversion of SmolLM2 (`scripts/convert_to_ternary.py`), beside the best
 row of post-training quantization in `02-codebook.json` that takes no more bytes. Every single run leaves its JSON in the work folder,
 and is taken by one process only: the same command, given twice at once, shares the runs. Results go to
 `evaluation/results/04-ternary.json`, `.md` and `.png`; `--part` runs some parts only, `--quick` shows that it all works.
