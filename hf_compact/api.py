@@ -60,12 +60,13 @@ from .measurement import Alternative, ErrorTable, Item, divergence_between, meas
 from .methods import LAYERS, METHODS
 from .methods.compacter import CompacterConfig
 from .planner import BudgetPlan, Point, Programme, Target, files_bytes, find_items, plot_front
+from .products import fast_products
 from .profiling import plot_profile, profile_
 from .recovery import train_adapter
 from .report import Report, peak_memory_bytes, return_freed_memory
 from .scoring import is_causal_lm, max_positions, perplexity
 from .select import select_stages
-from .speed import SpeedConfig, check_positions, compare_by_turns, note_slow_bfloat16
+from .speed import SpeedConfig, check_positions, compare_by_turns
 from .stored import open_linears
 from .version import __version__
 
@@ -103,6 +104,7 @@ class Dense:
     folder: Path | None
 
 
+@fast_products()
 def compress(
     model: str | Path | PreTrainedModel, recipe: Recipe | Mapping[str, Any] | str | Path, *, output: str | Path | None = None,
     calibration: Sequence[str | Path] | Calibration = (), tokenizer: PreTrainedTokenizerBase | None = None,
@@ -188,6 +190,7 @@ def compress(
     return report
 
 
+@fast_products()
 def plan(model: str | Path, recipe: Recipe | Mapping[str, Any] | str | Path, seed: int | None = None) -> dict[str, Any]:
     """A dry run: what `compress` would do, without reading or writing weights where the files allow it.
 
@@ -267,6 +270,7 @@ def plan(model: str | Path, recipe: Recipe | Mapping[str, Any] | str | Path, see
     }
 
 
+@fast_products()
 def plan_budget(  # noqa: PLR0913 - by keyword
     model: str | Path, *, target_size: str | float | None = None, target_bpw: float | None = None,
     max_ppl_increase: str | float | None = None, candidates: Recipe | Mapping[str, Any] | str | Path = "codebook",
@@ -475,6 +479,7 @@ def recover(  # noqa: PLR0913 - settings, by keyword
     return result
 
 
+@fast_products()
 def profile(
     model: str | Path, recipe: Recipe | Mapping[str, Any] | str | Path, *, output: str | Path, ratios: Sequence[float] = (0.25, 0.5, 0.75),
     calibration: Sequence[str | Path] | Calibration = (), seed: int | None = None, device: str = "cpu",
@@ -672,7 +677,7 @@ def open_dense(model: str | Path, dtype: str = "auto", is_whole: bool = False) -
     """
     name = str(model)
     if name.endswith(".gguf"):
-        return _open_gguf(Path(name), _usual(torch.bfloat16) if dtype == "auto" else getattr(torch, dtype))
+        return _open_gguf(Path(name), torch.bfloat16 if dtype == "auto" else getattr(torch, dtype))
     folder = local_folder(name)
     config = _read_config(folder)
     if getattr(config, "quantization_config", None):
@@ -682,7 +687,7 @@ def open_dense(model: str | Path, dtype: str = "auto", is_whole: bool = False) -
     source = TensorSource.in_folder(folder)
     stored = {kind for kind, _, _ in source.headers().values()}
     auto = config.dtype or (torch.bfloat16 if "BF16" in stored else torch.float16 if "F16" in stored else torch.float32)
-    chosen = _usual(auto) if dtype == "auto" else getattr(torch, dtype)
+    chosen = auto if dtype == "auto" else getattr(torch, dtype)
     skeleton = build_skeleton(config, chosen)
     try:
         source.rename_for(skeleton)
@@ -708,13 +713,13 @@ def open_for_scoring(model: str | Path, dtype: str = "auto") -> tuple[PreTrained
     name = str(model)
     wanted = None if dtype == "auto" else getattr(torch, dtype)
     if name.endswith(".gguf"):
-        dense = _open_gguf(Path(name), wanted or _usual(torch.bfloat16))
+        dense = _open_gguf(Path(name), wanted or torch.bfloat16)
         return dense.model, dense.load_tokenizer(), Path(name).stat().st_size
     folder = local_folder(name)
     base = base_folder(folder)
     config = _read_config(base)
     usual = torch.bfloat16 if config.dtype in (None, torch.float32) else config.dtype
-    loaded = verify.load_model(folder, dtype=wanted or _usual(usual)).eval()
+    loaded = verify.load_model(folder, dtype=wanted or usual).eval()
     if not is_causal_lm(loaded):
         raise UnsupportedModel(f"model {name!r} is a {type(loaded).__name__}: perplexity needs a causal language model")
     tokenizer = _tokenizer(base)
@@ -722,13 +727,6 @@ def open_for_scoring(model: str | Path, dtype: str = "auto") -> tuple[PreTrained
         raise ConfigError(f"model {name!r} has no tokenizer in its folder, which scoring text needs")
     files = [*TensorSource.in_folder(base).files, *(folder.glob("adapter_model.safetensors") if base != folder else ())]
     return loaded, tokenizer, sum(path.stat().st_size for path in files)
-
-
-def _usual(dtype: torch.dtype) -> torch.dtype:
-    """A dtype that nobody asked for; tells about one that is slow."""
-    if dtype == torch.bfloat16:
-        note_slow_bfloat16()
-    return dtype
 
 
 def is_adapter(folder: Path) -> bool:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .api import open_for_scoring
 from .errors import ConfigError
+from .products import fast_products
 
 #: The name that `lm_eval --model` knows.
 MODEL_NAME = "hf_compact"
@@ -82,6 +83,10 @@ def register() -> type[Any]:
                 pretrained.to(device if is_there else "cpu")  # the harness asks for cuda where there is none
                 tokenizer = tokenizer or own
             super().__init__(pretrained=pretrained, tokenizer=tokenizer, **kwargs)
+
+        @fast_products()
+        def _model_call(self, *args: Any, **kwargs: Any) -> Any:
+            return super()._model_call(*args, **kwargs)
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
             """Score continuations, telling the progress once for each."""

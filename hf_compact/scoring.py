@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .errors import CalibrationError, ConfigError, UnsupportedModel
 from .functional.divergence import kl_divergence
 from .functional.paired import mean_and_error, paired_difference
+from .products import fast_products
 
 _ROWS = 256  # positions whose logits are in float32 at a time
 
@@ -250,6 +251,7 @@ def _chunks(model: PreTrainedModel, ids: Tensor, windows: Windows, bos_token_id:
     return [(torch.cat([prefix, ids[span.begin : span.end]])[None], ids[span.first : span.end]) for span in spans]
 
 
+@fast_products()
 def _logits(model: PreTrainedModel, inputs: Tensor, targets: Tensor) -> Tensor:
     """Logits `[n, vocabulary]` of the positions that predict the targets, the last n of the window."""
     logits = model(input_ids=inputs.to(model.device), use_cache=False).logits[0]

@@ -5,12 +5,10 @@ Times are those of `generate`, which is what a user waits for.
 """
 
 import inspect
-import logging
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -21,8 +19,6 @@ from transformers.generation.streamers import BaseStreamer
 from .errors import ConfigError
 from .footprint import Comparison, count
 from .scoring import max_positions
-
-logger = logging.getLogger(__name__)
 
 #: Where Linux shows the energy counters of the processor packages, where it does.
 POWERCAP = Path("/sys/class/powercap")
@@ -195,18 +191,3 @@ def energy_joules(device: torch.device, root: Path = POWERCAP) -> float | None:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def has_fast_bfloat16() -> bool:
-    """Whether matrix products in bfloat16 run on instructions of the CPU; oneDNN says so, and where it is missing nobody does."""
-    return not torch.backends.mkldnn.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-@cache
-def note_slow_bfloat16() -> None:
-    """Say once in a process that bfloat16, which nobody asked for, takes several times as long as float32 on this CPU."""
-    if not has_fast_bfloat16():
-        logger.warning(
-            "this CPU has no instructions for bfloat16, which takes it several times as long as float32: "
-            "dtype float32 is faster there, for twice the memory"
-        )

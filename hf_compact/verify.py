@@ -22,6 +22,7 @@ import hf_compact  # noqa: F401 - registers the plugin in the fresh process
 
 from .checkpoint import hash_model
 from .errors import VerificationError
+from .products import fast_products
 from .scoring import max_positions, perplexity
 
 #: Largest difference to the reloaded logits, as a fraction of the largest logit. Blocks run one by one and in one pass
@@ -102,6 +103,7 @@ def verify(
     }
 
 
+@fast_products()
 def main(folder: str, inputs: str, outputs: str, device: str) -> None:
     """What the fresh process does; prints one line of JSON."""
     tensors = load_file(inputs)

@@ -1,0 +1,79 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from hf_compact import products
+from hf_compact.products import fast_products
+
+LAST_DIGIT = 2**-7
+PRODUCTS = {
+    "linear": lambda a, b: F.linear(a, b.T),
+    "linear and bias": lambda a, b: F.linear(a, b.T, b[0]),
+    "linear by keyword": lambda a, b: F.linear(input=a, weight=b.T, bias=b[0]),
+    "batches": lambda a, b: F.linear(a.unflatten(0, (4, -1)), b.T).flatten(0, 1),
+    "few rows": lambda a, b: F.linear(a[:1], b.T),
+    "one row": lambda a, b: F.linear(a[0], b.T),
+    "addmm": lambda a, b: torch.addmm(b[0], a, b),
+    "operator": lambda a, b: a @ b,
+    "matmul": lambda a, b: torch.matmul(a, b),
+    "mm": lambda a, b: a.mm(b),
+    "bmm": lambda a, b: torch.bmm(a[None], b[None])[0],
+    "attention": lambda a, b: F.scaled_dot_product_attention(a[None], a[None], value=a[None], is_causal=True)[0] * b.sum(),
+}
+
+
+@pytest.fixture
+def is_slow(monkeypatch):
+    monkeypatch.setattr(products, "_PIECE", 20)
+    monkeypatch.setattr(products, "has_fast_bfloat16", lambda: False)
+
+
+def factors(dtype):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).bfloat16().to(dtype).requires_grad_() for shape in ((16, 32), (32, 32))]
+
+
+@pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)
+def test_values_and_gradients_are_those_of_float32_rounded(product, is_slow):
+    found, exact = [], []
+    for dtype, results in ((torch.bfloat16, found), (torch.float32, exact)):
+        a, b = factors(dtype)
+        with fast_products():
+            out = product(a, b)
+            out.square().sum().backward()
+        results += [out, a.grad, b.grad]
+    for value, wanted in zip(found, exact, strict=True):
+        assert value.dtype == torch.bfloat16
+        torch.testing.assert_close(value.float(), wanted, atol=2 * LAST_DIGIT * wanted.abs().max().item(), rtol=2 * LAST_DIGIT)
+
+
+def test_other_dtypes_are_left_alone(is_slow):
+    a, b = factors(torch.float32)
+    with fast_products():
+        assert torch.equal(a @ b, torch.matmul(a, b))
+        with pytest.raises(RuntimeError, match="dtype"):
+            F.linear(a, b.bfloat16())
+
+
+@pytest.mark.parametrize(("is_fast", "num_calls"), [(True, 0), (False, 1)], ids=["hardware", "software"])
+def test_only_a_slow_cpu_is_helped(is_fast, num_calls, monkeypatch):
+    calls = []
+    original = products._linear
+    monkeypatch.setattr(products, "has_fast_bfloat16", lambda: is_fast)
+    monkeypatch.setattr(products, "_linear", lambda *args: calls.append(args) or original(*args))
+    a, b = factors(torch.bfloat16)
+    with fast_products():
+        F.linear(a, b.T)
+    F.linear(a, b.T)
+    assert len(calls) == num_calls
+
+
+def test_what_is_kept_for_the_backward_pass_is_narrow(is_slow):
+    a, b = factors(torch.bfloat16)
+    with fast_products():
+        kept = F.linear(a, b.T).grad_fn.saved_tensors
+    assert {tensor.dtype for tensor in kept} == {torch.bfloat16}
+
+
+def test_a_cpu_with_wide_vectors_is_fast():
+    assert products.has_fast_bfloat16() or "AVX512" not in torch.backends.cpu.get_cpu_capability()
