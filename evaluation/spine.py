@@ -86,13 +86,14 @@ def steps(options: argparse.Namespace, at: str) -> dict[str, Any]:
     found["memory"] = once(
         "memory", lambda: run(memory, work / "memory.log") and json.loads((work / "memory-result.json").read_text())
     )
-    encoder = [python, str(HERE / "sentence_embeddings.py"), options.encoder, "--output", str(work / "encoder-result.json")]
+    encoder = [python, "-m", "evaluation.sentence_embeddings", options.encoder]
+    encoder += ["--output", str(work / "encoder-result.json"), "--work", str(work / "encoder")]
     for path in (options.calibration, *options.encoder_calibration):
         encoder += ["--calibration", path]
     encoder += [argument for text in options.text for argument in ("--text", text)]
     found["encoder"] = once(
         "encoder",
-        lambda: run(encoder, work / "encoder.log") and {"rows": json.loads((work / "encoder-result.json").read_text())},
+        lambda: run(encoder, work / "encoder.log") and {"rows": json.loads((work / "encoder-result.json").read_text())["rows"]},
     )
     peers = [python, str(HERE / "peers.py"), options.model, "--output", str(work / "peers.json")]
     peers += [argument for recipe in RECIPES for argument in ("--ours", str(work / recipe))]

@@ -1,13 +1,13 @@
 """The functions behind the command line: compress, plan, recover, export, inspect."""
 
 import copy
-import dataclasses
+import hashlib
 import json
 import logging
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -333,8 +333,8 @@ def plan_budget(  # noqa: PLR0913 - by keyword
         if cache is None and output is not None:
             cache = Path(output).with_suffix(".sensitivity.json")
         planned = {"candidates": recipe.to_dict(), "tokens": num_tokens}
-        errors = _measured_errors(dense, arch, items, prepared, planned, None if cache is None else Path(cache), progress)
-        programme = Programme(dense.model, arch, items, errors)
+        kept = _measured_errors(dense, arch, items, prepared, planned, None if cache is None else Path(cache), progress)
+        programme = Programme(dense.model, arch, items, kept.errors)
     chosen = programme.solve(target)
     front = tuple(programme.point(table) for table in programme.tables())
     found = BudgetPlan(
@@ -342,7 +342,7 @@ def plan_budget(  # noqa: PLR0913 - by keyword
         target, programme.next_size(chosen, target),
     )  # fmt: skip
     if validate:
-        found = replace(found, measured=_validated(dense.model, arch, programme, chosen, prepared, num_tokens, progress))
+        found = replace(found, measured=_validated(dense.model, arch, programme, chosen, prepared, num_tokens, kept, progress))
     for path in files:
         with disk_errors(path.absolute().parent):
             if path == Path(output or ""):
@@ -454,7 +454,7 @@ def recover(  # noqa: PLR0913 - settings, by keyword
         "texts": list(data.sources),
         "text_sha256": data.fingerprint,
         "sequence_length": sequence_length,
-        "training": dataclasses.asdict(training),
+        "training": asdict(training),
         "seed": seed,
         "perplexity_before": before,
         "perplexity_after": perplexity(adapted, data.held_out, length, None)["perplexity"],
@@ -826,12 +826,14 @@ def check_nesting(arch: Architecture, recipe: Recipe) -> list[set[str]]:
 
     Raises:
         ConfigError: a stage leaves a Linear to a later one that there is not, or comes third: what is taken apart twice is
-            not looked into.
+            not looked into; or cuts what an earlier one has taken apart.
     """
     chosen = select_stages(arch.roles, recipe.stages)
     built = dict.fromkeys(arch.roles, 0)
     for position, (stage, names) in enumerate(zip(recipe.stages, chosen, strict=True)):
         method, later = METHODS[stage.method], set().union(*chosen[position + 1 :])
+        if method.cut_block is not None and (changed := sorted(name for name in names if built[name])):
+            raise ConfigError(f"recipe.stages[{position}] cuts {changed[0]}, which an earlier stage has taken apart: cut first")
         if method.finish is not None and (alone := sorted(names - later)):
             raise ConfigError(f"recipe.stages[{position}] corrects {alone[0]}, which no later stage compresses: exclude it")
         if deep := sorted(name for name in names if built[name] > 1):
@@ -1042,7 +1044,7 @@ def _check_increase(model: PreTrainedModel, target: Target) -> None:
 def _measured_errors(
     dense: Dense, arch: Architecture, items: Sequence[Item], prepared: Calibration, planned: Mapping[str, Any],
     cache: Path | None, progress: Progress,
-) -> Mapping[str, Sequence[float]]:  # fmt: skip
+) -> ErrorTable:  # fmt: skip
     """The table of errors, taken up from the cache and finished."""
     seen, scored = _split_batches(prepared, planned["tokens"])
     fingerprint = {"model": dense.fingerprint, **planned, "calibration": prepared.fingerprint, "versions": versions()}
@@ -1053,14 +1055,17 @@ def _measured_errors(
         return _compressed_copy(dense.model, arch, [(bare, alternative.config)], replace(prepared, batches=seen))
 
     measure(dense.model, arch, items, seen, scored, table, compressed, progress)
-    return table.errors
+    return table
 
 
 def _validated(
     model: PreTrainedModel, arch: Architecture, programme: Programme, chosen: Sequence[int], prepared: Calibration,
-    num_tokens: int, progress: Progress,
+    num_tokens: int, kept: ErrorTable, progress: Progress,
 ) -> tuple[tuple[Point, Point], ...]:  # fmt: skip
-    """Forecast and measurement of the chosen table and of some of the front, calibrated on what is not scored."""
+    """Forecast and measurement of the chosen table and of some of the front, calibrated on what is not scored.
+
+    What is measured is kept with the errors, so that a run that was killed goes on with the next.
+    """
     seen, scored = _split_batches(prepared, num_tokens)
     rest = replace(prepared, batches=prepared.batches[: len(prepared.batches) - len(scored)] or seen)
     tables = programme.tables()
@@ -1070,8 +1075,12 @@ def _validated(
     pairs = []
     for done, table in enumerate(picked):
         progress("validation", done, len(picked))
-        other = _compressed_copy(model, arch, [(METHODS[stage.method], stage) for stage in programme.stages(table)], rest)
-        pairs.append((programme.point(table), _measured_point(other, model, arch, scored)))
+        stages = programme.stages(table)
+        key = hashlib.sha256(repr(stages).encode()).hexdigest()
+        if key not in kept.points:
+            other = _compressed_copy(model, arch, [(METHODS[stage.method], stage) for stage in stages], rest)
+            kept.add(points={key: asdict(_measured_point(other, model, arch, scored))})
+        pairs.append((programme.point(table), Point(**kept.points[key])))
     progress("validation", len(picked), len(picked))
     return tuple(pairs)
 

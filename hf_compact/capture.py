@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from . import distributed
-from .arch import Architecture, as_linear, dense_shape
+from .arch import Architecture, as_linear, dense_shape, describe
 from .calibration import Calibration
 from .checkpoint import Journal, TensorSource, check_finite, rebuild_, share_buffers_, tie_parts_
 from .config import MethodConfig, ReconstructionConfig
@@ -852,6 +852,41 @@ def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, _
         return args[0], _Call(args[1:], dict(kwargs))
     rest = dict(kwargs)
     return rest.pop("hidden_states"), _Call((), rest)
+
+
+@torch.no_grad()
+def input_grams(
+    model: PreTrainedModel, names: Collection[str], batches: Sequence[Mapping[str, Tensor]]
+) -> dict[str, Tensor]:  # fmt: skip
+    """Sums of x x^T over the inputs of some Linears of the blocks, padding left out: `[in, in]` float64 each, on the CPU.
+
+    Without batches there is nothing to sum, and none.
+    """
+    if not batches:
+        return {}
+    arch, one = describe(model), dict[str, Tensor]()
+    modules = {name: model.get_submodule(name) for name in names}
+    grams = {
+        name: torch.zeros([dense_shape(module)[1]] * 2, dtype=torch.float64, device=model.device)
+        for name, module in modules.items()
+    }
+    masks = {name: arch.mask_of(block, name) for block in arch.blocks for name in arch.targets(block)}
+
+    def note(name: str, args: tuple[Tensor, ...]) -> None:
+        add_gram_(grams[name], without_padding(args[0], one.get(masks[name])))
+
+    was_training = model.training
+    handles = [module.register_forward_pre_hook(lambda _, args, name=name: note(name, args)) for name, module in modules.items()]
+    try:
+        with without_cache(model):
+            for batch in batches:
+                one = {name: value.to(model.device) for name, value in batch.items()}
+                model.eval().base_model(**one)
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    return {name: gram.cpu() for name, gram in grams.items()}
 
 
 @torch.no_grad()

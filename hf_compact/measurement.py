@@ -67,7 +67,7 @@ class Item:
 
 
 class ErrorTable:
-    """Errors by item, one for each alternative; a JSON file that grows with every finished block."""
+    """Errors by item, one for each alternative, and whole models that were measured; a JSON file that grows with each."""
 
     def __init__(self, path: Path | None, fingerprint: Mapping[str, Any]) -> None:
         """Take up what is there; without a path nothing is kept.
@@ -77,28 +77,32 @@ class ErrorTable:
         """
         self.path, self.fingerprint = path, dict(fingerprint)
         self.errors: dict[str, list[float]] = {}
+        self.points: dict[str, dict[str, Any]] = {}
+        """By what tells one recipe from another."""
         if path is None or not path.exists():
             return
         advice = "choose another --cache or delete the file"
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            earlier, errors = found["fingerprint"], found["errors"]
+            earlier, errors, points = found["fingerprint"], found["errors"], found["points"]
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise OutputError(f"{path} is not a table of errors that can be read: {advice}") from error
         check_same_run(path, earlier, self.fingerprint, advice)
-        self.errors = errors
+        self.errors, self.points = errors, points
 
-    def add(self, errors: Mapping[str, list[float]]) -> None:
-        """Keep finished items, in memory and in the file.
+    def add(self, errors: Mapping[str, list[float]] = {}, points: Mapping[str, dict[str, Any]] = {}) -> None:
+        """Keep what is finished, in memory and in the file.
 
         Raises:
             OutputError: the file cannot be written.
         """
         self.errors |= errors
+        self.points |= points
         if self.path is None:
             return
+        content = {"fingerprint": self.fingerprint, "errors": self.errors, "points": self.points}
         with disk_errors(self.path.absolute().parent):
-            write_text(self.path, json.dumps({"fingerprint": self.fingerprint, "errors": self.errors}, indent=1) + "\n")
+            write_text(self.path, json.dumps(content, indent=1) + "\n")
 
 
 @torch.no_grad()
@@ -131,11 +135,11 @@ def measure(
     done = 0
     with without_cache(model):
         for item in (item for item in items if item.block is None):
-            errors = []
-            for alternative in item.alternatives:
+            errors = list(table.errors.get(item.name, ()))  # a run that was killed goes on with the next alternative
+            for number, alternative in enumerate(item.alternatives):
                 progress(item.name, done, total)
                 done += 1
-                if item.name in table.errors:
+                if number < len(errors):
                     continue
                 if item.modules[0] in arch.roles:
                     other = compressed(alternative)
@@ -144,9 +148,8 @@ def measure(
                 else:
                     tensors = _embeddings(model, item, alternative)
                     errors += _scores(model, scored, [(item.name, tensors)], lambda number: {}, lambda number: {})
+                table.add({item.name: list(errors)})
                 return_freed_memory()
-            if errors:
-                table.add({item.name: errors})
         for stack in arch.stacks:
             kept: list[Any] | None = None
             for position, block in enumerate(stack):

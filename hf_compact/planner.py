@@ -170,13 +170,17 @@ class BudgetPlan:
         return self.unit == "histogram"
 
     @property
-    def forecast(self) -> str:
-        """The error in words."""
-        return {
-            "divergence": f"forecast: perplexity × {self.point.ppl_factor:.4f}",
-            "cosine": f"forecast: one minus the cosine of the outputs {self.point.error:.4f}",
-            "histogram": "data-free proposal",
-        }[self.unit]
+    def summary(self) -> str:
+        """Forecast and measurement of the recipe in words."""
+        if self.is_proposal:
+            return "data-free proposal"
+        points = {"forecast": self.point} | ({"measured": self.measured[0][1]} if self.measured else {})
+        return "; ".join(f"{label}: {self._in_words(point)}" for label, point in points.items())
+
+    def _in_words(self, point: Point) -> str:
+        if self.unit == "divergence":
+            return f"perplexity × {point.ppl_factor:.4f}"
+        return f"one minus the cosine of the outputs {point.error:.4f}"
 
     @property
     def notes(self) -> list[str]:
@@ -206,11 +210,11 @@ class BudgetPlan:
         return notes
 
     def to_yaml(self, name: str) -> str:
-        """The recipe as a file of this name, with the forecast in its header."""
+        """The recipe as a file of this name, with the forecast and what was measured in its header."""
         size = f"{format_bytes(self.point.file_bytes)}, {self.point.body_bits:.3f} bits per block weight"
         return (
             f"# hf-compact compress MODEL --recipe {name} --output DIR --calibration TEXT\n"
-            f"# {size}; {self.forecast}.\n" + yaml.safe_dump(self.recipe.to_dict(), sort_keys=False, allow_unicode=True)
+            f"# {size}; {self.summary}.\n" + yaml.safe_dump(self.recipe.to_dict(), sort_keys=False, allow_unicode=True)
         )
 
 

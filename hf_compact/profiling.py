@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .arch import as_linear, dense_shape, describe
-from .capture import Method, patched_forwards, without_cache
+from .capture import Method, input_grams, patched_forwards, without_cache
 from .checkpoint import disk_errors, write_plot, write_text
 from .config import MethodConfig
 from .distillation import divergence
 from .errors import OutputError
-from .functional.gram import add_gram_
 from .select import replace_modules, select_names
 
 PROFILE_VERSION = 2
@@ -57,7 +56,7 @@ def profile_(
     if not rest:
         return found
     with without_cache(model):
-        grams = _grams(model, rest, batches)
+        grams = input_grams(model, rest, batches)
         blocks = list(arch.blocks) if len(arch.stacks) == 1 else []
         targets, states = zip(*(_dense_run(model, blocks, ids) for ids in probes), strict=True)
         for name in rest:
@@ -133,22 +132,6 @@ def _read(path: Path, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
     if not is_ours or {**found, "layers": {}} != fresh:
         raise OutputError(f"{path} exists and is not the profile of the same model, settings and text: choose another --output")
     return found
-
-
-def _grams(model: PreTrainedModel, names: Sequence[str], batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Second moments of the inputs of the dense model, `[in, in]` float32."""
-    grams = {name: torch.zeros([_linear(model, name).in_features] * 2, device=model.device) for name in names}
-    hooks = [
-        model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: add_gram_(grams[name], args[0]))
-        for name in names
-    ]
-    try:
-        for batch in batches:
-            model.base_model(**{key: value.to(model.device) for key, value in batch.items()})
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {name: gram.cpu() for name, gram in grams.items()}
 
 
 def _dense_run(model: PreTrainedModel, blocks: Sequence[str], ids: Tensor) -> tuple[Tensor, dict[str, Any]]:

@@ -477,6 +477,39 @@ def test_a_validation_measures_what_was_forecast(planned, tmp_path):
     assert errors == sorted(errors, reverse=True)
 
 
+def test_a_killed_validation_goes_on(planned, monkeypatch):
+    def kill(unit, done, total):
+        if (unit, done) == ("validation", 2):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        planned(target_size=150_000, validate=True, progress=kill)
+    calls, compressed = [], api._compressed_copy
+    monkeypatch.setattr(api, "_compressed_copy", lambda *args: calls.append(args) or compressed(*args))
+    again = planned(target_size=150_000, validate=True)
+    assert len(calls) == 2
+    assert f"; measured: perplexity × {again.measured[0][1].ppl_factor:.4f}.\n" in again.to_yaml("recipe.yaml")
+    assert planned(target_size=150_000, validate=True).measured == again.measured
+    assert len(calls) == 2
+
+
+def test_a_killed_measurement_of_whole_models_goes_on(planned, monkeypatch):
+    calls, compressed = [], api._compressed_copy
+    monkeypatch.setattr(api, "_compressed_copy", lambda *args: calls.append(args) or compressed(*args))
+    stages = [{"method": "entropy", "bits": bits, "embedding_bits": None, "sensitivity": "none"} for bits in (3.0, 4.0, 6.0)]
+    candidates = {**CANDIDATES, "stages": stages}
+
+    def kill(unit, done, total):
+        if (unit, done) == ("blocks", 2):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        planned(target_bpw=6.0, candidates=candidates, progress=kill)
+    assert len(json.loads(planned.cache.read_text())["errors"]["blocks"]) == len(calls) == 2
+    planned(target_bpw=6.0, candidates=candidates)
+    assert len(calls) == 3
+
+
 def test_the_measured_table_beats_one_width_for_all(planned, folder, text):
     """At the bytes of three bits everywhere the mixture is forecast to lose less."""
     dense = api.open_dense(folder, is_whole=True)

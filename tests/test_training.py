@@ -11,7 +11,9 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 import hf_compact
 from hf_compact import DistillationCallback, TensorNetworkCallback, TernaryCallback
 from hf_compact.calibration import from_batches
+from hf_compact.capture import input_grams
 from hf_compact.errors import ConfigError, FormatError
+from hf_compact.functional.gram import output_energy
 from hf_compact.methods.distillation import DistillationTerms
 from hf_compact.methods.tensor_network import TensorNetworkTraining, TensorTrainLinear
 from hf_compact.methods.ternary import TernaryTraining
@@ -246,13 +248,61 @@ def test_schedules_that_do_not_fit_the_model_say_so():
             TensorNetworkCallback(schedule=schedule).prepare(start({"schedule": "heal"}))
 
 
-@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj", "model.layers.7.mlp.up_proj"], ids=["inputs", "name"])
-def test_a_gram_matrix_of_another_linear_is_refused(name):
-    callback = TensorNetworkCallback(schedule="trp", grams={name: torch.eye(3)})
-    with pytest.raises(
-        ConfigError, match=r"grams\['model.layers.\d.mlp.up_proj'\] must be of a block Linear .* got \[3, 3\] for"
-    ):
-        callback.prepare(tiny_model("llama"))
+def test_batches_for_another_schedule_are_refused():
+    with pytest.raises(ConfigError, match=r"batches are for training.schedule trp, got maestro"):
+        TensorNetworkCallback(schedule="maestro", batches=[tiny_inputs("llama")])
+
+
+def test_trp_keeps_the_energy_of_the_outputs_on_its_batches():
+    """Where the inputs have few directions, most of a weight may go; by its own values it would lose other things."""
+    batch = {**tiny_inputs("llama", 2, 8), "attention_mask": torch.ones(2, 8, dtype=torch.int64)}
+    batch["attention_mask"][1, 4:] = 0
+    model = tiny_model("llama")
+    dense = copy.deepcopy(model)
+    callback = TensorNetworkCallback(schedule="trp", interval=2, energy=0.9, nuclear_weight=0.0, batches=[batch])
+    callback.prepare(model)
+    callback.step(model, 2, 1e-2)
+    grams = input_grams(dense, callback.names, [batch])
+    for name in callback.names:
+        before, after = dense.get_submodule(name).weight, model.get_submodule(name).weight
+        share = output_energy(before - after, grams[name]) / output_energy(before, grams[name])
+        assert 1e-3 < share < 0.11  # the ridge lets a little more go
+        assert torch.linalg.matrix_rank(after) < min(after.shape)
+
+
+def test_trp_takes_the_nuclear_step_of_all_steps_since_the_last_truncation():
+    found = {}
+    for weight in (0.0, 3.0):
+        model = tiny_model("llama")
+        callback = TensorNetworkCallback(schedule="trp", interval=5, energy=1.0, nuclear_weight=weight)
+        callback.prepare(model)
+        callback.step(model, 5, 1e-3)
+        found[weight] = torch.linalg.svdvals(model.model.layers[0].mlp.up_proj.weight.double())
+    torch.testing.assert_close(found[3.0], (found[0.0] - 5 * 1e-3 * 3.0).clamp_min(0), atol=1e-6, rtol=0)
+
+
+def test_maestro_leaves_what_is_excluded():
+    model = tiny_model("llama")
+    TensorNetworkCallback(schedule="maestro").prepare(model)
+    callback = TensorNetworkCallback(schedule="maestro", exclude=("*.mlp.*",))
+    callback.prepare(model)
+    assert callback.names
+    assert not any(".mlp." in name for name in callback.names)
+
+
+def test_healing_keeps_what_is_frozen_and_how_a_train_multiplies():
+    model = start({"schedule": "heal"})
+    trains = [module for module in model.modules() if isinstance(module, TensorTrainLinear)]
+    trains[0].requires_grad_(False)
+    trains[0].mode = "dense"
+    name = next(name for name, module in model.named_modules() if module is trains[0])
+    callback = TensorNetworkCallback(schedule="heal")
+    callback.prepare(model)
+    for finish in (lambda: None, lambda: callback.finalize(model)):
+        finish()
+        assert model.get_submodule(name).mode == "dense"
+        assert not any(parameter.requires_grad for parameter in model.get_submodule(name).parameters())
+    assert all(parameter.requires_grad for key, parameter in model.named_parameters() if not key.startswith(name))
 
 
 def test_maestro_finds_the_rank_of_what_it_learns():

@@ -7,12 +7,12 @@ that few entries use are merged. The coder is `constriction`; the stream around 
     magic, rows, columns, number of tables and of chunks, CRC-32 of all that and of what follows;
     levels (4 bits each), table of every level sum, the tables; then the chunks
 
-A chunk is a run of row levels that is decoded without the others; it has its length and a CRC-32 in front. Tables are
+A chunk is a run of rows, sorted by level, that is decoded without the others; it has its length and a CRC-32 in front. Tables are
 probabilities on a logarithmic scale of an eighth of an octave, one byte each, expanded with integers only, so that a
 stream means the same on every machine.
 """
 
-import math
+import itertools
 import struct
 import zlib
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_MAGIC = b"hfc1"
+_MAGIC = b"hfc2"
 _HEAD = struct.Struct("<4sIIHHI")
 _CHUNK = struct.Struct("<II")
 _LEVELS_PER_OCTAVE = 3
@@ -68,9 +68,9 @@ def encode(codes: Tensor) -> Tensor:
     side = _side(plan)
     by_level = values[np.ix_(*_order(plan))]
     chunks = []
-    for levels in _chunks(plan.row_levels, values.shape[1]):
+    for run in _chunks(*values.shape):
         coder = constriction.stream.stack.AnsCoder()
-        for rows, columns, table in reversed(list(_blocks(plan, levels))):
+        for rows, columns, table in reversed(list(_blocks(plan, run))):
             symbols = by_level[rows, columns].astype(np.int32).ravel() - plan.tables[table][0]
             coder.encode_reverse(symbols, models[table])
         data = coder.get_compressed().astype("<u4").tobytes()
@@ -102,13 +102,13 @@ def decode(stream: Tensor) -> Tensor:
         raise ValueError("entropy-coded weight has a damaged header or damaged tables: their CRC-32 differs")
     models = [_model(table) for _, table in plan.tables]
     by_level = np.empty((num_rows, num_columns), np.int8)
-    parts = list(_chunks(plan.row_levels, num_columns))
+    parts = _chunks(num_rows, num_columns)
     if len(parts) != num_chunks:
         raise ValueError(f"entropy-coded weight must have {len(parts)} chunks, its header says {num_chunks}")
-    for number, levels in enumerate(parts):
+    for number, run in enumerate(parts):
         words, start = _read_chunk(data, start, number)
         coder = constriction.stream.stack.AnsCoder(words)
-        for rows, columns, table in _blocks(plan, levels):
+        for rows, columns, table in _blocks(plan, run):
             block = by_level[rows, columns]
             block[:] = (coder.decode(models[table], block.size) + plan.tables[table][0]).reshape(block.shape)
     if start != len(data):
@@ -121,7 +121,7 @@ def coded_bits(codes: Tensor) -> tuple[float, float]:
     """Bits that `encode` needs, without coding: of the entries, and of levels, tables and headers."""
     values = codes.cpu().numpy()
     plan = _plan(values)
-    side = 8.0 * (_HEAD.size + len(_side(plan)) + (_CHUNK.size + 8) * math.ceil(values.size / _CHUNK_ENTRIES))
+    side = 8.0 * (_HEAD.size + len(_side(plan)) + (_CHUNK.size + 8) * len(_chunks(*values.shape)))
     total = 0.0
     for table, counts in _counts(values, plan.row_levels, plan.column_levels, plan.table_of).items():
         low, codes_of = plan.tables[table]
@@ -191,18 +191,10 @@ def _model(codes: np.ndarray) -> "constriction.stream.model.Categorical":
     return constriction.stream.model.Categorical(weights.astype(np.float32), perfect=False)
 
 
-def _chunks(row_levels: np.ndarray, num_columns: int) -> Iterator[list[int]]:
-    """Row levels, as many at a time as make a chunk; level by level in ascending order."""
-    part: list[int] = []
-    entries = 0
-    for level, count in enumerate(np.bincount(row_levels, minlength=_MAX_LEVEL + 1)):
-        part.append(level)
-        entries += int(count) * num_columns
-        if entries >= _CHUNK_ENTRIES:
-            yield part
-            part, entries = [], 0
-    if entries:
-        yield part
+def _chunks(num_rows: int, num_columns: int) -> list[slice]:
+    """Runs of sorted rows with as many entries as a chunk has, at most."""
+    step = max(1, _CHUNK_ENTRIES // num_columns)
+    return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
 
 
 def _order(plan: _Plan) -> tuple[np.ndarray, np.ndarray]:
@@ -210,15 +202,14 @@ def _order(plan: _Plan) -> tuple[np.ndarray, np.ndarray]:
     return np.argsort(plan.row_levels, kind="stable"), np.argsort(plan.column_levels, kind="stable")
 
 
-def _blocks(plan: _Plan, row_levels: list[int]) -> Iterator[tuple[slice, slice, int]]:
-    """`(rows, columns, table)` of every such rectangle, in the order of the stream."""
-    row_start, column_start = _starts(plan.row_levels), _starts(plan.column_levels)
-    for row_level in row_levels:
-        rows = slice(row_start[row_level], row_start[row_level + 1])
-        for column_level in range(_MAX_LEVEL + 1):
-            columns = slice(column_start[column_level], column_start[column_level + 1])
-            if rows.start < rows.stop and columns.start < columns.stop:
-                yield rows, columns, int(plan.table_of[row_level + column_level])
+def _blocks(plan: _Plan, run: slice) -> Iterator[tuple[slice, slice, int]]:
+    """`(rows, columns, table)` of every such rectangle in a run of sorted rows, in the order of the stream."""
+    row_starts, column_starts = _starts(plan.row_levels), _starts(plan.column_levels)
+    for row_level, (first, last) in enumerate(itertools.pairwise(row_starts)):
+        rows = slice(max(first, run.start), min(last, run.stop))
+        for column_level, (left, right) in enumerate(itertools.pairwise(column_starts)):
+            if rows.start < rows.stop and left < right:
+                yield rows, slice(left, right), int(plan.table_of[row_level + column_level])
 
 
 def _starts(levels: np.ndarray) -> list[int]:

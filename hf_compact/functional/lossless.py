@@ -41,7 +41,7 @@ def encode_exact(weight: Tensor) -> Tensor:
     first, second = (bits >> 7).astype(np.uint8), ((bits << 1) | (bits >> 15)).astype(np.uint8).tobytes()
     middle = int(np.median(first))
     coded = encode(torch.from_numpy((first - np.uint8(middle)).view(np.int8))).numpy().tobytes()
-    head = _HEAD.pack(len(coded), zlib.crc32(second), middle)
+    head = _HEAD.pack(len(coded), _crc(second, middle), middle)
     return torch.frombuffer(bytearray(head + coded + second), dtype=torch.uint8)
 
 
@@ -65,7 +65,12 @@ def decode_exact(stream: Tensor, dtype: str) -> Tensor:
     start = _HEAD.size + size
     first = decode(torch.frombuffer(bytearray(data[_HEAD.size : start]), dtype=torch.uint8)).numpy().view(np.uint8)
     second = data[start:]
-    if len(second) != first.size or zlib.crc32(second) != crc:
-        raise ValueError("losslessly coded weight is damaged in its second bytes: their number or their CRC-32 differs")
+    if len(second) != first.size or _crc(second, middle) != crc:
+        raise ValueError("losslessly coded weight is damaged in its head or second bytes: their number or their CRC-32 differs")
     turned = (first + np.uint8(middle)).astype(np.uint16) << 8 | np.frombuffer(second, np.uint8).reshape(first.shape)
     return torch.from_numpy((turned >> 1 | turned << 15).view(np.int16)).view(DTYPES[dtype])
+
+
+def _crc(second: bytes, middle: int) -> int:
+    """Of what the coder of the first bytes does not watch over."""
+    return zlib.crc32(bytes([middle]), zlib.crc32(second))

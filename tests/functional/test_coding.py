@@ -1,15 +1,17 @@
 """The entropy coder: every matrix comes back, at the size that was forecast, and damage has a name."""
 
 import math
+import zlib
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
 
+from hf_compact.functional import coding
 from hf_compact.functional.coding import coded_bits, decode, encode
 
-GOLDEN = "6866633102000000030000000100010034d4b6c2fffa0a00000000000000000000000000000000000000000000000000000000000000fe050808000816080800000007bdacb8eec8aea207000000"
+GOLDEN = "6866633202000000030000000100010027da6279fffa0a00000000000000000000000000000000000000000000000000000000000000fe050808000816080800000007bdacb8eec8aea207000000"
 
 
 def matrix(rows: int, columns: int, spread: float, seed: int = 0, row_spread: float = 0.0, column_spread: float = 0.0):
@@ -65,14 +67,39 @@ def test_a_stream_is_the_same_every_time():
     assert torch.equal(encode(codes), encode(codes.clone()))
 
 
-def test_a_large_matrix_is_cut_into_chunks_that_fail_alone():
-    codes = matrix(2048, 512, 1.5, row_spread=1.0)
+def chunks_of(stream: torch.Tensor) -> list[tuple[int, int]]:
+    """`(start, end)` of every chunk's content, from its length in front of it."""
+    data, found = bytes(stream.tolist()), []
+    end = len(data)
+    for start in range(len(data) - 8):  # the tables before the chunks have no length of their own
+        position, found = start, []
+        while position + 8 <= end and (size := int.from_bytes(data[position : position + 4], "little")) <= end - position - 8:
+            found.append((position + 8, position + 8 + size))
+            position += 8 + size
+        if position == end and all(zlib.crc32(data[a:b]) == int.from_bytes(data[a - 4 : a], "little") for a, b in found):
+            return found
+    raise AssertionError("no chunks")
+
+
+@pytest.mark.parametrize("row_spread", [0.0, 1.0], ids=["alike", "apart"])
+def test_a_large_matrix_is_cut_into_chunks_that_are_read_alone(row_spread, monkeypatch):
+    monkeypatch.setattr(coding, "_CHUNK_ENTRIES", 1 << 12)
+    codes = matrix(128, 128, 1.5, row_spread=row_spread)
     stream = encode(codes)
-    assert torch.equal(decode(stream), codes)
-    broken = stream.clone()
-    broken[-1] ^= 1
-    with pytest.raises(ValueError, match=r"chunk [1-9]\d* of an entropy-coded weight is damaged"):
-        decode(broken)
+    found = chunks_of(stream)
+    assert len(found) == 4
+    # Another content of the first chunk, under a checksum of its own, changes its rows and leaves the others.
+    start, end = found[0]
+    other = stream.clone()
+    other[start : start + 4] ^= 1
+    other[start - 4 : start] = torch.tensor(list(zlib.crc32(bytes(other[start:end].tolist())).to_bytes(4, "little")))
+    changed = (decode(other) != codes).any(1).sum()
+    assert 0 < changed <= 32
+    for number, (start, _) in enumerate(found):
+        broken = stream.clone()
+        broken[start] ^= 1
+        with pytest.raises(ValueError, match=rf"^chunk {number} of an entropy-coded weight is damaged"):
+            decode(broken)
 
 
 def test_an_old_stream_is_still_read():

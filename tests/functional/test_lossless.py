@@ -36,10 +36,10 @@ def test_the_input_is_unchanged():
     assert torch.equal(weight, before)
 
 
-@pytest.mark.parametrize("position", [2, 20, -1], ids=["head", "exponents", "rest"])
+@pytest.mark.parametrize("position", [*range(9), 20, -1])
 def test_damage_is_an_error(position):
     stream = encode_exact(torch.randn(40, 40, generator=torch.Generator().manual_seed(0)).bfloat16())
-    stream[position] ^= 255
+    stream[position] ^= 1
     with pytest.raises(ValueError, match="coded weight"):
         decode_exact(stream, "bfloat16")
 

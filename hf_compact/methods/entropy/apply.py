@@ -21,6 +21,7 @@ from .functional import LARGEST, SEARCH_ROWS, Integers, Rounder, bits_per_weight
 from .layer import EntropyEmbedding, EntropyLinear
 
 _TOLERANCE = 0.004  # bits per weight
+_TRIES = 8
 _FISHER_TOKENS = 16384
 _PLAN_TOKENS = 8192
 _PROBES = (2.0, 1.0, 0.0, -1.0, -2.0)  # bits around the budget at which a Linear is tried
@@ -185,7 +186,7 @@ def quantize(weight: Tensor, gram: Tensor | None, config: EntropyConfig, guide: 
     target = max(bits, fixed_bits(*weight.shape) + 0.5)
     guess = rounder.guess(target) if guide is None else guide.step
     step = _find_step(rounder.some().forecast, target, guess, rounder.finest)
-    return rounder.integers(_find_step(rounder.bits, target, step, rounder.finest, 2), gram)
+    return rounder.integers(_find_step(rounder.bits, target, step, rounder.finest), gram)
 
 
 def _rounder(
@@ -197,15 +198,24 @@ def _rounder(
         raise NumericalError(str(error)) from error
 
 
-def _find_step(bits_at: Callable[[float], float], target: float, step: float, finest: float, tries: int = 8) -> float:
-    """The step with that many bits, or the finest: halving it costs about one bit, which makes every try a Newton step."""
-    for _ in range(tries):
+def _find_step(bits_at: Callable[[float], float], target: float, step: float, finest: float) -> float:
+    """The step with that many bits, of those that were tried the nearest to it; or the finest.
+
+    Halving it costs about one bit, which makes a try a Newton step; once there is one on either side, the next lies between.
+    """
+    excess: dict[float, float] = {}
+    for _ in range(_TRIES):
         step = max(step, finest)
-        excess = bits_at(step) - target
-        if abs(excess) < _TOLERANCE or (step == finest and excess < 0):
+        excess[step] = bits_at(step) - target
+        if abs(excess[step]) < _TOLERANCE or (step == finest and excess[step] < 0):
             break
-        step *= 2 ** max(-4.0, min(4.0, excess))
-    return max(step, finest)
+        above = max((tried for tried, miss in excess.items() if miss > 0), default=None)
+        below = min((tried for tried, miss in excess.items() if miss <= 0), default=None)
+        if above is None or below is None:
+            step *= 2 ** max(-4.0, min(4.0, excess[step]))
+        else:
+            step = above * (below / above) ** (excess[above] / (excess[above] - excess[below]))
+    return min(excess, key=lambda tried: abs(excess[tried]))
 
 
 def _expected_bytes(weight: Tensor, bits: float) -> int:

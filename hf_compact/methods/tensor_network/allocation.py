@@ -119,7 +119,7 @@ def prepare(
     if config.protected:
         least |= dict.fromkeys(select_names(names, config.protected, field="protected"), config.protected_ratio)
     if config.allocation == "uniform":
-        return Guide(model, {name: int(max(config.keep_ratio, least[name]) * shapes[name].numel()) for name in names}, {}, {})
+        return Guide(model, _uniform(shapes, least, config), {}, {})
     groups = find_groups(arch, names, config.basis_group) if config.basis_group > 1 else []
     outputs: dict[str, Tensor] = {}
     stacks: dict[tuple[str, ...], _Stack] = {}
@@ -133,7 +133,7 @@ def prepare(
             stacks[group] = _Stack(model, group, metrics(mean, None, config)[0], outputs, config)
         for name in names:
             weight = as_linear(model.get_submodule(name)).weight.detach().cpu()
-            lost = _lost(energies(weight, *metrics(found.grams.pop(name), outputs[name], config)))
+            lost = _lost(_sensitive_energies(weight, found.grams.pop(name), outputs[name], config))
             curves[name] = [Choice(values, lost[rank]) for rank, values in _ranks(shapes[name], config)]
     grouped = {name for group in groups for name in group}
     units = [*groups, *((name,) for name in names if name not in grouped)]
@@ -193,6 +193,20 @@ def find_groups(arch: Architecture, names: Iterable[str], size: int) -> list[tup
     return groups
 
 
+def _uniform(shapes: Mapping[str, torch.Size], least: Mapping[str, float], config: TensorNetworkConfig) -> dict[str, int]:
+    """Values by Linear: the protected keep their ratio where it is more, and the others share what is left alike."""
+    sizes = {name: shape.numel() for name, shape in shapes.items()}
+    above = {name for name in sizes if least[name] > config.keep_ratio}
+    rest = sum(size for name, size in sizes.items() if name not in above)
+    left = config.keep_ratio * sum(sizes.values()) - sum(least[name] * sizes[name] for name in above)
+    if left <= 0 or not rest:
+        raise ConfigError(
+            f"tensor_network.keep_ratio {config.keep_ratio} is less than what {len(above)} protected Linears keep "
+            f"at protected_ratio {config.protected_ratio}"
+        )
+    return {name: int((least[name] if name in above else left / rest) * size) for name, size in sizes.items()}
+
+
 class _Stack:
     """The rows of a group's Linears, one below the other, each as it counts for the loss."""
 
@@ -226,6 +240,12 @@ class _Stack:
 def _lost(energy: Tensor) -> list[float]:
     """What is lost with so many of the first triplets."""
     return torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)]).tolist()
+
+
+def _sensitive_energies(weight: Tensor, gram: Tensor, outputs: Tensor, config: TensorNetworkConfig) -> Tensor:
+    """What the loss feels of every singular triplet; plain SVD weighs no direction, so its Linears count by mean sensitivities."""
+    energy = energies(weight, *metrics(gram, outputs, config))
+    return energy * gram.diagonal().mean() * outputs.diagonal().mean() if config.solver == "svd" else energy
 
 
 def metrics(gram: Tensor | None, outputs: Tensor | None, config: TensorNetworkConfig) -> tuple[Tensor | None, Tensor | None]:

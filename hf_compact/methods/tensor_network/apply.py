@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from ...errors import NumericalError
 from ...functional.factor import coefficients, spectrum
 from .allocation import Share, metrics
 from .config import TensorNetworkConfig
@@ -30,7 +31,7 @@ def compress_linear(
         cross: `[in, in]` sum of x_dense x^T, for the regression.
 
     Raises:
-        NumericalError: a gram matrix is not finite.
+        NumericalError: a gram matrix is not finite, or cannot be inverted.
     """
     shape = linear.weight.shape
     num_values = int(config.keep_ratio * shape.numel()) if guide is None else guide.num_values
@@ -45,7 +46,10 @@ def compress_linear(
         return next(_trains(linear, num_values, config), None) or _low_rank(linear, rank, config)
     weight = linear.weight.detach().double().cpu()
     if gram is not None and cross is not None:
-        weight = regression_target(weight, gram, cross, config.damp, config.blend)
+        try:
+            weight = regression_target(weight, gram, cross, config.damp, config.blend)
+        except ValueError as error:
+            raise NumericalError(str(error)) from error
     right, left = metrics(gram, None if guide is None or is_shared else guide.outputs, config)
     if is_shared:
         return _share(linear, weight, right, guide)
@@ -85,7 +89,7 @@ def _share(linear: nn.Linear, weight: Tensor, right: Tensor | None, share: Share
 def _trains(linear: nn.Linear, num_values: int, config: TensorNetworkConfig) -> Iterator[TensorTrainLinear]:
     """Empty trains within the budget: even factorisations, as they are and sorted."""
     for out_factors, in_factors in candidate_factors(linear.out_features, linear.in_features, config.num_cores, _SPLITS):
-        ranks = ranks_for(out_factors, in_factors, num_values)
+        ranks = ranks_for(out_factors, in_factors, num_values, config.rank_multiple)
         for is_sorted in (False, True):
             yield TensorTrainLinear.empty_like(
                 linear, out_factors=out_factors, in_factors=in_factors, ranks=ranks, is_sorted=is_sorted

@@ -3,12 +3,12 @@
 All three keep their state in the parameters; what is due at a step, and what is drawn, follows from its number.
 
 Sources: Trained Rank Pruning (arXiv 1812.02402), Maestro (arXiv 2308.14929). Both differ: TRP here truncates in the
-metric of the inputs where gram matrices are given, and takes the sub-gradient step on the singular values; Maestro
-draws from a few shares of the rank, not from every rank.
+metric of the inputs where batches are given, and takes the sub-gradient step on the singular values, of all steps since the
+last truncation at once; Maestro draws from a few shares of the rank, not from every rank.
 """
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ... import distributed
-from ...arch import as_linear, dense_shape, describe
+from ...arch import as_linear, describe
+from ...capture import input_grams
 from ...errors import ConfigError
 from ...functional.factor import spectrum, whitening_factor
 from ...select import replace_modules, select_names
@@ -26,13 +27,16 @@ from .config import TensorNetworkTraining
 from .functional import balance, suffix_norms, truncate_energy
 from .layer import TensorTrainLinear
 
+_DAMP = 0.01
+
 
 class TensorNetworkCallback(CompactCallback):
     """See `TensorNetworkTraining`.
 
     Args:
         training: the schedule.
-        grams: `[in, in]` second moments of the inputs by module name, for `trp`; without them the weights' own metric.
+        batches: model inputs, for `trp`: matrices are truncated by what their outputs lose on them, of the model as it is before
+            training; without any, by what the weights lose.
         settings: fields of `TensorNetworkTraining`, in the place of those of `training`.
 
     >>> TensorNetworkCallback(schedule="trp", interval=50).training.interval
@@ -40,12 +44,18 @@ class TensorNetworkCallback(CompactCallback):
     """
 
     def __init__(
-        self, training: TensorNetworkTraining | None = None, grams: Mapping[str, Tensor] | None = None, **settings: Any
+        self, training: TensorNetworkTraining | None = None, batches: Sequence[Mapping[str, Tensor]] = (), **settings: Any
     ) -> None:  # fmt: skip
-        """Keep the settings."""
+        """Keep the settings.
+
+        Raises:
+            ConfigError: a setting is out of range, or there are batches for another schedule.
+        """
         super().__init__()
-        self.training = replace(training or TensorNetworkTraining(), **settings)
-        self.rights = {name: whitening_factor(gram, 0.01) for name, gram in (grams or {}).items()}
+        self.training, self.batches = replace(training or TensorNetworkTraining(), **settings), batches
+        if batches and self.training.schedule != "trp":
+            raise ConfigError(f"batches are for training.schedule trp, got {self.training.schedule}")
+        self.rights: dict[str, Tensor] = {}
         self.names: list[str] = []
         self.frozen: list[nn.Parameter] = []
 
@@ -78,16 +88,13 @@ class TensorNetworkCallback(CompactCallback):
                 raise ConfigError(
                     f"training.schedule {self.training.schedule} cuts every train alone, {tied[0]} shares its basis"
                 )
-            self.names = trains
+            self.names = select_names(trains, self.training.include, self.training.exclude)
             return
         roles = describe(model).roles
         self.names = select_names(roles, self.training.include, self.training.exclude)
-        for name, right in self.rights.items():
-            size = dense_shape(model.get_submodule(name))[1] if name in roles else None
-            if len(right) != size:
-                raise ConfigError(
-                    f"grams[{name!r}] must be of a block Linear with as many inputs, got {list(right.shape)} for {size}"
-                )
+        for name, gram in input_grams(model, self.names, self.batches).items():
+            if (scale := gram.diagonal().mean()) > 0:  # in a metric of mean 1, so that the nuclear weight means the same
+                self.rights[name] = whitening_factor(gram / scale, _DAMP)
         if self.training.schedule == "maestro":
             replace_modules(model, self.names, lambda _, module: _full_train(as_linear(module)))
 
@@ -116,8 +123,9 @@ class TensorNetworkCallback(CompactCallback):
             for name in self.names:
                 model.get_submodule(name).active_rank = None
         elif self.training.schedule == "trp" and step % self.training.interval == 0:
+            shrink = learning_rate * self.training.nuclear_weight * self.training.interval
             for name in self.names:
-                self._truncate_(name, as_linear(model.get_submodule(name)), model, learning_rate * self.training.nuclear_weight)
+                self._truncate_(name, as_linear(model.get_submodule(name)), model, shrink)
 
     @torch.no_grad()
     def restore_(self, model: PreTrainedModel) -> None:
@@ -154,8 +162,12 @@ class TensorNetworkCallback(CompactCallback):
             sizes = ([train.out_features, 1], [1, train.in_features], train.ranks)
             new = TensorTrainLinear(*sizes, is_pivoted=is_pivoted, device=weight.device, dtype=weight.dtype)
             new.register_parameter("bias", train.bias)
+            new.mode = train.mode
             factors = train.factors()
-            return new.load_factors_(*(factors if is_pivoted else balance(*factors))).train(train.training)
+            new.load_factors_(*(factors if is_pivoted else balance(*factors))).train(train.training)
+            for core, old in zip(new.cores, train.cores, strict=True):
+                core.weight.requires_grad_(old.weight.requires_grad)
+            return new
 
         replace_modules(model, self.names, build)
         config = getattr(model.config, "quantization_config", None)
@@ -165,15 +177,20 @@ class TensorNetworkCallback(CompactCallback):
                 key = next(k for k in (name, prefix + name, name.removeprefix(prefix)) if k in config.modules)
                 config.modules[key] = {"layer": "tensor_train_linear", **model.get_submodule(name).spec()}
 
+    def _right(self, name: str, linear: nn.Linear) -> Tensor | None:
+        """The metric of the inputs, where the weight is."""
+        return self.rights[name].to(linear.weight.device) if name in self.rights else None
+
     def _truncate_(self, name: str, linear: nn.Linear, model: PreTrainedModel, shrink: float) -> None:
-        matrix, _ = truncate_energy(linear.weight, self.training.energy, shrink, self.rights.get(name))
+        matrix, _ = truncate_energy(linear.weight, self.training.energy, shrink, self._right(name, linear))
         distributed.broadcast_([matrix], 0)
         own = model.get_submodule(name)
         own.weight.copy_(matrix if own is linear else matrix.T)
 
     def _factor(self, name: str, module: nn.Module) -> nn.Module:
         """A pivoted product of the rank that holds the energy, or the module where that saves nothing."""
-        linear, right = as_linear(module), self.rights.get(name)
+        linear = as_linear(module)
+        right = self._right(name, linear)
         _, rank = truncate_energy(linear.weight, self.training.energy, 0.0, right)
         if rank >= min(linear.weight.shape):
             return module

@@ -275,6 +275,9 @@ def regression_target(weight: Tensor, gram: Tensor, cross: Tensor, damp: float, 
 
     Returns:
         `[out, in]` float64.
+
+    Raises:
+        ValueError: the gram matrix cannot be inverted.
     Source: Izenman, Reduced-rank regression (1975).
 
     >>> g = torch.eye(2); regression_target(torch.ones(1, 2), g, 2 * g, damp=0.0, blend=1.0).tolist()
@@ -285,7 +288,10 @@ def regression_target(weight: Tensor, gram: Tensor, cross: Tensor, damp: float, 
     damped.diagonal().add_(ridge)
     mixed = blend * cross.double() + (1 - blend) * gram.double()
     mixed.diagonal().add_(ridge)
-    return torch.linalg.solve(damped, weight.double() @ mixed, left=False)
+    try:
+        return torch.linalg.solve(damped, weight.double() @ mixed, left=False)
+    except torch.linalg.LinAlgError as error:
+        raise ValueError(f"gram matrix cannot be inverted with damp {damp}: give it a larger one") from error
 
 
 class Pivoted(NamedTuple):
@@ -364,15 +370,17 @@ def low_rank_for(out_features: int, in_features: int, num_values: int, is_pivote
     return max(1, bisect_right(ranks, num_values, key=lambda rank: low_rank_values(out_features, in_features, rank, is_pivoted)))
 
 
-def ranks_for(out_factors: Sequence[int], in_factors: Sequence[int], num_values: int) -> list[int]:
+def ranks_for(out_factors: Sequence[int], in_factors: Sequence[int], num_values: int, multiple: int = 1) -> list[int]:
     """Equal bond dimensions, each up to its full rank, with at most that many values in all cores (1 at least).
 
-    >>> ranks_for([4, 4], [4, 4], 128)
-    [4]
+    They are multiples, where the budget is enough for one and the full rank does not come first.
+
+    >>> ranks_for([4, 4], [4, 4], 128), ranks_for([4, 4], [4, 4], 128, multiple=3)
+    ([4], [3])
     """
     full = full_ranks(out_factors, in_factors)
     best = [1] * len(full)
-    for rank in range(2, max(full) + 1):
+    for rank in [*range(2, multiple), *range(multiple, max(full) + multiple, multiple)]:
         ranks = [min(rank, most) for most in full]
         if num_parameters(out_factors, in_factors, ranks) > num_values:
             break

@@ -56,10 +56,10 @@ class TensorTrainLinear(nn.Module):
     """
 
     mode: Literal["auto", "factored", "dense"] = "auto"
-    """Factored, rebuilt for every call, or whichever takes fewer operations. A core that is hooked is always used."""
+    """Factored, rebuilt for every call, or whichever takes fewer operations. A core that is hooked is always used. Not stored."""
 
     active_rank: int | None = None
-    """Plain low rank in training: only so many of the first inner values are used."""
+    """Plain low rank in training: only so many of the first inner values are used, and the matrix is not rebuilt."""
 
     def __init__(
         self, out_factors: Sequence[int], in_factors: Sequence[int], ranks: Sequence[int], *, is_pivoted: bool = False,
@@ -247,11 +247,11 @@ class TensorTrainLinear(nn.Module):
         return rebuild_multiply_adds(self.out_factors, self.in_factors, self.ranks) / excess if excess > 0 else math.inf
 
     def _is_rebuilt(self, x: Tensor) -> bool:
+        if self.active_rank is not None:
+            return False
         if self.mode != "auto":
             return self.mode == "dense"
-        if self._most_factored == math.inf or x.shape[:-1].numel() <= self._most_factored:
-            return False
-        return self.active_rank is None and not self._is_watched
+        return x.shape[:-1].numel() > self._most_factored and not self._is_watched
 
     @property
     def _is_bare(self) -> bool:
@@ -324,4 +324,5 @@ def _weight(core: Any, dtype: torch.dtype) -> Tensor:
         return core.weight.to(dtype)
     if hasattr(core, "to_dense"):
         return core.to_dense(dtype)
-    return core(torch.eye(core.in_features, dtype=dtype, device=next(core.parameters()).device)).T
+    own = next(core.parameters())
+    return core(torch.eye(core.in_features, dtype=own.dtype, device=own.device)).T.to(dtype)

@@ -380,3 +380,57 @@ def test_exports_that_cannot_be_say_so(tmp_path):
     with pytest.raises(FormatError):
         hf_compact.export(tmp_path, tmp_path / "plain")
     assert not (tmp_path / "plain").exists()
+
+
+def test_a_singular_gram_is_an_error_of_the_regression():
+    gram = torch.diag(torch.tensor([1.0, 0.0, 2.0], dtype=torch.float64))
+    config = TensorNetworkConfig(solver="regression", damp=0.0, rank_multiple=1, is_pivoted=False)
+    with pytest.raises(NumericalError, match=r"cannot be inverted with damp 0.0: give it a larger one"):
+        compress_linear(linear_of(normal(3, 3)), gram, config, cross=gram)
+
+
+@pytest.mark.parametrize("kept", [0.5, 0.7])
+def test_protected_linears_take_their_share_from_the_others(kept):
+    stage = {**UNIFORM, "keep_ratio": kept, "protected": ["model.layers.0.*"], "protected_ratio": 0.9}
+    model, _ = compressed("llama", stage)
+    values, dense = {}, {}
+    for name, module in tiny_model("llama").named_modules():
+        if name.startswith("model.layers") and isinstance(module, nn.Linear):
+            made = model.get_submodule(name)
+            dense[name] = module.weight.numel()
+            values[name] = made.num_values if isinstance(made, TensorTrainLinear) else dense[name]
+    assert kept - 0.05 < sum(values.values()) / sum(dense.values()) <= kept
+    assert all(values[name] > 0.8 * dense[name] for name in values if "layers.0." in name)
+
+
+def test_a_budget_below_the_protected_is_an_error():
+    stage = {**UNIFORM, "keep_ratio": 0.3, "protected": ["*"], "protected_ratio": 0.9}
+    with pytest.raises(ConfigError, match=r"keep_ratio 0.3 is less than what 21 protected Linears keep at protected_ratio 0.9"):
+        compressed("llama", stage)
+
+
+def test_plain_svd_deals_out_ranks_by_sensitivity():
+    """Linears whose outputs hardly reach the loss give theirs to the others."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            model.model.layers[1].get_submodule(name).weight.mul_(1e-3)
+    stage = {"method": "tensor_network", "solver": "svd", "rank_multiple": 1, "keep_ratio": 0.6}
+    hf_compact.compress(model, {"stages": [stage]}, calibration=from_batches(batches()))
+    kept = [module for layer in model.model.layers for module in (layer.mlp.gate_proj, layer.mlp.up_proj)]
+    values = [module.num_values if isinstance(module, TensorTrainLinear) else module.weight.numel() for module in kept]
+    assert max(values[2:4]) < 0.5 * min(values[:2] + values[4:])
+
+
+@pytest.mark.parametrize("multiple", [4, 8])
+def test_ranks_of_trains_are_multiples(multiple):
+    config = TensorNetworkConfig(format="tensor_train", keep_ratio=0.6, rank_multiple=multiple)
+    train = compress_linear(linear_of(normal(64, 64)), correlated(64), config)
+    assert train.ranks[0] % multiple == 0
+    assert train.num_values <= 0.6 * 64 * 64
+
+
+@pytest.mark.parametrize("stage", [UNIFORM, {"method": "correction", "rank": 2}], ids=["tensor_network", "correction"])
+def test_what_is_taken_apart_is_not_cut(stage):
+    with pytest.raises(ConfigError, match=r"recipe.stages\[1\] cuts model.layers.0.* has taken apart: cut first"):
+        compressed("llama", stage, {"method": "pruning", "channel_sparsity": 0.25}, CODEBOOK)

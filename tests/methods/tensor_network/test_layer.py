@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from hf_compact.functional.factor import spectrum
@@ -222,3 +223,21 @@ def test_wrong_shapes_name_themselves():
         TensorTrainLinear.empty_like(nn.Linear(20, 25), out_factors=[24, 1], in_factors=[1, 20], ranks=[3])
     with pytest.raises(ValueError, match="core0 must be"):
         TensorTrainLinear([24, 1], [1, 20], [3]).load_cores_([torch.zeros(1, 24, 1, 2), torch.zeros(2, 1, 20, 1)])
+
+
+def test_a_cut_rank_is_cut_however_it_multiplies():
+    layer = TensorTrainLinear([6, 1], [1, 6], [4])
+    x, layer.active_rank = torch.randn(3, 6), 2
+    expected = layer(x)
+    layer.mode = "dense"
+    assert torch.equal(layer(x), expected)
+    assert not torch.allclose(expected, x @ layer.to_dense().T)
+
+
+def test_an_adapted_core_of_bfloat16_becomes_dense_in_any_dtype():
+    model = nn.Sequential(TensorTrainLinear([4, 3], [3, 4], [3], dtype=torch.bfloat16))
+    adapted = get_peft_model(model, LoraConfig(target_modules=["0.core0"], r=2))
+    train = adapted.base_model.model[0]
+    dense = train.to_dense(torch.float32)
+    x = torch.randn(2, 12).bfloat16()
+    torch.testing.assert_close(train(x).float(), x.float() @ dense.T, atol=0.03, rtol=0.03)
