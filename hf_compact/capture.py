@@ -518,8 +518,9 @@ class BlockRunner:
     def _hints(self, name: str, stage: _Stage, known: Sequence[LayerReport], total: Tensor | None) -> dict[str, Any]:
         """What the stage has prepared for one Linear."""
         hints: dict[str, Any] = {"is_arranged": name in stage.arranged} if stage.method.arrange else {}
-        if stage.guide is not None and total is not None:  # the report knows whole blocks only
-            hints["guide"] = stage.guide.share(name, [*self.report.layers, *known], total[-1].item())
+        if stage.guide is not None:  # the report knows whole blocks only
+            num_inputs = 0.0 if total is None else total[-1].item()
+            hints["guide"] = stage.guide.share(name, [*self.report.layers, *known], num_inputs)
         return hints
 
     def _close(self, outer: str, config: MethodConfig, gram: Tensor | None, seconds: float) -> LayerReport:

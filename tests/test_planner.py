@@ -83,7 +83,8 @@ def planned(folder, text, tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache") / "errors.json"
 
     def plan(**options):
-        return hf_compact.plan_budget(folder, candidates=CANDIDATES, calibration=[text], cache=cache, num_tokens=128, **options)
+        settings = {"candidates": CANDIDATES, "calibration": [text], "cache": cache, "num_tokens": 128}
+        return hf_compact.plan_budget(folder, **{**settings, **options})
 
     plan.cache = cache
     return plan
@@ -477,37 +478,46 @@ def test_a_validation_measures_what_was_forecast(planned, tmp_path):
     assert errors == sorted(errors, reverse=True)
 
 
-def test_a_killed_validation_goes_on(planned, monkeypatch):
-    def kill(unit, done, total):
-        if (unit, done) == ("validation", 2):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        planned(target_size=150_000, validate=True, progress=kill)
+@pytest.fixture
+def compressions(monkeypatch):
+    """The calls that compress a whole copy of the model."""
     calls, compressed = [], api._compressed_copy
     monkeypatch.setattr(api, "_compressed_copy", lambda *args: calls.append(args) or compressed(*args))
-    again = planned(target_size=150_000, validate=True)
-    assert len(calls) == 2
+    return calls
+
+
+def killed_at(at):
+    def kill(unit, done, total):
+        if (unit, done) == at:
+            raise KeyboardInterrupt
+
+    return kill
+
+
+def test_a_killed_validation_goes_on(planned, compressions, tmp_path):
+    planned(target_size=150_000)
+    cache = tmp_path / "errors.json"
+    cache.write_text(json.dumps({**json.loads(planned.cache.read_text()), "points": {}}))
+    options = {"target_size": 150_000, "validate": True, "cache": cache}
+    with pytest.raises(KeyboardInterrupt):
+        planned(**options, progress=killed_at(("validation", 2)))
+    assert len(compressions) == len(json.loads(cache.read_text())["points"]) == 2
+    again = planned(**options)
+    assert len(compressions) == len(json.loads(cache.read_text())["points"]) > 2
     assert f"; measured: perplexity × {again.measured[0][1].ppl_factor:.4f}.\n" in again.to_yaml("recipe.yaml")
-    assert planned(target_size=150_000, validate=True).measured == again.measured
-    assert len(calls) == 2
+    done = len(compressions)
+    assert planned(**options).measured == again.measured
+    assert len(compressions) == done
 
 
-def test_a_killed_measurement_of_whole_models_goes_on(planned, monkeypatch):
-    calls, compressed = [], api._compressed_copy
-    monkeypatch.setattr(api, "_compressed_copy", lambda *args: calls.append(args) or compressed(*args))
-    stages = [{"method": "entropy", "bits": bits, "embedding_bits": None, "sensitivity": "none"} for bits in (3.0, 4.0, 6.0)]
-    candidates = {**CANDIDATES, "stages": stages}
-
-    def kill(unit, done, total):
-        if (unit, done) == ("blocks", 2):
-            raise KeyboardInterrupt
-
+def test_a_killed_measurement_of_whole_models_goes_on(planned, compressions, tmp_path):
+    stages = [{"method": "entropy", "bits": bits, "embedding_bits": None} for bits in (3.0, 4.0, 6.0)]
+    options = {"target_bpw": 6.0, "candidates": {**CANDIDATES, "stages": stages}, "cache": tmp_path / "errors.json"}
     with pytest.raises(KeyboardInterrupt):
-        planned(target_bpw=6.0, candidates=candidates, progress=kill)
-    assert len(json.loads(planned.cache.read_text())["errors"]["blocks"]) == len(calls) == 2
-    planned(target_bpw=6.0, candidates=candidates)
-    assert len(calls) == 3
+        planned(**options, progress=killed_at(("blocks", 2)))
+    assert len(json.loads(options["cache"].read_text())["errors"]["blocks"]) == len(compressions) == 2
+    planned(**options)
+    assert len(compressions) == 3
 
 
 def test_the_measured_table_beats_one_width_for_all(planned, folder, text):
