@@ -67,7 +67,7 @@ from .report import Report, peak_memory_bytes, return_freed_memory
 from .scoring import is_causal_lm, max_positions, perplexity
 from .select import select_stages
 from .speed import SpeedConfig, check_positions, compare_by_turns
-from .stored import open_linears
+from .stored import CodedModule, open_linears
 from .version import __version__
 
 logger = logging.getLogger(__name__)
@@ -600,7 +600,8 @@ def inspect_folder(folder: str | Path) -> dict[str, Any]:
     """What a compressed folder holds, read from safetensors headers and JSON files only.
 
     Returns:
-        `layers` (name, layer, settings, shape, bytes, bits per weight) and totals; `is_verified` from the report.
+        `layers` (name, layer, settings, shape, bytes, bits per weight) and totals; `memory_bytes`, the weights as they are
+        kept in memory, in the dtype of the file, once what is coded is decoded; `is_verified` from the report.
 
     Raises:
         FormatError: the folder is not a complete compressed model.
@@ -614,7 +615,8 @@ def inspect_folder(folder: str | Path) -> dict[str, Any]:
     skeleton = build_skeleton(config, torch.bfloat16)
     table = names_in(skeleton, CompactConfig(**quantization).modules)
     source = TensorSource.in_folder(folder).rename_for(skeleton)
-    expect_(copy.deepcopy(skeleton), table, source.files)
+    built = copy.deepcopy(skeleton)
+    expect_(built, table, source.files)
     headers = source.headers()
     layers = []
     for name in outermost(table):
@@ -642,12 +644,14 @@ def inspect_folder(folder: str | Path) -> dict[str, Any]:
     body = [layer for layer in layers if layer["name"] not in outside]
     weights = sum(torch.Size(layer["shape"]).numel() for layer in body)
     report = folder / REPORT_NAME
+    decoded = sum(module.decoded_bytes for module in built.modules() if isinstance(module, CodedModule))
     return {
         "folder": str(folder),
         "format_version": FORMAT_VERSION,
         "layers": layers,
         "num_parameters": num_parameters,
         "file_bytes": file_bytes,
+        "memory_bytes": sum(nbytes for _, _, nbytes in headers.values()) + decoded,
         "file_bits_per_weight": 8 * file_bytes / num_parameters,
         "body_bits_per_weight": 8 * sum(layer["bytes"] for layer in body) / weights if weights else 0.0,
         "share_of_fp32": file_bytes / (4 * num_parameters),

@@ -575,6 +575,7 @@ def inspect(
         f"{100 * found['share_of_fp32']:.1f} % of fp32, {100 * found['share_of_bf16']:.1f} % of bf16",
         highlight=False,
     )
+    out().print(f"weights in memory: {format_bytes(found['memory_bytes'])}", highlight=False)
     out().print(f"verified: {'yes' if found['is_verified'] else 'no'}", highlight=False)
 
 

@@ -58,6 +58,11 @@ def tied_parts(module: nn.Module) -> dict[str, str]:
 class CodedModule(StoredModule):
     """A matrix that is decoded once before it is used."""
 
+    @property
+    @abstractmethod
+    def decoded_bytes(self) -> int:
+        """What it takes in memory once it is decoded, beside the tensors of the file."""
+
     @abstractmethod
     def decode_(self) -> None:
         """Decode what is in memory, unless that is done.

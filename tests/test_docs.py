@@ -71,7 +71,7 @@ def test_every_page_is_in_the_menu():
 def test_every_method_has_a_page():
     from hf_compact.methods import METHODS
 
-    pages = {path.stem for path in DOCS.glob("*.md")} | {"correction"}  # a helper stage, told with tensor networks
+    pages = {path.stem for path in DOCS.glob("*.md")}
     assert set(METHODS) | {"compacter", "one_bit_adam"} <= pages
 
 
@@ -104,6 +104,42 @@ def test_tables_repeat_what_was_measured(page, count):
             assert cells == [f"{row['body_bits_per_weight']:.3f}", f"{row['file_bytes'] / 1e6:.1f}", *ratios], label
             seen += 1
     assert seen == count
+
+
+def cells_of(page):
+    """The cells of every row of a page's tables."""
+    lines = (DOCS / page).read_text(encoding="utf-8").splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+
+
+def measured(name):
+    """Row -> what it scored, times dense; bits and bytes where they are kept."""
+    rows = json.loads((ROOT / "evaluation" / "results" / f"{name}.json").read_text())["rows"]
+    rows = rows if isinstance(rows, dict) else {row["name"]: row for row in rows}
+    dense = json.loads((ROOT / "evaluation" / "results" / "05-pruning.json").read_text())["rows"]["dense"]["perplexity"]
+    return {
+        label: (row, [f"{value / row.get('base', dense)[text]:.3f}" for text, value in row["perplexity"].items()])
+        for label, row in rows.items() if "perplexity" in row
+    }  # fmt: skip
+
+
+def test_the_table_of_distillation_repeats_what_was_measured():
+    rows, seen = {**measured("02-codebook"), **measured("05-pruning")}, 0
+    for label, *cells in cells_of("distillation.md"):
+        name = label.removesuffix(", 1.73 bits per block weight")
+        before = next((f"{name}{ending}" for ending in (", not distilled", "-not-distilled") if f"{name}{ending}" in rows), None)
+        if before is not None:
+            assert cells[1:] == [value for pair in zip(rows[before][1], rows[name][1], strict=True) for value in pair], label
+            seen += 1
+    assert seen == 4
+
+
+def test_the_table_of_corrections_repeats_what_was_measured():
+    rows = measured("03-tensor-network")
+    found = [cells for label, *cells in cells_of("correction.md") if "entropy" in label]
+    for name, cells in zip(("correction", "correction-control"), found, strict=True):
+        row, ratios = rows[name]
+        assert cells == [f"{row['totals']['body_bits_per_weight']:.2f}", f"{row['file_bytes'] / 1e6:.1f}", *ratios]
 
 
 @pytest.mark.cli

@@ -66,6 +66,11 @@ class EntropyModule(CodedModule):
         self._buffers["codes"] = weight.to(self.weight.device)
         return self
 
+    @property
+    def decoded_bytes(self) -> int:
+        """One byte per weight, two where values are exact."""
+        return self.out_features * self.in_features * self.codes.itemsize
+
     def decode_(self) -> None:
         """Decode the stream into `codes`, unless that is done or the stream is not in memory.
 

@@ -382,6 +382,9 @@ def test_inspect_reads_the_bits_from_the_headers(folder):
     layer = next(layer for layer in found["layers"] if layer["name"] == "model.layers.0.mlp.up_proj")
     assert layer["layer"] == "entropy_linear"
     assert layer["bytes"] == layer["num_bytes"] + 2 * 72 + 2 * 32 + 4
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    kept = [*model.state_dict().values(), *(module.codes for module in model.modules() if hasattr(module, "codes"))]
+    assert found["memory_bytes"] == sum(tensor.nbytes for tensor in {tensor.data_ptr(): tensor for tensor in kept}.values())
 
 
 def test_a_cast_leaves_the_stored_tensors_alone(folder):
