@@ -5,7 +5,7 @@ r"""Structured pruning: in one shot, in training against the dense model trained
 
 `--step` takes some of the steps only; what has not run yet is left out of the tables. All rows that are trained get the same
 steps of 1024 tokens, 400 by default, from the calibration texts in the same order, the dense control among them; those that are pruned before
-lose as many channels and heads as HESSO takes out. Each is trained at several learning rates, and the best one on windows that no
+lose as many channels and heads as HESSO takes out; rows of another number of steps (`--train-steps`) say it in their names. Each is trained at several learning rates, and the best one on windows that no
 row trains on, of the same texts, counts; the teacher of distilled rows is the dense model so trained. Several processes may be at it at
 once. Results go to `evaluation/results/05-pruning.json` and `.md`; `--quick` shows that everything runs.
 """
@@ -27,7 +27,9 @@ from transformers import Trainer, TrainingArguments
 from evaluation import steps as stepwise
 from evaluation.steps import RESULTS, bar, machine, taken
 from hf_compact import DistillationCallback, HessoCallback, SpeedConfig, api, evaluate
+from hf_compact.calibration import read_texts, sample
 from hf_compact.checkpoint import write_text
+from hf_compact.config import CalibrationConfig
 from hf_compact.footprint import count
 from hf_compact.groups import find_groups
 from hf_compact.methods.pruning.callback import group_counts
@@ -52,13 +54,17 @@ RATES = (1e-4, 3e-4)
 LEARNING_RATE = 1e-4
 #: HESSO's own scores, without what a group adds to the output.
 PAPER = {"output": 0.0} | dict.fromkeys(("magnitude", "avg_magnitude", "cosine", "taylor_first", "taylor_second"), 0.2)
+#: What is chosen is replaced at once, by the calibration of the recipes; every choice takes a pass over it.
+REFIT = {"compensation": "refit", "periods": 4}
 #: HESSO warms up for a twentieth of the steps and prunes for a quarter of them.
 WARM_UP, PRUNING = 20, 4
-#: Row -> removed share in training (None: before it, by the row's name), whether the trained dense model teaches, other scores.
-TRAINED_ROWS: dict[str, tuple[float | None, bool, dict[str, float]]] = {
+#: Row -> removed share in training (None: before it, by the row's name), whether the trained dense model teaches, other settings.
+TRAINED_ROWS: dict[str, tuple[float | None, bool, dict[str, Any]]] = {
     "trained-dense": (None, False, {}),
     **{f"hesso-{percent}": (percent / 100, False, {}) for percent in TRAINED},
     **{f"hesso-{percent}-distilled": (percent / 100, True, {}) for percent in TRAINED},
+    **{f"hesso-{percent}-refit": (percent / 100, False, REFIT) for percent in TRAINED},
+    **{f"hesso-{percent}-refit-distilled": (percent / 100, True, REFIT) for percent in TRAINED},
     "hesso-20-paper-scores": (0.2, False, PAPER),
     **{f"{name}-20-trained": (None, False, {}) for name in BEFORE},
     "flap-20-trained-distilled": (None, True, {}),
@@ -132,20 +138,27 @@ def share_of_groups(options: argparse.Namespace, target: float) -> dict[str, flo
     return {kind: counts[kind] / number for kind, number in found.items()}
 
 
+def row_name(name: str, rate: float, number: int) -> str:
+    """Of a row that is trained for so many steps."""
+    return f"{name}-{rate:g}" + ("" if number == STEPS else f"-{number}-steps")
+
+
 def trained(options: argparse.Namespace, name: str, rate: float) -> dict[str, Any]:
     """Train the dense model as it is, with HESSO, or after it was pruned in one shot; then score."""
-    target, is_distilled, scores = TRAINED_ROWS[name]
+    target, is_distilled, settings = TRAINED_ROWS[name]
+    opened = api.open_dense(options.model, "float32", is_whole=True)
+    model, tokenizer = opened.model, opened.load_tokenizer()
     callbacks: list[transformers.TrainerCallback] = []
     if is_distilled:
         teacher = options.work / best(options, "trained-dense")
         callbacks.append(DistillationCallback(transformers.AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)))
     if target is not None:
-        warm_up, periods = max(1, options.steps // WARM_UP), 2 if options.quick else 10
-        callbacks.append(
-            HessoCallback(target=target, warm_up_steps=warm_up, pruning_steps=options.steps // PRUNING, periods=periods, **scores)
-        )
-    opened = api.open_dense(options.model, "float32", is_whole=True)
-    model, tokenizer = opened.model, opened.load_tokenizer()
+        schedule = {"warm_up_steps": max(1, options.steps // WARM_UP), "pruning_steps": options.steps // PRUNING, **settings}
+        schedule |= {"periods": 2} if options.quick else {}
+        is_refitted = "compensation" in settings
+        known = CalibrationConfig(num_sequences=4 if options.quick else 64, sequence_length=options.length)
+        batches = sample(tokenizer, read_texts(options.calibration), known, 0, []).batches if is_refitted else ()
+        callbacks.append(HessoCallback(target=target, batches=batches, **schedule))
     before = count(model)
     if target is None and name != "trained-dense":
         pruned = options.work / name.partition("-trained")[0]
@@ -153,10 +166,10 @@ def trained(options: argparse.Namespace, name: str, rate: float) -> dict[str, An
         stage = {"channel_sparsity": shares["channels"], "head_sparsity": shares.get("kv_heads", 0.0)}
         compressed(options, pruned.name, BEFORE[pruned.name.split("-")[0]] | stage)
         model = transformers.AutoModelForCausalLM.from_pretrained(pruned, dtype=torch.float32)
-    started, name = time.perf_counter(), f"{name}-{rate:g}"
+    started, name = time.perf_counter(), row_name(name, rate, options.steps)
     data = stepwise.TrainingWindows(options.calibration, tokenizer, options.length, options.steps * BATCH)
     arguments = TrainingArguments(
-        str(options.work / f"{name}-trainer"), per_device_train_batch_size=BATCH, max_steps=options.steps, bf16=True,
+        str(options.work / f"{name}-trainer"), per_device_train_batch_size=BATCH, max_steps=options.steps, bf16=options.dtype == "auto",
         use_cpu=options.device == "cpu", learning_rate=rate, lr_scheduler_type="cosine", warmup_steps=options.steps // 20, weight_decay=0.0,
         save_steps=50, save_total_limit=1, report_to=[], disable_tqdm=True, logging_steps=20, seed=0,
     )  # fmt: skip
@@ -182,13 +195,19 @@ def trained(options: argparse.Namespace, name: str, rate: float) -> dict[str, An
 def best(options: argparse.Namespace, name: str) -> str:
     """The row at the rate that is best on held-out windows; measures what is missing."""
     todo = steps(options)
-    names = [f"{name}-{rate:g}" for rate in RATES]
+    names = [row_name(name, rate, options.steps) for rate in RATES]
     return stepwise.best_held_out({row: stepwise.done(todo, options.work, row, options.device) for row in names})
 
 
-def chosen(found: dict[str, Any], name: str) -> dict[str, Any] | None:
-    """The best row that there is."""
-    return found.get(stepwise.best_held_out({row: found[row] for rate in RATES if (row := f"{name}-{rate:g}") in found}))
+def chosen(found: dict[str, Any], name: str, number: int = STEPS) -> dict[str, Any] | None:
+    """The best row that there is of so many steps."""
+    rows = {row: found[row] for rate in RATES if (row := row_name(name, rate, number)) in found}
+    return found.get(stepwise.best_held_out(rows))
+
+
+def num_steps(row: dict[str, Any]) -> int | None:
+    """That a row was trained for; None for others."""
+    return row["num_tokens"] // (BATCH * LENGTH) if "num_tokens" in row else None
 
 
 def speed(options: argparse.Namespace) -> dict[str, Any]:
@@ -273,8 +292,11 @@ def steps(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]
         found |= {
             f"{name}-{key}": lambda name=name, key=key: compressed(options, f"{name}-{key}", None, key) for key in CALIBRATED
         }
+    number = getattr(options, "steps", STEPS)
     for name in TRAINED_ROWS:
-        found |= {f"{name}-{rate:g}": lambda name=name, rate=rate: trained(options, name, rate) for rate in RATES}
+        found |= {
+            row_name(name, rate, number): lambda name=name, rate=rate: trained(options, name, rate) for rate in RATES
+        }  # fmt: skip
     found["speed"] = lambda: speed(options)
     found["overhead"] = lambda: overhead(options)
     return found
@@ -295,7 +317,8 @@ def bars(found: dict[str, Any]) -> list[dict[str, Any]]:
         for text, limit in zip(found.get(name, {}).get("perplexity", {}), limits, strict=False):
             ratio = stepwise.ratio(found[name], text, base)
             add(f"{name}: perplexity on {text}, times dense", f"<= {limit}", ratio, ratio <= limit, found[name])
-    trained_bars(found, add)
+    for number in sorted({num_steps(row) for row in found.values()} - {None}, reverse=True):
+        trained_bars(found, number, add)
     if "speed" in found:
         row = found["speed"]
         for kind, least in (("prefill", PREFILL_RATIO), ("decode", DECODE_RATIO)):
@@ -308,30 +331,30 @@ def bars(found: dict[str, Any]) -> list[dict[str, Any]]:
     return result
 
 
-def trained_bars(found: dict[str, Any], add: Add) -> None:
-    """Of rows that were trained, against the dense control and against those that were pruned before."""
-    base = found["dense"]["perplexity"]
+def trained_bars(found: dict[str, Any], number: int, add: Add) -> None:
+    """Of rows that were trained for so many steps, against the dense control and against those that were pruned before."""
+    base, ending = found["dense"]["perplexity"], "" if number == STEPS else f" ({number} steps)"
     for percent, limit in TRAINED.items():
-        for name in (f"hesso-{percent}", f"hesso-{percent}-distilled"):
-            row, control = chosen(found, name), chosen(found, "trained-dense")
+        for name in (f"hesso-{percent}{kind}" for kind in ("", "-distilled", "-refit", "-refit-distilled")):
+            row, control = chosen(found, name, number), chosen(found, "trained-dense", number)
             for text in row["perplexity"] if row and control else ():
                 ratio = stepwise.ratio(row, text, base) / stepwise.ratio(control, text, base)
-                claim = f"{name}: perplexity on {text}, times the dense model trained alike"
+                claim = f"{name}: perplexity on {text}, times the dense model trained alike{ending}"
                 add(claim, f"<= {limit}", ratio, ratio <= limit, row)
     for ours, other_name in (
-        *(("hesso-20", f"{name}-20-trained") for name in BEFORE),
+        *((ours, f"{name}-20-trained") for ours in ("hesso-20", "hesso-20-refit") for name in BEFORE),
         ("hesso-20-distilled", "flap-20-trained-distilled"),
+        ("hesso-20-refit-distilled", "flap-20-trained-distilled"),
     ):
-        row, other = chosen(found, ours), chosen(found, other_name)
+        row, other = chosen(found, ours, number), chosen(found, other_name, number)
         for text in row["perplexity"] if row and other else ():
             ratio = stepwise.ratio(row, text, base) / stepwise.ratio(other, text, base)
-            add(f"{ours}: perplexity on {text}, times {other_name}", "< 1", ratio, ratio < 1, row)
+            add(f"{ours}: perplexity on {text}, times {other_name}{ending}", "< 1", ratio, ratio < 1, row)
 
 
 def write(found: dict[str, Any], line: str, folder: Path = RESULTS) -> str:
     """The JSON, and a table of all rows and of the bars."""
     base, claims = found["dense"]["perplexity"], bars(found)
-    control = (chosen(found, "trained-dense") or {}).get("perplexity", {})
     columns = (
         [f"{text}, × dense" for text in base] + [f"{text}, × dense trained alike" for text in base] + ["held-out perplexity"]
     )
@@ -341,8 +364,11 @@ def write(found: dict[str, Any], line: str, folder: Path = RESULTS) -> str:
             continue
         removed = f"{100 * row['removed_share']:.1f} %" if "removed_share" in row else ""
         ratios = [f"{stepwise.ratio(row, text, base):.3f}" for text in row["perplexity"]]
-        is_trained = "num_tokens" in row and control
-        ratios += [f"{value / control[text]:.3f}" if is_trained else "" for text, value in row["perplexity"].items()]
+        control = (chosen(found, "trained-dense", num_steps(row)) if "num_tokens" in row else None) or {}
+        alike = {
+            text: stepwise.ratio(row, text, base) / stepwise.ratio(control, text, base) for text in control.get("perplexity", {})
+        }
+        ratios += [f"{alike[text]:.3f}" if alike else "" for text in base]
         held = f"{row['held_out']:.2f}" if row.get("held_out") else ""
         lines.append("| " + " | ".join([name, removed, *ratios, held, f"{row['command_seconds'] / 60:.1f}"]) + " |")
     common = {"seed": 0, "machine": machine(), "command": line}
@@ -369,7 +395,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="only shows that everything runs; tables go to the work folder")
     options = stepwise.parse(parser, arguments)
     options.steps, options.length = (8, 32) if options.quick else (options.train_steps, LENGTH)
-    found = stepwise.run(steps(options), options.work, options.step, options.device, options.rows)
+    todo = steps(options)
+    wanted = options.step and [new for old, new in zip(steps(argparse.Namespace()), todo, strict=True) if old in options.step]
+    found = stepwise.run(todo, options.work, wanted, options.device, options.rows)
     line = stepwise.command_line("pruning", options) + f" --train-steps {options.steps}"
     line += f" --dtype {options.dtype}" if options.dtype != "auto" else ""
     print(write(found, line, options.work if options.quick else RESULTS))

@@ -186,7 +186,7 @@ def _chosen(
     """Numbers of the groups that go."""
     per_pool = group_set.num_groups // group_set.num_pools
     if config.score == "obs":
-        return select_by_residual(dense, gram, index, count, per_pool, config.damp)
+        return select_by_residual(dense, gram, index, count, per_pool, config.damp)[0]
     if config.score == "random":
         seed = int.from_bytes(hashlib.sha256(f"{config.seed} {name}".encode()).digest()[:7])
         scores = torch.rand(group_set.num_groups, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

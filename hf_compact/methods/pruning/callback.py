@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
 from ... import distributed
-from ...arch import dense_shape, describe
-from ...capture import without_cache
+from ...arch import as_linear, dense_shape, describe
+from ...capture import input_grams, without_cache
 from ...checkpoint import disk_errors, write_shard, write_text
 from ...errors import ConfigError, FormatError, UnsupportedModel
 from ...footprint import Comparison, count
@@ -36,7 +36,7 @@ from ...speed import SpeedConfig, check_positions, compare_by_turns
 from ...training import CompactCallback, check_same_on_all_ranks
 from .config import HessoConfig
 from .cric import FILE_NAME, Correction
-from .functional import saliency
+from .functional import refit_columns, saliency, select_by_residual
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +52,13 @@ class HessoCallback(CompactCallback):
     Args:
         config: the schedule.
         batches: model inputs that the energies of `output` are taken from before training, as the one-shot score `wanda_sp` does:
-            the first choice, of the weights as they are then, is by them alone, and batches of training count from then on.
+            the first choice, of the weights as they are then, is by them alone, and batches of training count from then on. With
+            compensation `refit` every choice is made on them: that many forward passes, and `in * in` float64 for every reader.
         speed: what is timed at the end, dense and pruned by turns, for the report; it takes a copy of the model. None leaves it out.
         settings: fields of `HessoConfig`, in the place of those of `config`.
 
     Raises:
-        ConfigError: there are batches, and `output` is 0.
+        ConfigError: there are batches, and nothing reads them; or none, and `compensation` needs them.
 
     >>> HessoCallback(target=0.4, warm_up_steps=20).config.last_step
     120
@@ -70,8 +71,11 @@ class HessoCallback(CompactCallback):
         """Keep the settings."""
         super().__init__()
         self.config, self.batches, self.speed = replace(config or HessoConfig(), **settings), batches, speed
-        if batches and not self.config.output:
+        is_refitted = self.config.compensation == "refit"
+        if batches and not (self.config.output or is_refitted):
             raise ConfigError("hesso.output must be above 0 with batches, which fill the energies that it weighs, got 0")
+        if is_refitted and not batches:
+            raise ConfigError("hesso.compensation refit needs batches to fit to, got none")
         self.sets: list[GroupSet] = []
         self.counts: dict[str, int] = {}
         self.before: dict[nn.Parameter, Tensor] = {}
@@ -102,7 +106,7 @@ class HessoCallback(CompactCallback):
             reader = group_set.slices[-1].module
             states = torch.zeros(group_set.num_groups, dtype=torch.uint8, device=reader.weight.device)
             reader.register_buffer(_name(group_set), states)
-        if self.config.output:
+        if self.config.output and self.config.compensation == "none":
             self._attach_(model)
             if self.batches:
                 self._measure_(model)
@@ -178,7 +182,11 @@ class HessoCallback(CompactCallback):
             for group_set in self.sets:
                 states = self.states(group_set)
                 states[states == SHRINKING] = PRUNED
-            self._choose((step - config.first_step) // config.period_steps + 1)
+            due = self._due((step - config.first_step) // config.period_steps + 1)
+            if config.compensation == "refit":
+                self._replace_(model, due)
+            else:
+                self._choose(due)
         left = 0 if position is None else config.period_steps - position
         for group_set in self.sets:
             states = self.states(group_set).cpu()
@@ -293,11 +301,43 @@ class HessoCallback(CompactCallback):
         first = self.config.first_step
         return (step - first) % self.config.period_steps if first <= step <= self.config.last_step else None
 
-    def _choose(self, period: int) -> None:
-        """Mark the groups with the lowest scores, until as many as are due by the end of this period, from 1, are chosen."""
-        self._mark(self._lowest(self._scores(), self._due(period)))
+    def _choose(self, due: dict[str, int]) -> None:
+        """Mark the groups with the lowest scores, until as many as are due are chosen."""
+        self._mark(self._lowest(self._scores(), due))
         for module in self._readers() if self.hooks else ():
             module.get_buffer(_ENERGY).mul_(0.5)
+
+    def _replace_(self, model: PreTrainedModel, due: dict[str, int]) -> None:
+        """Choose by what is left of the error after a refit, and let what stays take over at once."""
+        arch = describe(model)
+        names = {id(model.get_submodule(name)): name for block in arch.blocks for name in arch.targets(block)}
+        readers = {group_set: names[id(group_set.slices[-1].module)] for group_set in self.sets}
+        grams = input_grams(model, [*readers.values()], self.batches)
+        scores = [self._residuals(group_set, grams[name], due) for group_set, name in readers.items()]
+        chosen = [mask.to(model.device) for mask in self._lowest(scores, due)]
+        distributed.broadcast_(chosen, 0)  # ranks may round to other choices, and to other weights
+        self._mark(chosen)
+        for group_set, name in readers.items():
+            states, part = self.states(group_set), group_set.slices[-1]
+            kept = part.index[(states == KEPT).cpu()].flatten().sort().values
+            columns = as_linear(part.module).weight
+            new = refit_columns(columns.cpu(), grams[name], kept, self.config.damp).to(columns)
+            (part.parameter if part.dim else part.parameter.T)[:, kept] = new
+            states[states == SHRINKING] = PRUNED
+        distributed.broadcast_([group_set.slices[-1].parameter for group_set in self.sets], 0)
+
+    def _residuals(self, group_set: GroupSet, gram: Tensor, due: dict[str, int]) -> Tensor:
+        """`[groups]` what each costs when it is removed after those that cost less; of those that would stay, infinity."""
+        is_kept = (self.states(group_set) == KEPT).cpu()
+        most = due[group_set.kind] if self.config.is_uniform else most_removed(group_set, self.config)
+        number, per_pool = most - int((~is_kept).sum()), int(is_kept.sum()) // group_set.num_pools
+        found = torch.full((group_set.num_groups,), torch.inf, dtype=torch.float64)
+        if number > 0:
+            weight, index = as_linear(group_set.slices[-1].module).weight.cpu(), group_set.slices[-1].index
+            order, costs = select_by_residual(weight, gram, index[is_kept], number, per_pool, self.config.damp)
+            # The next one costs more but for rounding; where it does not, it must still not come before.
+            found[is_kept.nonzero()[:, 0][order]] = costs.cummax(0).values
+        return found
 
     def _due(self, period: int) -> dict[str, int]:
         """Groups of each kind that a block has lost by the end of a period, in the mean."""

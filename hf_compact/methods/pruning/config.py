@@ -117,6 +117,12 @@ class HessoConfig:
     """Steps of a cycle."""
     loss: float = 1.0
     """Weight of the growth of the loss, with `cric` only."""
+    compensation: Literal["none", "refit"] = "none"
+    """`refit`: what is chosen is, as in one shot, what costs least once all that stay make up for it, and it is zero at once: the
+    columns that read the others take over its output by least squares on `batches`, and the rest of the period trains them.
+    The scores above are not read then."""
+    damp: float = 0.01
+    """`refit` only: ridge of the gram matrices, as a fraction of their mean diagonal."""
     is_uniform: bool = True
     """Every block loses the same number, so that the result is an ordinary model; otherwise groups of a kind compete."""
     channel_multiple: int = 8
@@ -142,8 +148,19 @@ class HessoConfig:
             raise ConfigError("hesso.cric_cycles and cric_steps must be at least 1, loss at least 0")
         if not all(0 <= weight < math.inf for weight in self.weights) or not any(self.weights):
             raise ConfigError(f"hesso: weights of scores must be at least 0 and not all 0, got {list(self.weights)}")
+        self._check_compensation()
         if not 0 <= self.min_kept < 1:
             raise ConfigError(f"hesso.min_kept must be in [0, 1), got {self.min_kept}")
+
+    def _check_compensation(self) -> None:
+        if self.compensation not in ("none", "refit"):
+            raise ConfigError(f"hesso.compensation must be none or refit, got {self.compensation}")
+        if self.compensation == "refit" and (self.cric or self.kinds == ("hidden",)):
+            raise ConfigError(
+                "hesso.compensation must be none with cric, and for the kind hidden, which nothing alone reads, got refit"
+            )
+        if not 0 <= self.damp <= 1:
+            raise ConfigError(f"hesso.damp must be in [0, 1], got {self.damp}")
 
     @property
     def weights(self) -> tuple[float, ...]:

@@ -65,7 +65,9 @@ def loss_increase(weight: Tensor, gram: Tensor, index: Tensor, outputs: Tensor) 
     return 0.5 * (gram.double()[pairs] * inner[pairs]).sum((1, 2))
 
 
-def select_by_residual(weight: Tensor, gram: Tensor, index: Tensor, num_removed: int, per_pool: int, damp: float) -> Tensor:
+def select_by_residual(
+    weight: Tensor, gram: Tensor, index: Tensor, num_removed: int, per_pool: int, damp: float
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Remove units one by one, each time the one that costs least when all that stay are refitted (OBS).
 
     With `C = (G + damp)^-1` the cost of J is `tr(W_J C_JJ^-1 W_J^T)`; then `W -= W_J C_JJ^-1 C_J` and C loses J. The sum of
@@ -80,11 +82,12 @@ def select_by_residual(weight: Tensor, gram: Tensor, index: Tensor, num_removed:
         damp: ridge, as a fraction of the mean diagonal.
 
     Returns:
-        Numbers of the removed units in the order of removal.
+        Numbers of the removed units in the order of removal, and what each has cost, both `[num_removed]`.
     Source: SparseGPT's and OBC's elimination (arXiv 2208.11580) for whole columns, as in ZipLM (arXiv 2302.04089).
 
-    >>> select_by_residual(torch.tensor([[1.0, 1.0, 0.1]]), torch.eye(3), torch.arange(3)[:, None], 1, 3, 0.0).tolist()
-    [2]
+    >>> weight, index = torch.tensor([[1.0, 1.0, 0.5]]), torch.arange(3)[:, None]
+    >>> [found.tolist() for found in select_by_residual(weight, torch.eye(3, dtype=torch.float64), index, 1, 3, damp=0.0)]
+    [[2], [0.2500000002500000]]
     """
     units, width = index.shape
     num_pools = units // per_pool
@@ -92,6 +95,7 @@ def select_by_residual(weight: Tensor, gram: Tensor, index: Tensor, num_removed:
     c = torch.linalg.inv(ridged(gram, damp))
     is_gone = torch.zeros(units, dtype=torch.bool)
     removed: list[int] = []
+    costs: list[float] = []
     for turn in range(num_removed):
         if width == 1:
             cost = w.square().sum(0)[index[:, 0]] / c.diagonal()[index[:, 0]].clamp_min(1e-30)
@@ -105,6 +109,7 @@ def select_by_residual(weight: Tensor, gram: Tensor, index: Tensor, num_removed:
             counts = is_gone.view(num_pools, per_pool).sum(1)
             cost = cost.masked_fill((counts > turn // num_pools).repeat_interleave(per_pool), torch.inf)
         best = int(cost.argmin())
+        costs.append(float(cost[best]))
         columns_of = index[best]
         gain = torch.linalg.solve(c[columns_of][:, columns_of], c[columns_of])  # [width, in]
         w -= w[:, columns_of] @ gain
@@ -114,7 +119,7 @@ def select_by_residual(weight: Tensor, gram: Tensor, index: Tensor, num_removed:
         w[:, columns_of] = 0
         c[:, columns_of] = 0
         c[columns_of] = 0
-    return torch.tensor(removed, dtype=torch.long)
+    return torch.tensor(removed, dtype=torch.long), torch.tensor(costs, dtype=torch.float64)
 
 
 def refit_columns(weight: Tensor, gram: Tensor, kept: Tensor, damp: float) -> Tensor:

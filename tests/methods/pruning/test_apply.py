@@ -71,7 +71,7 @@ def test_units_are_removed_by_their_residual(width):
         return output_energy(lost, gram)
 
     gone: list[int] = []
-    for unit in select_by_residual(weight, gram, index, 3, len(index), damp=0.0).tolist():
+    for unit in select_by_residual(weight, gram, index, 3, len(index), damp=0.0)[0].tolist():
         costs = {other: residual([*gone, other]) for other in range(len(index)) if other not in gone}
         assert unit == min(costs, key=costs.get)
         gone.append(unit)
@@ -80,14 +80,14 @@ def test_units_are_removed_by_their_residual(width):
 def test_without_damping_the_size_of_the_inputs_does_not_matter():
     weight, gram = problem()
     index = torch.arange(12)[:, None]
-    found = [select_by_residual(weight, gram * scale, index, 5, 12, damp=0.0).tolist() for scale in (1.0, 1e-8)]
+    found = [select_by_residual(weight, gram * scale, index, 5, 12, damp=0.0)[0].tolist() for scale in (1.0, 1e-8)]
     assert found[0] == found[1]
-    assert len(set(select_by_residual(weight, torch.ones(12, 12), index, 5, 12, damp=0.0).tolist())) == 5
+    assert len(set(select_by_residual(weight, torch.ones(12, 12), index, 5, 12, damp=0.0)[0].tolist())) == 5
 
 
 def test_pools_lose_equally_many():
     weight, gram = problem()
-    removed = select_by_residual(weight, gram, torch.arange(12)[:, None], 6, 4, damp=0.01)
+    removed, _ = select_by_residual(weight, gram, torch.arange(12)[:, None], 6, 4, damp=0.01)
     assert torch.bincount(removed // 4).tolist() == [2, 2, 2]
     assert torch.bincount(lowest(torch.arange(12.0), 6, 4) // 4).tolist() == [2, 2, 2]
 

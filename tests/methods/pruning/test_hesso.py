@@ -1,5 +1,6 @@
 """HESSO in a stock Trainer: the schedule is exact, a stopped run ends alike, ranks agree, the result is ordinary."""
 
+import copy
 import json
 from functools import partial
 from pathlib import Path
@@ -19,8 +20,11 @@ from hf_compact import (
     SparsityConfig,
     SpeedConfig,
 )
+from hf_compact.arch import as_linear
 from hf_compact.calibration import from_batches
+from hf_compact.capture import input_grams
 from hf_compact.errors import ConfigError, FormatError, UnsupportedModel
+from hf_compact.functional.gram import output_energy
 from hf_compact.groups import find_groups
 from hf_compact.methods.pruning.callback import KEPT, PRUNED, SHRINKING
 from hf_compact.methods.pruning.functional import lowest, unit_energy
@@ -303,6 +307,94 @@ def test_batches_leave_the_modes_of_a_model_alone():
     mine, theirs = ([m.pruning_energy for m in of.modules() if hasattr(m, "pruning_energy")] for of in (model, quiet))
     assert all(torch.equal(one, other) for one, other in zip(mine, theirs, strict=True))
     assert all(energy.min() > 0 and not energy.requires_grad for energy in mine)
+
+
+def refitted(family, batches):
+    """A model in which the channels of the first choice have just been replaced."""
+    model = tiny_model(family)
+    settings = {"target": 0.25, "unit": "groups", "kinds": ("channels",), "periods": 1, "channel_multiple": 4}
+    callback = HessoCallback(compensation="refit", batches=batches, **settings)
+    callback.prepare(model)
+    callback.step(model, 1, 1e-3)
+    return model, callback
+
+
+def test_a_refit_is_that_of_one_shot():
+    """In the first block, whose inputs are the same there; what is chosen is zero at once."""
+    batches = [padded("llama", seed) for seed in (50, 51, 52)]
+    model, callback = refitted("llama", batches)
+    group_set = callback.sets[0]
+    assert {*callback.states(group_set).tolist()} == {KEPT, PRUNED}
+    assert len(group_set.zero_groups()) == callback.counts["channels"]
+    callback.finalize(model)
+    expected = tiny_model("llama")
+    stage = {"method": "pruning", "channel_sparsity": 0.25, "score": "obs", "compensation": "refit", "channel_multiple": 4}
+    hf_compact.compress(expected, {"stages": [stage]}, calibration=from_batches(batches))
+    for name in ("gate_proj", "down_proj"):
+        one, other = (m.model.layers[0].mlp.get_submodule(name).weight for m in (model, expected))
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "t5"])
+def test_a_refit_takes_over_the_output_of_what_goes(family):
+    batches = [tiny_inputs(family, seed=seed) for seed in (50, 51, 52)]
+    dense = tiny_model(family)
+    model, callback = refitted(family, batches)
+    readers = [s.slices[-1].module for s in callback.sets]
+    names = [name for name, module in model.named_modules() if module in readers]
+    grams = input_grams(dense, names, batches)
+    for name in names:
+        before, after = (as_linear(m.get_submodule(name)).weight.double() for m in (dense, model))
+        zeroed = before * (after != 0).any(0)
+        assert (after == 0).all(0).any(), name
+        assert output_energy(before - after, grams[name]) < 0.8 * output_energy(before - zeroed, grams[name])
+
+
+@pytest.mark.parametrize("is_uniform", [True, False], ids=["uniform", "competing"])
+def test_the_schedule_is_exact_with_a_refit(is_uniform, tmp_path):
+    settings = SETTINGS | {"compensation": "refit", "is_uniform": is_uniform}
+    dense = tiny_model("llama")
+    callback = HessoCallback(batches=BATCHES, **settings)
+    trainer = train(copy.deepcopy(dense), callback, tmp_path / "whole")
+    widths = [layer.mlp.up_proj.out_features for layer in trainer.model.model.layers]
+    assert sum(widths) == 3 * (72 - callback.counts["channels"])
+    assert not is_uniform or len({*widths}) == 1
+    stopped = HessoCallback(batches=BATCHES, **settings)
+    again = train(copy.deepcopy(dense), stopped, tmp_path / "again", resume=str(tmp_path / "whole" / "checkpoint-3"))
+    weights = trainer.model.state_dict()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in again.model.state_dict().items())
+
+
+def test_a_refit_leaves_less_error_than_none():
+    """Of the logits, untrained, on other inputs than it was fitted to."""
+    found = {}
+    for compensation in ("none", "refit"):
+        model = tiny_model("llama")
+        batches = [tiny_inputs("llama", seed=seed) for seed in range(60, 64)]
+        inputs = tiny_inputs("llama", seed=64)
+        with torch.no_grad():
+            before = model(**inputs).logits
+            callback = HessoCallback(target=0.3, pruning_steps=4, periods=4, batches=batches, compensation=compensation)
+            callback.prepare(model)
+            for step in range(1, 5):
+                callback.step(model, step, 0.0)
+            found[compensation] = (callback.finalize(model)(**inputs).logits - before).norm().item()
+    assert found["refit"] < 0.95 * found["none"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"compensation": "bias"}, "compensation must be none or refit, got bias"),
+        ({"compensation": "refit"}, "compensation refit needs batches to fit to, got none"),
+        ({"compensation": "refit", "cric": True}, "compensation must be none with cric"),
+        ({"compensation": "refit", "kinds": ("hidden",)}, "and for the kind hidden, which nothing alone reads"),
+        ({"damp": 2.0}, r"damp must be in \[0, 1\], got 2.0"),
+    ],
+)
+def test_compensations_that_do_not_fit(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        HessoCallback(**settings)
 
 
 def test_batches_need_the_score_they_fill():
