@@ -560,6 +560,20 @@ def test_two_ranks_share_the_batches(tmp_path):
         torch.testing.assert_close(energy, model.get_buffer(name))
 
 
+def _refit_worker(rank: int, folder: str) -> None:
+    model = tiny_model("llama")
+    train(model, HessoCallback(**SETTINGS, compensation="refit", batches=BATCHES), Path(folder) / "run", ddp_backend="gloo")
+    save_file({k: v.contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}, f"{folder}/{rank}.safetensors")
+
+
+@pytest.mark.distributed
+def test_two_ranks_refit_alike(tmp_path):
+    run_ranks(_refit_worker, str(tmp_path), seconds=240)
+    first, second = load_file(tmp_path / "0.safetensors"), load_file(tmp_path / "1.safetensors")
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert first["model.layers.0.mlp.up_proj.weight"].shape[0] < 72
+
+
 def _worker(rank: int, folder: str, broadcast: bool) -> None:
     model, again, callback = tiny_model("llama"), tiny_model("llama"), Energies(**SETTINGS | {"warm_up_steps": 3})
     settings = {"ddp_backend": "gloo", "ddp_broadcast_buffers": broadcast, "gradient_accumulation_steps": 2}
