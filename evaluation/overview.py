@@ -34,8 +34,7 @@ from hf_compact.config import CalibrationConfig
 from hf_compact.results import Results
 
 ROOT = Path(__file__).parents[1]
-# Sparsity has settings and no recipe of its own.
-RECIPES = [*sorted((ROOT / "configs" / "recipes").glob("*.yaml")), ROOT / "configs" / "methods" / "sparsity.yaml"]
+RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
 TASKS = ("arc_easy", "hellaswag", "lambada_openai", "piqa", "winogrande")
 #: What the adapter is trained on top of.
 RECOVERED = "codebook-3bit"
