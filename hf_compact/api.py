@@ -644,7 +644,9 @@ def inspect_folder(folder: str | Path) -> dict[str, Any]:
     body = [layer for layer in layers if layer["name"] not in outside]
     weights = sum(torch.Size(layer["shape"]).numel() for layer in body)
     report = folder / REPORT_NAME
-    decoded = sum(module.decoded_bytes for module in built.modules() if isinstance(module, CodedModule))
+    tied = {name for name, spec in table.items() if "tied_to" in spec}
+    coded = {name: module for name, module in built.named_modules() if isinstance(module, CodedModule)}
+    decoded = sum(module.decoded_bytes for name, module in coded.items() if name not in tied)
     return {
         "folder": str(folder),
         "format_version": FORMAT_VERSION,
@@ -830,14 +832,12 @@ def check_nesting(arch: Architecture, recipe: Recipe) -> list[set[str]]:
 
     Raises:
         ConfigError: a stage leaves a Linear to a later one that there is not, or comes third: what is taken apart twice is
-            not looked into; or cuts what an earlier one has taken apart.
+            not looked into.
     """
     chosen = select_stages(arch.roles, recipe.stages)
     built = dict.fromkeys(arch.roles, 0)
     for position, (stage, names) in enumerate(zip(recipe.stages, chosen, strict=True)):
         method, later = METHODS[stage.method], set().union(*chosen[position + 1 :])
-        if method.cut_block is not None and (changed := sorted(name for name in names if built[name])):
-            raise ConfigError(f"recipe.stages[{position}] cuts {changed[0]}, which an earlier stage has taken apart: cut first")
         if method.finish is not None and (alone := sorted(names - later)):
             raise ConfigError(f"recipe.stages[{position}] corrects {alone[0]}, which no later stage compresses: exclude it")
         if deep := sorted(name for name in names if built[name] > 1):
@@ -856,7 +856,7 @@ def check_cuts(model: PreTrainedModel, arch: Architecture, recipe: Recipe) -> No
     Raises:
         NothingMatched: a stage cuts nothing.
         UnsupportedModel: the family is not known, or the config cannot say widths that a later stage's layers need.
-        ConfigError: blocks would lose unequal shares.
+        ConfigError: blocks would lose unequal shares, or a stage cuts what an earlier one has compressed.
     """
     chosen = select_stages(arch.roles, recipe.stages)
     for position, (stage, names) in enumerate(zip(recipe.stages, chosen, strict=True)):
@@ -868,6 +868,11 @@ def check_cuts(model: PreTrainedModel, arch: Architecture, recipe: Recipe) -> No
         cut = [set(method.cut_block(shapes, arch, block, names, stage, None)) for block in arch.blocks]
         if not any(cut) and not getattr(stage, "num_layers", 0):
             raise NothingMatched(f"recipe.stages[{position}] removes nothing: every number of groups rounds to 0")
+        earlier = set().union(
+            *(chosen[i] for i, other in enumerate(recipe.stages[:position]) if METHODS[other.method].cut_block is None)
+        )
+        if changed := sorted(set().union(*cut) & earlier):
+            raise ConfigError(f"recipe.stages[{position}] cuts {changed[0]}, which an earlier stage has compressed: cut first")
         later = set().union(*chosen[position + 1 :])
         stuck = sorted(set(settle_(shapes, arch)) & later)
         if stuck:

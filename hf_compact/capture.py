@@ -856,38 +856,63 @@ def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, _
 
 
 @torch.no_grad()
-def input_grams(
+def input_moments(
     model: PreTrainedModel, names: Collection[str], batches: Sequence[Mapping[str, Tensor]]
-) -> dict[str, Tensor]:  # fmt: skip
-    """Sums of x x^T over the inputs of some Linears of the blocks, padding left out: `[in, in]` float64 each, on the CPU.
+) -> dict[str, tuple[Tensor, Tensor]]:  # fmt: skip
+    """Moments of the inputs of some Linears of the blocks over batches, which ranks deal out, padding left out.
 
-    Without batches there is nothing to sum, and none.
+    Returns:
+        By name, on the CPU, in float64: `[in, in]` sum of x x^T, and `[in + 1]` sum of x and behind it their number; nothing
+        without batches.
+
+    Raises:
+        NumericalError: an input is not finite.
     """
     if not batches:
         return {}
     arch, one = describe(model), dict[str, Tensor]()
     modules = {name: model.get_submodule(name) for name in names}
-    grams = {
-        name: torch.zeros([dense_shape(module)[1]] * 2, dtype=torch.float64, device=model.device)
-        for name, module in modules.items()
-    }
+    dtype = torch.float32 if model.device.type == "mps" else torch.float64  # which has none
+    found = {}
+    for name, module in modules.items():
+        size, device = dense_shape(module)[1], module.weight.device
+        found[name] = torch.zeros(size, size, dtype=dtype, device=device), torch.zeros(size + 1, dtype=dtype, device=device)
     masks = {name: arch.mask_of(block, name) for block in arch.blocks for name in arch.targets(block)}
 
     def note(name: str, args: tuple[Tensor, ...]) -> None:
-        add_gram_(grams[name], without_padding(args[0], one.get(masks[name])))
+        x = without_padding(args[0], one.get(masks[name])).flatten(0, -2)
+        gram, total = found[name]
+        add_gram_(gram, x)
+        total[:-1] += x.sum(0, dtype=torch.float32)
+        total[-1] += len(x)
 
-    was_training = model.training
     handles = [module.register_forward_pre_hook(lambda _, args, name=name: note(name, args)) for name, module in modules.items()]
     try:
-        with without_cache(model):
-            for batch in batches:
+        with evaluating(model), without_cache(model):
+            for batch in distributed.share(batches):
                 one = {name: value.to(model.device) for name, value in batch.items()}
-                model.eval().base_model(**one)
+                model.base_model(**one)
     finally:
-        model.train(was_training)
         for handle in handles:
             handle.remove()
-    return {name: gram.cpu() for name, gram in grams.items()}
+    for name, sums in found.items():
+        distributed.sum_(sums)
+        if not all(part.isfinite().all() for part in sums):
+            raise NumericalError(f"{name} reads inputs that are not finite: the model overflows on these batches")
+    return {name: (gram.double().cpu(), total.double().cpu()) for name, (gram, total) in found.items()}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No gradients and no dropout; modes come back module by module, as parts may stand in evaluation on purpose."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 @torch.no_grad()
@@ -903,14 +928,12 @@ def mean_input_squares(
         sums[module] = sums.get(module, 0) + rows.square().sum(0)
         counts[module] += len(rows)
 
-    was_training = model.training
     handles = [module.register_forward_pre_hook(note) for module in counts]
     try:
-        with without_cache(model):
+        with evaluating(model), without_cache(model):
             for batch in batches:
-                model.eval()(**{name: value.to(model.device) for name, value in batch.items()})
+                model(**{name: value.to(model.device) for name, value in batch.items()})
     finally:
-        model.train(was_training)
         for handle in handles:
             handle.remove()
     return {module: total / counts[module] for module, total in sums.items()}

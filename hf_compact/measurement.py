@@ -78,7 +78,7 @@ class ErrorTable:
         self.path, self.fingerprint = path, dict(fingerprint)
         self.errors: dict[str, list[float]] = {}
         self.points: dict[str, dict[str, Any]] = {}
-        """By what tells one recipe from another."""
+        """By the SHA-256 of the stages: the numbers of a model that they have compressed."""
         if path is None or not path.exists():
             return
         advice = "choose another --cache or delete the file"

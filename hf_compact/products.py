@@ -1,10 +1,10 @@
 """Products of bfloat16 matrices at the speed of float32, on CPUs without instructions for them.
 
-Such a CPU multiplies them in software, a sixth as fast as float32 or slower. The factors are exact in float32 and both ways
+Such a CPU multiplies them in software, several times slower than float32. The factors are exact in float32 and both ways
 add up in float32, so what differs is the order of the sums: results are rounded to bfloat16 as they would be.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import repeat
 from typing import Any
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 _WIDENED = {
-    F.scaled_dot_product_attention, torch.bmm, torch.matmul, torch.mm,
+    F.scaled_dot_product_attention, torch.baddbmm, torch.bmm, torch.matmul, torch.mm,
     Tensor.bmm, Tensor.matmul, Tensor.mm,
 }  # fmt: skip
 #: With fewer rows, reading the weight takes longer than multiplying it, and a wider copy is what costs.
@@ -53,17 +53,18 @@ class _Widening(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:  # fmt: skip
         kwargs = kwargs or {}
-        if func is F.linear and _are_narrow(*args, *kwargs.values()):
+        given = [*args, *kwargs.values()]
+        if func is F.linear and _are_narrow(given):
             return _linear(*args, **kwargs)
-        if func is torch.addmm and not kwargs and _are_narrow(*args):  # Conv1D of GPT-2
+        if func is torch.addmm and not kwargs and args[0].dim() == 1 and _are_narrow(args):  # Conv1D of GPT-2
             bias, x, weight = args
             return _linear(x, weight.T, bias)
-        if func in _WIDENED and _are_narrow(*args[:2]):
+        if func in _WIDENED and "out" not in kwargs and _are_narrow(given[:2]):
             return func(*map(_widened, args), **{name: _widened(value) for name, value in kwargs.items()}).bfloat16()
         return func(*args, **kwargs)
 
 
-def _are_narrow(*values: Any) -> bool:
+def _are_narrow(values: Sequence[Any]) -> bool:
     tensors = [value for value in values if isinstance(value, Tensor)]
     return bool(tensors) and all(value.dtype == torch.bfloat16 and value.device.type == "cpu" for value in tensors)
 
@@ -73,7 +74,8 @@ def _widened(value: Any) -> Any:
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if input.dim() < 2 or input.shape[:-1].numel() < _FEW_ROWS:
+    is_usual = input.dim() > 1 and weight.dim() == 2 and (bias is None or len(bias) == len(weight))
+    if not is_usual or input.shape[:-1].numel() < _FEW_ROWS:
         return F.linear(input, weight, bias)
     return _Linear.apply(input, weight, bias)
 
@@ -81,10 +83,16 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 class _Linear(torch.autograd.Function):
     """Keeps for the backward pass what is narrow, and widens it again there."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep input and weight."""
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """`[..., in]`, `[out, in]`, `[out]` -> `[..., out]`."""
-        ctx.save_for_backward(x, weight)
         wide = x.float()
         biases = repeat(None) if bias is None else bias.float().split(_PIECE)
         parts = zip(weight.split(_PIECE), biases, strict=False)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .arch import as_linear, dense_shape, describe
-from .capture import Method, input_grams, patched_forwards, without_cache
+from .capture import Method, input_moments, patched_forwards, without_cache
 from .checkpoint import disk_errors, write_plot, write_text
 from .config import MethodConfig
 from .distillation import divergence
@@ -56,7 +56,7 @@ def profile_(
     if not rest:
         return found
     with without_cache(model):
-        grams = input_grams(model, rest, batches)
+        grams = {name: gram for name, (gram, _) in input_moments(model, rest, batches).items()}
         blocks = list(arch.blocks) if len(arch.stacks) == 1 else []
         targets, states = zip(*(_dense_run(model, blocks, ids) for ids in probes), strict=True)
         for name in rest:

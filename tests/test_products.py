@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_compact import products
 from hf_compact.products import fast_products
@@ -11,15 +12,38 @@ PRODUCTS = {
     "linear and bias": lambda a, b: F.linear(a, b.T, b[0]),
     "linear by keyword": lambda a, b: F.linear(input=a, weight=b.T, bias=b[0]),
     "batches": lambda a, b: F.linear(a.unflatten(0, (4, -1)), b.T).flatten(0, 1),
-    "few rows": lambda a, b: F.linear(a[:1], b.T),
-    "one row": lambda a, b: F.linear(a[0], b.T),
     "addmm": lambda a, b: torch.addmm(b[0], a, b),
     "operator": lambda a, b: a @ b,
     "matmul": lambda a, b: torch.matmul(a, b),
+    "baddbmm": lambda a, b: torch.baddbmm(b[0], a[None], b[None])[0],
+    "attention by keyword": lambda a, b: F.scaled_dot_product_attention(query=a[None], key=a[None], value=a[None])[0] * b.sum(),
     "mm": lambda a, b: a.mm(b),
     "bmm": lambda a, b: torch.bmm(a[None], b[None])[0],
     "attention": lambda a, b: F.scaled_dot_product_attention(a[None], a[None], value=a[None], is_causal=True)[0] * b.sum(),
 }
+
+
+#: What is left to the CPU's own way: few rows, and shapes that are not those of a Linear.
+NATIVE = {
+    "few rows": lambda a, b: F.linear(a[:1], b.T),
+    "one row": lambda a, b: F.linear(a[0], b.T),
+    "one output": lambda a, b: F.linear(a, b[0]),
+    "a matrix is added": lambda a, b: torch.addmm(a, a, b),
+    "one number is added": lambda a, b: torch.addmm(b[0, :1], a, b),
+}
+
+
+class Seen(TorchDispatchMode):
+    """The dtypes that products are computed in."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(word in str(func) for word in ("mm", "mv", "attention", "dot")):
+            self.dtypes |= {value.dtype for value in args if isinstance(value, torch.Tensor)}
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture
@@ -34,6 +58,41 @@ def factors(dtype):
 
 
 @pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)
+def test_products_are_computed_in_float32(product, is_slow):
+    a, b = factors(torch.bfloat16)
+    with fast_products(), Seen() as seen:
+        product(a, b).sum().backward()
+    assert seen.dtypes == {torch.float32}
+
+
+@pytest.mark.parametrize("product", NATIVE.values(), ids=NATIVE)
+def test_other_shapes_are_left_alone(product, is_slow):
+    a, b = factors(torch.bfloat16)
+    with fast_products(), Seen() as seen:
+        found = product(a, b)
+    assert seen.dtypes == {torch.bfloat16}
+    assert torch.equal(found, product(a, b))
+
+
+def test_a_given_output_is_written(is_slow):
+    a, b = (factor.detach() for factor in factors(torch.bfloat16))
+    out = torch.zeros_like(a)
+    with fast_products():
+        torch.mm(a, b, out=out)
+    assert torch.equal(out, a @ b)
+
+
+def test_functional_gradients(is_slow):
+    a, b = (factor.detach() for factor in factors(torch.bfloat16))
+    with fast_products():
+        found = torch.func.grad(lambda x: F.linear(x, b).square().sum())(a)
+        each = torch.func.vmap(lambda x: F.linear(x, b))(a.unflatten(0, (2, 8)))
+    exact = torch.func.grad(lambda x: F.linear(x, b.float()).square().sum())(a.float())
+    torch.testing.assert_close(found.float(), exact, atol=2 * LAST_DIGIT * exact.abs().max().item(), rtol=2 * LAST_DIGIT)
+    assert each.shape == (2, 8, 32)
+
+
+@pytest.mark.parametrize("product", [*PRODUCTS.values(), *NATIVE.values()], ids=[*PRODUCTS, *NATIVE])
 def test_values_and_gradients_are_those_of_float32_rounded(product, is_slow):
     found, exact = [], []
     for dtype, results in ((torch.bfloat16, found), (torch.float32, exact)):

@@ -10,9 +10,10 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 
 import hf_compact
 from hf_compact import DistillationCallback, TensorNetworkCallback, TernaryCallback
+from hf_compact.arch import describe
 from hf_compact.calibration import from_batches
-from hf_compact.capture import input_grams
-from hf_compact.errors import ConfigError, FormatError
+from hf_compact.capture import input_moments
+from hf_compact.errors import ConfigError, FormatError, NumericalError
 from hf_compact.functional.gram import output_energy
 from hf_compact.methods.distillation import DistillationTerms
 from hf_compact.methods.tensor_network import TensorNetworkTraining, TensorTrainLinear
@@ -262,10 +263,9 @@ def test_trp_keeps_the_energy_of_the_outputs_on_its_batches():
     callback = TensorNetworkCallback(schedule="trp", interval=2, energy=0.9, nuclear_weight=0.0, batches=[batch])
     callback.prepare(model)
     callback.step(model, 2, 1e-2)
-    grams = input_grams(dense, callback.names, [batch])
-    for name in callback.names:
+    for name, (gram, _) in input_moments(dense, callback.names, [batch]).items():
         before, after = dense.get_submodule(name).weight, model.get_submodule(name).weight
-        share = output_energy(before - after, grams[name]) / output_energy(before, grams[name])
+        share = output_energy(before - after, gram) / output_energy(before, gram)
         assert 1e-3 < share < 0.11  # the ridge lets a little more go
         assert torch.linalg.matrix_rank(after) < min(after.shape)
 
@@ -279,6 +279,45 @@ def test_trp_takes_the_nuclear_step_of_all_steps_since_the_last_truncation():
         callback.step(model, 5, 1e-3)
         found[weight] = torch.linalg.svdvals(model.model.layers[0].mlp.up_proj.weight.double())
     torch.testing.assert_close(found[3.0], (found[0.0] - 5 * 1e-3 * 3.0).clamp_min(0), atol=1e-6, rtol=0)
+
+
+def test_the_nuclear_weight_means_the_same_on_more_batches():
+    found = []
+    for number in (1, 4):
+        model = tiny_model("llama")
+        batches = [tiny_inputs("llama", 2, 8)] * number
+        callback = TensorNetworkCallback(schedule="trp", interval=5, energy=0.9, nuclear_weight=3.0, batches=batches)
+        callback.prepare(model)
+        callback.step(model, 5, 1e-3)
+        found.append(model.model.layers[0].mlp.up_proj.weight)
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-3)
+
+
+def test_batches_leave_modes_alone_and_have_to_be_finite():
+    model = tiny_model("llama").train()
+    model.model.layers[1].eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    names = ["model.layers.0.mlp.up_proj"]
+    input_moments(model, names, [tiny_inputs("llama")])
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    model.model.embed_tokens.weight.data.fill_(torch.inf)
+    with pytest.raises(NumericalError, match=r"model.layers.0.mlp.up_proj reads inputs that are not finite"):
+        input_moments(model, names, [tiny_inputs("llama")])
+    assert not model.get_submodule(names[0])._forward_pre_hooks
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "t5"])
+def test_padding_does_not_count_in_moments(family):
+    model, inputs = tiny_model(family), tiny_inputs(family, seed=1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["attention_mask"][:, -5:] = 0
+    other = {**inputs, "input_ids": inputs["input_ids"].clone()}
+    other["input_ids"][:, -5:] = 3
+    names = [name for name in describe(model).roles if "decoder" not in name or family == "opt"]
+    one, two = (input_moments(model, names, [batch]) for batch in (inputs, other))
+    for name in names:
+        for first, second in zip(one[name], two[name], strict=True):
+            torch.testing.assert_close(first, second)
 
 
 def test_maestro_leaves_what_is_excluded():

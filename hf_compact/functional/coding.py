@@ -96,6 +96,8 @@ def decode(stream: Tensor) -> Tensor:
     if len(data) < _HEAD.size or data[:4] != _MAGIC:
         raise ValueError(f"entropy-coded weight of {len(data)} bytes does not begin as one")
     magic, num_rows, num_columns, num_tables, num_chunks, crc = _HEAD.unpack_from(data)
+    if not num_rows or not num_columns:
+        raise ValueError(f"entropy-coded weight has the shape {[num_rows, num_columns]} in its header")
     plan, start = _read_side(data, num_rows, num_columns, num_tables)
     head = _HEAD.pack(magic, num_rows, num_columns, num_tables, num_chunks, 0)
     if zlib.crc32(head + data[_HEAD.size : start]) != crc:

@@ -34,12 +34,16 @@ def add_gram_(gram: Tensor, inputs: Tensor) -> None:
 
 
 def without_padding(x: Tensor, mask: Tensor | None) -> Tensor:
-    """The positions `[N, ...]` of `x [B, T, ...]` that are not padding; all of `x` without a mask of its shape.
+    """The positions `[N, ...]` of `x [B, T, ...]` or `[B * T, features]` that are not padding; all of `x` without a mask of its shape.
 
     >>> without_padding(torch.zeros(1, 3, 5), torch.tensor([[1, 1, 0]])).shape
     torch.Size([2, 5])
+    >>> without_padding(torch.zeros(3, 5), torch.tensor([[1, 1, 0]])).shape  # as OPT's MLP reads it
+    torch.Size([2, 5])
     """
-    return x[mask.bool()] if mask is not None and mask.shape == x.shape[:2] else x
+    if mask is not None and mask.dim() == 2 and x.dim() == 2 and mask.numel() == len(x):
+        mask = mask.flatten()
+    return x[mask.bool()] if mask is not None and mask.shape == x.shape[: mask.dim()] else x
 
 
 def centered(gram: Tensor, total: Tensor) -> Tensor:

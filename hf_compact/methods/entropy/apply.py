@@ -201,21 +201,27 @@ def _rounder(
 def _find_step(bits_at: Callable[[float], float], target: float, step: float, finest: float) -> float:
     """The step with that many bits, of those that were tried the nearest to it; or the finest.
 
-    Halving it costs about one bit, which makes a try a Newton step; once there is one on either side, the next lies between.
+    Halving it costs about one bit, and after two tries it costs what it did between them. Once there is a step on either side, the
+    next lies between. Where bits do not move, as bytes or zeros end them, no more are tried.
     """
-    excess: dict[float, float] = {}
+    tried: list[tuple[float, float]] = []  # log2 of the step, excess of bits
+    at, least = math.log2(max(step, finest)), math.log2(finest)
     for _ in range(_TRIES):
-        step = max(step, finest)
-        excess[step] = bits_at(step) - target
-        if abs(excess[step]) < _TOLERANCE or (step == finest and excess[step] < 0):
+        excess = bits_at(2**at) - target
+        tried.append((at, excess))
+        signs = {miss > 0 for _, miss in tried}
+        is_stuck = len(tried) > 1 and len(signs) == 1 and abs(excess - tried[-2][1]) < _TOLERANCE / 2
+        if abs(excess) < _TOLERANCE or is_stuck or (at == least and excess < 0):
             break
-        above = max((tried for tried, miss in excess.items() if miss > 0), default=None)
-        below = min((tried for tried, miss in excess.items() if miss <= 0), default=None)
-        if above is None or below is None:
-            step *= 2 ** max(-4.0, min(4.0, excess[step]))
+        above = max((pair for pair in tried if pair[1] > 0), default=None)
+        below = min((pair for pair in tried if pair[1] <= 0), default=None)
+        if above is not None and below is not None:
+            share = above[1] / (above[1] - below[1])
+            at = above[0] + max(0.1, min(0.9, share)) * (below[0] - above[0])
         else:
-            step = above * (below / above) ** (excess[above] / (excess[above] - excess[below]))
-    return min(excess, key=lambda tried: abs(excess[tried]))
+            rate = (tried[-2][1] - excess) / (at - tried[-2][0]) if len(tried) > 1 else 1.0  # bits per octave
+            at = max(least, at + max(-4.0, min(4.0, excess / max(rate, 0.1))))
+    return 2 ** min(tried, key=lambda pair: abs(pair[1]))[0]
 
 
 def _expected_bytes(weight: Tensor, bits: float) -> int:

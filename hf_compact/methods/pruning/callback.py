@@ -12,8 +12,7 @@ import copy
 import inspect
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,11 @@ from transformers import PreTrainedModel, TrainerControl, TrainerState, Training
 
 from ... import distributed
 from ...arch import as_linear, dense_shape, describe
-from ...capture import input_grams, without_cache
+from ...capture import evaluating, input_moments, without_cache
 from ...checkpoint import disk_errors, write_shard, write_text
 from ...errors import ConfigError, FormatError, UnsupportedModel
 from ...footprint import Comparison, count
+from ...functional.gram import centered
 from ...groups import HIDDEN, GroupSet, cut_zeros_, find_groups
 from ...reorder import Slice
 from ...scoring import is_causal_lm
@@ -36,7 +36,7 @@ from ...speed import SpeedConfig, check_positions, compare_by_turns
 from ...training import CompactCallback, check_same_on_all_ranks
 from .config import HessoConfig
 from .cric import FILE_NAME, Correction
-from .functional import refit_columns, saliency, select_by_residual
+from .functional import refit, saliency, select_by_residual
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ class HessoCallback(CompactCallback):
         if self.correction is not None:
             self.correction.add_gradients(model, self.sets)
         is_scored = self.correction is not None or (self._position(step + 1) == 0 and not self.config.cric)
-        if is_scored and any(self.config.weights[1:]):
+        if is_scored and any(self.config.weights[1:]) and self.config.compensation == "none":
             parameters = {part.parameter for group_set in self.sets for part in group_set.slices}
             self.before = {parameter: parameter.detach().clone() for parameter in parameters}
 
@@ -215,7 +215,7 @@ class HessoCallback(CompactCallback):
         self.table = cut_zeros_(model, self.config.kinds, self.config.is_uniform, self.config.channel_multiple)
         self.comparison = Comparison(before=before, after=count(model))
         if dense is not None:
-            with _evaluating(model):
+            with evaluating(model):
                 self.comparison = compare_by_turns(dense, model, self.speed)
         logger.info("cut from %d to %d parameters", before.parameters, self.comparison.after.parameters)
         self.before = {}
@@ -247,7 +247,7 @@ class HessoCallback(CompactCallback):
         """The energies of `batches`, dealt out to the ranks. A checkpoint that is resumed brings its own, which replace them."""
         self.is_measuring = True
         try:
-            with _evaluating(model), without_cache(model):
+            with evaluating(model), without_cache(model):
                 for batch in distributed.share(self.batches):
                     model(**{name: value.to(model.device) for name, value in batch.items()})
         finally:
@@ -310,31 +310,35 @@ class HessoCallback(CompactCallback):
     def _replace_(self, model: PreTrainedModel, due: dict[str, int]) -> None:
         """Choose by what is left of the error after a refit, and let what stays take over at once."""
         arch = describe(model)
-        names = {id(model.get_submodule(name)): name for block in arch.blocks for name in arch.targets(block)}
-        readers = {group_set: names[id(group_set.slices[-1].module)] for group_set in self.sets}
-        grams = input_grams(model, [*readers.values()], self.batches)
-        scores = [self._residuals(group_set, grams[name], due) for group_set, name in readers.items()]
+        paths = {id(model.get_submodule(name)): name for block in arch.blocks for name in arch.targets(block)}
+        names = {group_set: paths[id(group_set.slices[-1].module)] for group_set in self.sets}
+        moments = input_moments(model, [*names.values()], self.batches)
+        scores = [self._residuals(group_set, *moments[name], due) for group_set, name in names.items()]
         chosen = [mask.to(model.device) for mask in self._lowest(scores, due)]
         distributed.broadcast_(chosen, 0)  # ranks may round to other choices, and to other weights
         self._mark(chosen)
-        for group_set, name in readers.items():
+        for group_set, name in names.items():
             states, part = self.states(group_set), group_set.slices[-1]
             kept = part.index[(states == KEPT).cpu()].flatten().sort().values
-            columns = as_linear(part.module).weight
-            new = refit_columns(columns.cpu(), grams[name], kept, self.config.damp).to(columns)
-            (part.parameter if part.dim else part.parameter.T)[:, kept] = new
+            weight, bias = as_linear(part.module).weight.cpu(), part.module.bias
+            new, change = refit(weight, *moments[name], kept, bias is not None, self.config.damp)
+            (part.parameter if part.dim else part.parameter.T)[:, kept] = new.to(part.parameter)
+            distributed.broadcast_([part.parameter], 0)
+            if bias is not None:
+                bias += change.to(bias)
+                distributed.broadcast_([bias], 0)
             states[states == SHRINKING] = PRUNED
-        distributed.broadcast_([group_set.slices[-1].parameter for group_set in self.sets], 0)
 
-    def _residuals(self, group_set: GroupSet, gram: Tensor, due: dict[str, int]) -> Tensor:
+    def _residuals(self, group_set: GroupSet, gram: Tensor, total: Tensor, due: dict[str, int]) -> Tensor:
         """`[groups]` what each costs when it is removed after those that cost less; of those that would stay, infinity."""
         is_kept = (self.states(group_set) == KEPT).cpu()
         most = due[group_set.kind] if self.config.is_uniform else most_removed(group_set, self.config)
         number, per_pool = most - int((~is_kept).sum()), int(is_kept.sum()) // group_set.num_pools
         found = torch.full((group_set.num_groups,), torch.inf, dtype=torch.float64)
         if number > 0:
-            weight, index = as_linear(group_set.slices[-1].module).weight.cpu(), group_set.slices[-1].index
-            order, costs = select_by_residual(weight, gram, index[is_kept], number, per_pool, self.config.damp)
+            reader, index = group_set.slices[-1].module, group_set.slices[-1].index[is_kept]
+            spread = gram if reader.bias is None else centered(gram, total)
+            order, costs = select_by_residual(as_linear(reader).weight.cpu(), spread, index, number, per_pool, self.config.damp)
             # The next one costs more but for rounding; where it does not, it must still not come before.
             found[is_kept.nonzero()[:, 0][order]] = costs.cummax(0).values
         return found
@@ -560,19 +564,6 @@ def _copied(model: PreTrainedModel) -> PreTrainedModel:
     """In evaluation mode and without hooks, as those of other callbacks may hold a teacher or what cannot be copied."""
     hooks = [values for module in model.modules() for name, values in vars(module).items() if name.endswith("_hooks")]
     return copy.deepcopy(model, {id(values): type(values)() for values in hooks}).eval()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """No gradients and no dropout; modes come back module by module, as parts may stand in evaluation on purpose."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _is_read(part: Slice) -> bool:

@@ -146,7 +146,8 @@ class HessoConfig:
             raise ConfigError(f"hesso.pruning_steps must be at least periods ({self.num_periods}), got {self.pruning_steps}")
         if self.cric_cycles < 1 or self.cric_steps < 1 or not 0 <= self.loss < math.inf:
             raise ConfigError("hesso.cric_cycles and cric_steps must be at least 1, loss at least 0")
-        if not all(0 <= weight < math.inf for weight in self.weights) or not any(self.weights):
+        is_scored = any(self.weights) or self.compensation == "refit"
+        if not all(0 <= weight < math.inf for weight in self.weights) or not is_scored:
             raise ConfigError(f"hesso: weights of scores must be at least 0 and not all 0, got {list(self.weights)}")
         self._check_compensation()
         if not 0 <= self.min_kept < 1:

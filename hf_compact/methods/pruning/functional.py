@@ -6,6 +6,8 @@ A hidden state `h [in]` is read by `W [out, in]`. Units are columns of `W`, or s
 import torch
 from torch import Tensor
 
+from ...functional.gram import centered
+
 
 def ridged(gram: Tensor, damp: float) -> Tensor:
     """The gram matrix with a ridge, float64.
@@ -147,6 +149,34 @@ def refit_columns(weight: Tensor, gram: Tensor, kept: Tensor, damp: float) -> Te
     ridge = ridged(inner, damp) - inner if damp or not inner.diagonal().any() else torch.zeros_like(inner)
     solved = torch.linalg.lstsq((inner + ridge).T, (target + w[:, kept] @ ridge).T).solution.T
     return solved.to(weight.dtype)
+
+
+def refit(
+    weight: Tensor, gram: Tensor, total: Tensor, kept: Tensor, has_bias: bool, damp: float
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """As `refit_columns`; with a bias the inputs count less their mean, and what the mean loses goes into the bias.
+
+    Args:
+        weight: `[out, in]`. Not written to.
+        gram: `[in, in]` sum of h h^T.
+        total: `[in + 1]` sum of h and behind it their number.
+        kept: columns, ascending.
+        has_bias: whether there is one.
+        damp: as there.
+
+    Returns:
+        `[out, kept]` in `weight.dtype`, and what is added to the bias, `[out]` float64, or None.
+
+    >>> new, change = refit(torch.tensor([[1.0, 2.0]]), torch.eye(2), torch.tensor([1.0, 1.0, 2.0]), torch.tensor([0]), True, 0.0)
+    >>> new.tolist(), change.tolist()
+    ([[-1.0]], [2.0])
+    """
+    new = refit_columns(weight, centered(gram, total) if has_bias else gram, kept, damp)
+    if not has_bias:
+        return new, None
+    lost = weight.double().clone()
+    lost[:, kept] -= new.double()
+    return new, lost @ (total[:-1] / total[-1]).double()
 
 
 def lowest(scores: Tensor, num_removed: int, per_pool: int) -> Tensor:

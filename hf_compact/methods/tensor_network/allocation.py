@@ -199,10 +199,11 @@ def _uniform(shapes: Mapping[str, torch.Size], least: Mapping[str, float], confi
     above = {name for name in sizes if least[name] > config.keep_ratio}
     rest = sum(size for name, size in sizes.items() if name not in above)
     left = config.keep_ratio * sum(sizes.values()) - sum(least[name] * sizes[name] for name in above)
-    if left <= 0 or not rest:
+    smallest = sum(min((values for _, values in _ranks(shapes[name], config)), default=0) for name in sizes if name not in above)
+    if left < smallest or not rest:
         raise ConfigError(
             f"tensor_network.keep_ratio {config.keep_ratio} is less than what {len(above)} protected Linears keep "
-            f"at protected_ratio {config.protected_ratio}"
+            f"at protected_ratio {config.protected_ratio}, and the least ranks of the others"
         )
     return {name: int((least[name] if name in above else left / rest) * size) for name, size in sizes.items()}
 

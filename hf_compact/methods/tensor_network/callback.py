@@ -3,8 +3,8 @@
 All three keep their state in the parameters; what is due at a step, and what is drawn, follows from its number.
 
 Sources: Trained Rank Pruning (arXiv 1812.02402), Maestro (arXiv 2308.14929). Both differ: TRP here truncates in the
-metric of the inputs where batches are given, and takes the sub-gradient step on the singular values, of all steps since the
-last truncation at once; Maestro draws from a few shares of the rank, not from every rank.
+metric of the inputs where batches are given, and takes the sub-gradient step on the singular values, for a whole interval
+at once; Maestro draws from a few shares of the rank, not from every rank.
 """
 
 import random
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ... import distributed
 from ...arch import as_linear, describe
-from ...capture import input_grams
+from ...capture import input_moments
 from ...errors import ConfigError
 from ...functional.factor import spectrum, whitening_factor
 from ...select import replace_modules, select_names
@@ -92,7 +92,7 @@ class TensorNetworkCallback(CompactCallback):
             return
         roles = describe(model).roles
         self.names = select_names(roles, self.training.include, self.training.exclude)
-        for name, gram in input_grams(model, self.names, self.batches).items():
+        for name, (gram, _) in input_moments(model, self.names, self.batches).items():
             if (scale := gram.diagonal().mean()) > 0:  # in a metric of mean 1, so that the nuclear weight means the same
                 self.rights[name] = whitening_factor(gram / scale, _DAMP)
         if self.training.schedule == "maestro":

@@ -83,8 +83,8 @@ class TensorNetworkConfig(MethodConfig):
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether the solver reads gram matrices of the inputs."""
-        return self.solver != "svd"
+        """Moments of the inputs are taken: for a solver that reads them, for biases, and for the error in the report."""
+        return True
 
     @property
     def needs_whole_model(self) -> bool:
@@ -126,8 +126,8 @@ class TensorNetworkTraining:
     energy: float = 0.98
     """trp: share of the energy that a truncation keeps; the number of singular values follows."""
     nuclear_weight: float = 3e-4
-    """trp: weight of the nuclear norm. A truncation takes learning rate times weight off every singular value for each step
-    since the last one, apart from the optimizer: with AdamW's small learning rates it shows from about 1 on."""
+    """trp: weight of the nuclear norm. A truncation takes this times the learning rate of its step times `interval` off every
+    singular value, apart from the optimizer: with AdamW's small learning rates it shows from about 1 on."""
     shares: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
     """maestro: shares of the rank that a layer is cut to while it is drawn; every step draws one layer."""
     lasso_weight: float = 0.0

@@ -403,9 +403,13 @@ def test_protected_linears_take_their_share_from_the_others(kept):
     assert all(values[name] > 0.8 * dense[name] for name in values if "layers.0." in name)
 
 
-def test_a_budget_below_the_protected_is_an_error():
-    stage = {**UNIFORM, "keep_ratio": 0.3, "protected": ["*"], "protected_ratio": 0.9}
-    with pytest.raises(ConfigError, match=r"keep_ratio 0.3 is less than what 21 protected Linears keep at protected_ratio 0.9"):
+@pytest.mark.parametrize(("protected", "number"), [("*", 21), ("model.layers.[01].*", 0), ("*.mlp.*", 9)])
+def test_a_budget_below_the_protected_is_an_error(protected, number):
+    globs = ["model.layers.0.*", "model.layers.1.*"] if "[" in protected else [protected]
+    number, kept = (14, 0.601) if "[" in protected else (number, 0.3)
+    stage = {**UNIFORM, "keep_ratio": kept, "protected": globs, "protected_ratio": 0.9}
+    message = rf"keep_ratio {kept} is less than what {number} protected Linears keep at protected_ratio 0.9, and the least ranks"
+    with pytest.raises(ConfigError, match=message):
         compressed("llama", stage)
 
 
@@ -432,5 +436,5 @@ def test_ranks_of_trains_are_multiples(multiple):
 
 @pytest.mark.parametrize("stage", [UNIFORM, {"method": "correction", "rank": 2}], ids=["tensor_network", "correction"])
 def test_what_is_taken_apart_is_not_cut(stage):
-    with pytest.raises(ConfigError, match=r"recipe.stages\[1\] cuts model.layers.0.* has taken apart: cut first"):
+    with pytest.raises(ConfigError, match=r"recipe.stages\[1\] cuts model.layers.0.* has compressed: cut first"):
         compressed("llama", stage, {"method": "pruning", "channel_sparsity": 0.25}, CODEBOOK)
