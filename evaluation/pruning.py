@@ -55,7 +55,7 @@ LEARNING_RATE = 1e-4
 #: HESSO's own scores, without what a group adds to the output.
 PAPER = {"output": 0.0} | dict.fromkeys(("magnitude", "avg_magnitude", "cosine", "taylor_first", "taylor_second"), 0.2)
 #: What is chosen is replaced at once, by the calibration of the recipes; every choice takes a pass over it.
-REFIT = {"compensation": "refit", "periods": 4}
+REFIT = {"compensation": "refit", "periods": 2}
 #: HESSO warms up for a twentieth of the steps and prunes for a quarter of them.
 WARM_UP, PRUNING = 20, 4
 #: Row -> removed share in training (None: before it, by the row's name), whether the trained dense model teaches, other settings.

@@ -17,6 +17,7 @@ ROOT = REPOSITORY / "hf_compact"
 ORDER = [
     "errors",
     "version",
+    "products",
     "stored",
     "functional",
     "fitting",
