@@ -21,7 +21,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import hf_compact
-from hf_compact import checkpoint, verify
+from hf_compact import api, checkpoint, verify
 from hf_compact.api import inspect_folder
 from hf_compact.calibration import from_batches
 from hf_compact.checkpoint import Journal, TensorSource
@@ -358,7 +358,7 @@ def test_another_seed_is_refused(stopped, dense_folder, text_file):
 
 
 def test_other_versions_are_refused(stopped, dense_folder, text_file, monkeypatch):
-    monkeypatch.setattr(hf_compact.compress.__globals__["transformers"], "__version__", "9.9.9")
+    monkeypatch.setattr(api.transformers, "__version__", "9.9.9")
     with pytest.raises(OutputError, match="belongs to a run with another versions "):
         compress(dense_folder, stopped, text_file)
 

@@ -88,8 +88,9 @@ def select_by_residual(
     Source: SparseGPT's and OBC's elimination (arXiv 2208.11580) for whole columns, as in ZipLM (arXiv 2302.04089).
 
     >>> weight, index = torch.tensor([[1.0, 1.0, 0.5]]), torch.arange(3)[:, None]
-    >>> [found.tolist() for found in select_by_residual(weight, torch.eye(3, dtype=torch.float64), index, 1, 3, damp=0.0)]
-    [[2], [0.2500000002500000]]
+    >>> order, cost = select_by_residual(weight, torch.eye(3, dtype=torch.float64), index, 1, 3, damp=0.0)
+    >>> order.tolist(), round(cost.item(), 6)
+    ([2], 0.25)
     """
     units, width = index.shape
     num_pools = units // per_pool
