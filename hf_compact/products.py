@@ -1,6 +1,6 @@
-"""Products of bfloat16 matrices at the speed of float32, on CPUs without instructions for them.
+"""Products of bfloat16 matrices in float32, on CPUs without instructions for them.
 
-Such a CPU multiplies them in software, several times slower than float32. The factors are exact in float32 and both ways
+Such a CPU multiplies them in software. The factors are exact in float32 and both ways
 add up in float32, so what differs is the order of the sums: results are rounded to bfloat16 as they would be.
 """
 
