@@ -12,6 +12,7 @@ once. Results go to `evaluation/results/05-pruning.json` and `.md`; `--quick` sh
 
 import argparse
 import json
+import re
 import statistics
 import sys
 import time
@@ -28,7 +29,6 @@ from evaluation import steps as stepwise
 from evaluation.steps import RESULTS, bar, machine, taken
 from hf_compact import DistillationCallback, HessoCallback, SpeedConfig, api, evaluate
 from hf_compact.calibration import read_texts, sample
-from hf_compact.checkpoint import write_text
 from hf_compact.config import CalibrationConfig
 from hf_compact.footprint import count
 from hf_compact.groups import find_groups
@@ -39,7 +39,6 @@ from hf_compact.scoring import perplexity
 ONE_SHOT = {"prune-20": (1.25, 1.40), "prune-50": (2.1, 2.8)}
 #: Other calibration: sequences, and whether a part of the text is what the dense model wrote.
 CALIBRATED = {"256": (256, False), "1024": (1024, False), "1024-own-text": (1024, True)}
-OWN_TOKENS, OWN_BATCH = 262_144, 512
 #: removed share of the block parameters -> most perplexity, times the dense model trained alike.
 TRAINED = {20: 1.08, 40: 1.25}
 #: How rows that are pruned before they are trained choose; at 20 %.
@@ -56,6 +55,8 @@ LEARNING_RATE = 1e-4
 PAPER = {"output": 0.0} | dict.fromkeys(("magnitude", "avg_magnitude", "cosine", "taylor_first", "taylor_second"), 0.2)
 #: What is chosen is replaced at once, by the calibration of the recipes; every choice takes a pass over it.
 REFIT = {"compensation": "refit", "periods": 2}
+#: Of calibration for it, if its row says no other number.
+SEQUENCES = 64
 #: HESSO warms up for a twentieth of the steps and prunes for a quarter of them.
 WARM_UP, PRUNING = 20, 4
 #: Row -> removed share in training (None: before it, by the row's name), whether the trained dense model teaches, other settings.
@@ -65,6 +66,8 @@ TRAINED_ROWS: dict[str, tuple[float | None, bool, dict[str, Any]]] = {
     **{f"hesso-{percent}-distilled": (percent / 100, True, {}) for percent in TRAINED},
     **{f"hesso-{percent}-refit": (percent / 100, False, REFIT) for percent in TRAINED},
     **{f"hesso-{percent}-refit-distilled": (percent / 100, True, REFIT) for percent in TRAINED},
+    "hesso-20-refit-1024-distilled": (0.2, True, REFIT | {"num_sequences": 1024}),
+    "hesso-20-refit-competing-distilled": (0.2, True, REFIT | {"is_uniform": False}),
     "hesso-20-paper-scores": (0.2, False, PAPER),
     **{f"{name}-20-trained": (None, False, {}) for name in BEFORE},
     "flap-20-trained-distilled": (None, True, {}),
@@ -77,28 +80,6 @@ def scored(model: str | Path, options: argparse.Namespace) -> dict[str, float]:
     count_of, length = (2, options.length) if options.quick else (40, 1024)
     rows = evaluate([model], options.text, count_of, length, device=options.device, dtype=options.dtype)
     return {Path(row["text"]).name: row["perplexity"] for row in rows}
-
-
-@torch.no_grad()
-def own_text(options: argparse.Namespace) -> Path:
-    """What the dense model writes behind single random tokens, sampled as it is likely; one sequence a paragraph."""
-    path = options.work / "own-text.txt"
-    with taken(path):
-        if not path.exists():
-            opened = api.open_dense(options.model, "bfloat16", is_whole=True)
-            model, tokenizer = opened.model.to(options.device), opened.load_tokenizer()
-            torch.manual_seed(0)
-            parts = []
-            count, length = (2, options.length) if options.quick else (OWN_TOKENS // LENGTH, LENGTH)
-            for start in range(0, count, OWN_BATCH):
-                first = torch.randint(model.config.vocab_size, (min(OWN_BATCH, count - start), 1), device=options.device)
-                ids = model.generate(
-                    first, do_sample=True, top_k=0, max_new_tokens=length - 1, pad_token_id=model.config.eos_token_id,
-                    attention_mask=torch.ones_like(first),
-                )  # fmt: skip
-                parts += tokenizer.batch_decode(ids, skip_special_tokens=True)
-            write_text(path, "\n\n".join(parts))
-    return path
 
 
 def compressed(
@@ -115,7 +96,7 @@ def compressed(
     if calibrated is not None:
         number, is_own = CALIBRATED[calibrated]
         recipe["calibration"] = {**recipe["calibration"], "num_sequences": number, "batch_size": 16}
-        texts = [*texts, own_text(options)] if is_own else texts
+        texts = [*texts, written(options)] if is_own else texts
     if options.quick:
         recipe["calibration"] = {"num_sequences": 4, "sequence_length": options.length}
         recipe["distillation"] = recipe["distillation"] and {"num_sequences": 4}
@@ -138,9 +119,26 @@ def share_of_groups(options: argparse.Namespace, target: float) -> dict[str, flo
     return {kind: counts[kind] / number for kind, number in found.items()}
 
 
-def row_name(name: str, rate: float, number: int) -> str:
-    """Of a row that is trained for so many steps."""
-    return f"{name}-{rate:g}" + ("" if number == STEPS else f"-{number}-steps")
+def written(options: argparse.Namespace) -> Path:
+    """What the dense model wrote."""
+    return stepwise.own_text(options, *((64, options.length) if options.quick else ()))
+
+
+def variant(options: argparse.Namespace) -> str:
+    """The end of the names of rows that are trained for another number of steps, or on other text."""
+    number = getattr(options, "steps", STEPS)
+    return ("" if number == STEPS else f"-{number}-steps") + ("-own-text" if getattr(options, "own_text", False) else "")
+
+
+def row_name(name: str, rate: float, ending: str) -> str:
+    """Of a row that is trained at a rate."""
+    return f"{name}-{rate:g}{ending}"
+
+
+def ending_of(name: str) -> str | None:
+    """How the names end of all rows that are trained as this one is; None for those that are not."""
+    found = re.fullmatch(rf"(?:{'|'.join(TRAINED_ROWS)})-(?:{'|'.join(f'{rate:g}' for rate in RATES)})(-.*)?", name)
+    return found and (found[1] or "")
 
 
 def trained(options: argparse.Namespace, name: str, rate: float) -> dict[str, Any]:
@@ -155,8 +153,9 @@ def trained(options: argparse.Namespace, name: str, rate: float) -> dict[str, An
     if target is not None:
         schedule = {"warm_up_steps": max(1, options.steps // WARM_UP), "pruning_steps": options.steps // PRUNING, **settings}
         schedule |= {"periods": 2} if options.quick else {}
+        number = schedule.pop("num_sequences", SEQUENCES)
+        known = CalibrationConfig(num_sequences=4 if options.quick else number, sequence_length=options.length)
         is_refitted = "compensation" in settings
-        known = CalibrationConfig(num_sequences=4 if options.quick else 64, sequence_length=options.length)
         batches = sample(tokenizer, read_texts(options.calibration), known, 0, []).batches if is_refitted else ()
         callbacks.append(HessoCallback(target=target, batches=batches, **schedule))
     before = count(model)
@@ -166,8 +165,9 @@ def trained(options: argparse.Namespace, name: str, rate: float) -> dict[str, An
         stage = {"channel_sparsity": shares["channels"], "head_sparsity": shares.get("kv_heads", 0.0)}
         compressed(options, pruned.name, BEFORE[pruned.name.split("-")[0]] | stage)
         model = transformers.AutoModelForCausalLM.from_pretrained(pruned, dtype=torch.float32)
-    started, name = time.perf_counter(), row_name(name, rate, options.steps)
-    data = stepwise.TrainingWindows(options.calibration, tokenizer, options.length, options.steps * BATCH)
+    started, name = time.perf_counter(), row_name(name, rate, variant(options))
+    texts = [written(options)] if options.own_text else options.calibration
+    data = stepwise.TrainingWindows(texts, tokenizer, options.length, options.steps * BATCH)
     arguments = TrainingArguments(
         str(options.work / f"{name}-trainer"), per_device_train_batch_size=BATCH, max_steps=options.steps, bf16=options.dtype == "auto",
         use_cpu=options.device == "cpu", learning_rate=rate, lr_scheduler_type="cosine", warmup_steps=options.steps // 20, weight_decay=0.0,
@@ -195,19 +195,14 @@ def trained(options: argparse.Namespace, name: str, rate: float) -> dict[str, An
 def best(options: argparse.Namespace, name: str) -> str:
     """The row at the rate that is best on held-out windows; measures what is missing."""
     todo = steps(options)
-    names = [row_name(name, rate, options.steps) for rate in RATES]
+    names = [row_name(name, rate, variant(options)) for rate in RATES]
     return stepwise.best_held_out({row: stepwise.done(todo, options.work, row, options.device) for row in names})
 
 
-def chosen(found: dict[str, Any], name: str, number: int = STEPS) -> dict[str, Any] | None:
-    """The best row that there is of so many steps."""
-    rows = {row: found[row] for rate in RATES if (row := row_name(name, rate, number)) in found}
+def chosen(found: dict[str, Any], name: str, ending: str) -> dict[str, Any] | None:
+    """The best row that there is of those that are trained alike."""
+    rows = {row: found[row] for rate in RATES if (row := row_name(name, rate, ending)) in found}
     return found.get(stepwise.best_held_out(rows))
-
-
-def num_steps(row: dict[str, Any]) -> int | None:
-    """That a row was trained for; None for others."""
-    return row["num_tokens"] // (BATCH * LENGTH) if "num_tokens" in row else None
 
 
 def speed(options: argparse.Namespace) -> dict[str, Any]:
@@ -292,10 +287,9 @@ def steps(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]
         found |= {
             f"{name}-{key}": lambda name=name, key=key: compressed(options, f"{name}-{key}", None, key) for key in CALIBRATED
         }
-    number = getattr(options, "steps", STEPS)
     for name in TRAINED_ROWS:
         found |= {
-            row_name(name, rate, number): lambda name=name, rate=rate: trained(options, name, rate) for rate in RATES
+            row_name(name, rate, variant(options)): lambda name=name, rate=rate: trained(options, name, rate) for rate in RATES
         }  # fmt: skip
     found["speed"] = lambda: speed(options)
     found["overhead"] = lambda: overhead(options)
@@ -317,8 +311,8 @@ def bars(found: dict[str, Any]) -> list[dict[str, Any]]:
         for text, limit in zip(found.get(name, {}).get("perplexity", {}), limits, strict=False):
             ratio = stepwise.ratio(found[name], text, base)
             add(f"{name}: perplexity on {text}, times dense", f"<= {limit}", ratio, ratio <= limit, found[name])
-    for number in sorted({num_steps(row) for row in found.values()} - {None}, reverse=True):
-        trained_bars(found, number, add)
+    for ending in sorted({ending_of(name) for name in found} - {None}):
+        trained_bars(found, ending, add)
     if "speed" in found:
         row = found["speed"]
         for kind, least in (("prefill", PREFILL_RATIO), ("decode", DECODE_RATIO)):
@@ -331,25 +325,28 @@ def bars(found: dict[str, Any]) -> list[dict[str, Any]]:
     return result
 
 
-def trained_bars(found: dict[str, Any], number: int, add: Add) -> None:
-    """Of rows that were trained for so many steps, against the dense control and against those that were pruned before."""
-    base, ending = found["dense"]["perplexity"], "" if number == STEPS else f" ({number} steps)"
+def trained_bars(found: dict[str, Any], ending: str, add: Add) -> None:
+    """Of rows that were trained alike, against the dense control and against those that were pruned before."""
+    base, words = found["dense"]["perplexity"], f" ({ending[1:]})" if ending else ""
     for percent, limit in TRAINED.items():
-        for name in (f"hesso-{percent}{kind}" for kind in ("", "-distilled", "-refit", "-refit-distilled")):
-            row, control = chosen(found, name, number), chosen(found, "trained-dense", number)
+        for name in (
+            f"hesso-{percent}{kind}"
+            for kind in ("", "-distilled", "-refit", "-refit-distilled", "-refit-1024-distilled", "-refit-competing-distilled")
+        ):
+            row, control = chosen(found, name, ending), chosen(found, "trained-dense", ending)
             for text in row["perplexity"] if row and control else ():
                 ratio = stepwise.ratio(row, text, base) / stepwise.ratio(control, text, base)
-                claim = f"{name}: perplexity on {text}, times the dense model trained alike{ending}"
+                claim = f"{name}: perplexity on {text}, times the dense model trained alike{words}"
                 add(claim, f"<= {limit}", ratio, ratio <= limit, row)
     for ours, other_name in (
         *((ours, f"{name}-20-trained") for ours in ("hesso-20", "hesso-20-refit") for name in BEFORE),
         ("hesso-20-distilled", "flap-20-trained-distilled"),
         ("hesso-20-refit-distilled", "flap-20-trained-distilled"),
     ):
-        row, other = chosen(found, ours, number), chosen(found, other_name, number)
+        row, other = chosen(found, ours, ending), chosen(found, other_name, ending)
         for text in row["perplexity"] if row and other else ():
             ratio = stepwise.ratio(row, text, base) / stepwise.ratio(other, text, base)
-            add(f"{ours}: perplexity on {text}, times {other_name}{ending}", "< 1", ratio, ratio < 1, row)
+            add(f"{ours}: perplexity on {text}, times {other_name}{words}", "< 1", ratio, ratio < 1, row)
 
 
 def write(found: dict[str, Any], line: str, folder: Path = RESULTS) -> str:
@@ -364,7 +361,8 @@ def write(found: dict[str, Any], line: str, folder: Path = RESULTS) -> str:
             continue
         removed = f"{100 * row['removed_share']:.1f} %" if "removed_share" in row else ""
         ratios = [f"{stepwise.ratio(row, text, base):.3f}" for text in row["perplexity"]]
-        control = (chosen(found, "trained-dense", num_steps(row)) if "num_tokens" in row else None) or {}
+        ending = ending_of(name)
+        control = ({} if ending is None else chosen(found, "trained-dense", ending)) or {}
         alike = {
             text: stepwise.ratio(row, text, base) / stepwise.ratio(control, text, base) for text in control.get("perplexity", {})
         }
@@ -392,13 +390,16 @@ def main(arguments: list[str] | None = None) -> int:
         help="to prune in one shot and to score in: float32 where the processor computes bfloat16 in software",
     )  # fmt: skip
     parser.add_argument("--train-steps", type=int, default=STEPS, help="steps of 1024 tokens of the rows that are trained")
+    parser.add_argument(
+        "--own-text", action="store_true", help="train on what the dense model writes, not on the calibration texts"
+    )
     parser.add_argument("--quick", action="store_true", help="only shows that everything runs; tables go to the work folder")
     options = stepwise.parse(parser, arguments)
     options.steps, options.length = (8, 32) if options.quick else (options.train_steps, LENGTH)
     todo = steps(options)
     wanted = options.step and [new for old, new in zip(steps(argparse.Namespace()), todo, strict=True) if old in options.step]
     found = stepwise.run(todo, options.work, wanted, options.device, options.rows)
-    line = stepwise.command_line("pruning", options) + f" --train-steps {options.steps}"
+    line = stepwise.command_line("pruning", options) + f" --train-steps {options.steps}" + " --own-text" * options.own_text
     line += f" --dtype {options.dtype}" if options.dtype != "auto" else ""
     print(write(found, line, options.work if options.quick else RESULTS))
     return 0

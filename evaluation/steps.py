@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from hf_compact import api
 from hf_compact.calibration import read_texts, tokenize, windows
 from hf_compact.checkpoint import write_text
 
@@ -24,6 +25,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "evaluation" / "results"
 TEXTS = 2
 HELD_OUT = 32
+#: Written by the dense model: so many tokens, in sequences of so many, so many of them at once.
+OWN_TOKENS, OWN_LENGTH, OWN_BATCH = 600_000, 512, 1024
 
 
 def machine(device: str = "cpu") -> str:
@@ -168,6 +171,31 @@ def quantized(file_bytes: int) -> dict[str, Any] | None:
     measured = json.loads((RESULTS / "02-codebook.json").read_text())["rows"]
     fitting = (row for row in measured if row["file_bytes"] <= file_bytes)
     return min(fitting, key=lambda row: next(iter(row["perplexity"].values())), default=None)
+
+
+@torch.no_grad()
+def own_text(options: argparse.Namespace, number: int = OWN_TOKENS, length: int = OWN_LENGTH) -> Path:
+    """The file of what the dense model writes behind single random tokens, sampled as it is likely; made if it is missing.
+
+    Data of no domain, as in LLM-QAT (https://arxiv.org/abs/2305.17888), which takes the likeliest of the first tokens where we sample.
+    """
+    path = options.work / "own-text.txt"
+    with taken(path):
+        if not path.exists():
+            opened = api.open_dense(options.model, "bfloat16", is_whole=True)
+            model, tokenizer = opened.model.to(options.device), opened.load_tokenizer()
+            torch.manual_seed(0)
+            parts: list[str] = []
+            count, end = -(-number // length), model.config.eos_token_id
+            for start in range(0, count, OWN_BATCH):
+                first = torch.randint(model.config.vocab_size, (min(OWN_BATCH, count - start), 1), device=options.device)
+                ids = model.generate(
+                    first, do_sample=True, top_k=0, min_new_tokens=length - 1, max_new_tokens=length - 1, pad_token_id=end,
+                    attention_mask=torch.ones_like(first),
+                )  # fmt: skip
+                parts += tokenizer.batch_decode(ids, skip_special_tokens=True)
+            write_text(path, "\n\n".join(parts))
+    return path
 
 
 class TrainingWindows(Dataset):

@@ -12,6 +12,7 @@ texts, counts; the teacher of distilled rows is the dense model so trained. Seve
 import argparse
 import json
 import math
+import re
 import statistics
 import subprocess
 import sys
@@ -39,7 +40,7 @@ TIMED = ("40", "40-fast")
 HEALED = {"20": 1.15, "40": 1.4}
 TOKENS, LENGTH, BATCH = 500_000, 512, 4
 #: Of all weights of the dense model, and of healing.
-DENSE_RATES, RATES = (1e-4, 3e-4), (1e-4, 3e-4, 1e-3)
+DENSE_RATES, RATES = (3e-5, 1e-4, 3e-4), (3e-5, 1e-4, 3e-4, 1e-3)
 #: What is trained of a decomposed model, and by what: whether the rest beside the factors, whether the dense model teaches.
 HEALING = {"": (False, False), "-all": (True, False), "-distilled": (False, True), "-all-distilled": (True, True)}
 MINUTES = 5
@@ -107,7 +108,7 @@ def recipe(name: str) -> dict[str, Any]:
 def healed(options: argparse.Namespace, percent: str | None, kind: str, rate: float) -> dict[str, Any]:
     """Train a decomposed model, or the dense one as it is, on the same tokens; then score."""
     callbacks: list[TrainerCallback] = []
-    name = healed_name(percent, kind, rate, options.tokens)
+    name = healed_name(percent, kind, rate, variant(options))
     opened = api.open_dense(options.model, "float32", is_whole=True)
     model, tokenizer = opened.model, opened.load_tokenizer()
     folder = options.work / name
@@ -120,7 +121,8 @@ def healed(options: argparse.Namespace, percent: str | None, kind: str, rate: fl
         stepwise.done(steps(options), options.work, f"tensor-network-{percent}", options.device)
         model = verify.load_model(options.work / f"tensor-network-{percent}", dtype=torch.float32)
     started = time.perf_counter()
-    data = stepwise.TrainingWindows(options.calibration, tokenizer, LENGTH, options.tokens // LENGTH)
+    texts = [stepwise.own_text(options)] if options.own_text else options.calibration
+    data = stepwise.TrainingWindows(texts, tokenizer, LENGTH, options.tokens // LENGTH)
     arguments = TrainingArguments(
         str(options.work / f"{name}-trainer"), per_device_train_batch_size=BATCH, num_train_epochs=1, bf16=True,
         use_cpu=options.device == "cpu", learning_rate=rate, lr_scheduler_type="cosine", warmup_steps=len(data) // BATCH // 30, weight_decay=0.0,
@@ -133,7 +135,6 @@ def healed(options: argparse.Namespace, percent: str | None, kind: str, rate: fl
     tokenizer.save_pretrained(folder)
     row = {
         "num_tokens": len(data) * LENGTH,
-        "tokens": options.tokens,
         "learning_rate": rate,
         "command_seconds": time.perf_counter() - started,
     }
@@ -141,26 +142,31 @@ def healed(options: argparse.Namespace, percent: str | None, kind: str, rate: fl
     return row | {"held_out": held_out, "perplexity": scored(str(folder), options, name)}
 
 
-def healed_name(percent: str | None, kind: str, rate: float, tokens: int) -> str:
+def variant(options: argparse.Namespace) -> str:
+    """The end of the names of rows that are trained on another number of tokens, or on other text."""
+    return ("" if options.tokens == TOKENS else f"-{options.tokens}") + ("-own-text" if options.own_text else "")
+
+
+def healed_name(percent: str | None, kind: str, rate: float, ending: str) -> str:
     """Of the row and its folder."""
-    return f"healed-{percent or 'dense'}{kind}-{rate:g}" + ("" if tokens == TOKENS else f"-{tokens}")
+    return f"healed-{percent or 'dense'}{kind}-{rate:g}{ending}"
 
 
-def rows_of(percent: str | None, kind: str, tokens: int) -> list[str]:
+def rows_of(percent: str | None, kind: str, ending: str) -> list[str]:
     """The same at all rates."""
-    return [healed_name(percent, kind, rate, tokens) for rate in (DENSE_RATES if percent is None else RATES)]
+    return [healed_name(percent, kind, rate, ending) for rate in (DENSE_RATES if percent is None else RATES)]
 
 
 def best(options: argparse.Namespace, percent: str | None, kind: str) -> str:
     """The row at the rate that is best on held-out windows; measures what is missing."""
     todo = steps(options)
-    rows = {row: stepwise.done(todo, options.work, row, options.device) for row in rows_of(percent, kind, options.tokens)}
+    rows = {row: stepwise.done(todo, options.work, row, options.device) for row in rows_of(percent, kind, variant(options))}
     return stepwise.best_held_out(rows)
 
 
-def chosen(found: dict[str, Any], percent: str | None, kind: str, tokens: int) -> dict[str, Any] | None:
+def chosen(found: dict[str, Any], percent: str | None, kind: str, ending: str) -> dict[str, Any] | None:
     """The best row that there is."""
-    return found.get(stepwise.best_held_out({row: found[row] for row in rows_of(percent, kind, tokens) if row in found}))
+    return found.get(stepwise.best_held_out({row: found[row] for row in rows_of(percent, kind, ending) if row in found}))
 
 
 @torch.no_grad()
@@ -226,7 +232,7 @@ def steps(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]
     kinds = [(None, ""), *((percent, kind) for percent in HEALED for kind in HEALING)]
     for percent, kind in kinds:
         for rate in DENSE_RATES if percent is None else RATES:
-            found[healed_name(percent, kind, rate, options.tokens)] = lambda percent=percent, kind=kind, rate=rate: healed(
+            found[healed_name(percent, kind, rate, variant(options))] = lambda percent=percent, kind=kind, rate=rate: healed(
                 options, percent, kind, rate
             )
     return found
@@ -286,11 +292,11 @@ def untrained_bars(found: dict[str, Any], add: Add) -> None:
 def relative_bars(found: dict[str, Any], add: Add) -> None:
     """Of rows against a control row of their own."""
     pairs: list[tuple[str, Any, str, Any, float]] = []
-    budgets = {row["tokens"] for name, row in found.items() if name.startswith("healed-dense")}
-    for tokens in sorted(budgets, reverse=True):
-        dense, words = chosen(found, None, "", tokens), "" if tokens == TOKENS else f", {tokens} tokens"
+    endings = [re.fullmatch(rf"healed-dense-(?:{'|'.join(f'{rate:g}' for rate in DENSE_RATES)})(-.*)?", name) for name in found]
+    for ending in sorted({match[1] or "" for match in endings if match}):
+        dense, words = chosen(found, None, "", ending), f" ({ending[1:]})" if ending else ""
         pairs += [
-            (f"healed-{name}{kind}{words}", chosen(found, name, kind, tokens), "healed-dense", dense, limit)
+            (f"healed-{name}{kind}{words}", chosen(found, name, kind, ending), "healed-dense", dense, limit)
             for name, limit in HEALED.items() for kind in HEALING
         ]  # fmt: skip
     pairs += [
@@ -344,12 +350,20 @@ def main() -> int:
     parser = stepwise.parser(__doc__, "runs/tensor")
     parser.add_argument("--step", action="append", help="a step by name; all by default")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="to heal on, and to train the dense control on")
+    parser.add_argument(
+        "--own-text", action="store_true", help="heal on what the dense model writes, not on the calibration texts"
+    )
     options = stepwise.parse(parser)
     todo = steps(options)
     if unknown := [name for name in options.step or () if name not in todo]:
         parser.error(f"--step must be one of {', '.join(todo)}, got {unknown[0]!r}")
     found = stepwise.run(todo, options.work, options.step, options.device, options.rows)
-    print(write(found, stepwise.command_line("tensor_network", options) + f" --tokens {options.tokens}"))
+    print(
+        write(
+            found,
+            stepwise.command_line("tensor_network", options) + f" --tokens {options.tokens}" + " --own-text" * options.own_text,
+        )
+    )
     return 0
 
 
