@@ -8,6 +8,9 @@ from torch import Tensor
 
 from ...functional.gram import centered
 
+#: Rows that are stacked up before they are taken off the matrices together.
+STACKED = 64
+
 
 def ridged(gram: Tensor, damp: float) -> Tensor:
     """The gram matrix with a ridge, float64.
@@ -94,35 +97,47 @@ def select_by_residual(
     """
     units, width = index.shape
     num_pools = units // per_pool
-    w = weight.double().clone()
-    c = torch.linalg.inv(ridged(gram, damp))
+    # W enters by its gram matrix M = W^T W alone. Removing J takes V^T V off C and P^T V + V^T P off M, where V and P hold rows as
+    # wide as `in`: they are stacked up and taken off together, which is a product of matrices in the place of many passes over them.
+    c, m = torch.linalg.inv(ridged(gram, damp)), weight.double().T @ weight.double()
+    pairs = index[:, :, None], index[:, None, :]
+    own_c, own_m = c[pairs], m[pairs]  # [units, width, width], up to date
+    v, p = c.new_zeros(0, len(c)), c.new_zeros(0, len(c))
     is_gone = torch.zeros(units, dtype=torch.bool)
     removed: list[int] = []
     costs: list[float] = []
     for turn in range(num_removed):
-        if width == 1:
-            cost = w.square().sum(0)[index[:, 0]] / c.diagonal()[index[:, 0]].clamp_min(1e-30)
-        else:
-            blocks = c[index[:, :, None], index[:, None, :]]
-            columns = w[:, index].permute(1, 2, 0)  # [units, width, out]
-            blocks = blocks + torch.diag_embed(is_gone.double()[:, None].expand(-1, width))
-            cost = (columns * torch.linalg.solve(blocks, columns)).sum((1, 2))
-        cost = cost.masked_fill(is_gone, torch.inf)
+        solved = own_m / own_c if width == 1 else torch.linalg.solve(own_c, own_m)  # which takes long for many small ones
+        cost = solved.diagonal(dim1=1, dim2=2).sum(1).masked_fill(is_gone, torch.inf)
         if num_pools > 1:  # pools take turns: none is ahead of another by more than one
             counts = is_gone.view(num_pools, per_pool).sum(1)
             cost = cost.masked_fill((counts > turn // num_pools).repeat_interleave(per_pool), torch.inf)
         best = int(cost.argmin())
         costs.append(float(cost[best]))
-        columns_of = index[best]
-        gain = torch.linalg.solve(c[columns_of][:, columns_of], c[columns_of])  # [width, in]
-        w -= w[:, columns_of] @ gain
-        c -= c[:, columns_of] @ gain
-        is_gone[best] = True
         removed.append(best)
-        w[:, columns_of] = 0
-        c[:, columns_of] = 0
-        c[columns_of] = 0
+        is_gone[best] = True
+        at = index[best]
+        factor = torch.linalg.cholesky(own_c[best])
+        rows = torch.stack((c[at] - v[:, at].T @ v, m[at] - p[:, at].T @ v - v[:, at].T @ p))  # [2, width, in]
+        new_v, inner = torch.linalg.solve_triangular(factor, rows, upper=False)
+        shared = torch.linalg.solve_triangular(factor, inner[:, at].T, upper=False)  # [width, width]
+        new_p = inner - 0.5 * shared @ new_v
+        v, p = torch.cat((v, new_v)), torch.cat((p, new_p))
+        vs, ps = (rows[:, index].permute(1, 0, 2) for rows in (new_v, new_p))  # [units, width, width]
+        own_c -= _product(vs, vs)
+        crossed = _product(ps, vs)
+        own_m -= crossed + crossed.mT
+        own_c[best], own_m[best] = torch.eye(width, dtype=torch.float64), 0
+        if len(v) >= STACKED:
+            c -= v.T @ v
+            m -= p.T @ v + v.T @ p
+            v, p = v[:0], p[:0]
     return torch.tensor(removed, dtype=torch.long), torch.tensor(costs, dtype=torch.float64)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """`left^T right` of batches; many products of single numbers are one of vectors."""
+    return left * right if left.shape[1:] == (1, 1) else left.mT @ right
 
 
 def refit_columns(weight: Tensor, gram: Tensor, kept: Tensor, damp: float) -> Tensor:

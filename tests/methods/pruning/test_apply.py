@@ -14,6 +14,7 @@ from hf_compact.arch import describe
 from hf_compact.calibration import from_batches
 from hf_compact.errors import ConfigError, NothingMatched, UnsupportedModel
 from hf_compact.functional.gram import output_energy
+from hf_compact.methods.pruning import functional
 from hf_compact.methods.pruning.config import SCORES
 from hf_compact.methods.pruning.functional import lowest, refit_columns, select_by_residual, unit_energy
 from tests.conftest import FAMILIES, tiny_inputs, tiny_model
@@ -60,7 +61,9 @@ def test_the_refit_loses_the_schur_complement():
 
 
 @pytest.mark.parametrize("width", [1, 3])
-def test_units_are_removed_by_their_residual(width):
+@pytest.mark.parametrize("stacked", [1, 4, 64])
+def test_units_are_removed_by_their_residual(width, stacked, monkeypatch):
+    monkeypatch.setattr(functional, "STACKED", stacked)
     weight, gram = problem()
     index = torch.arange(12).view(-1, width)
 
@@ -71,10 +74,12 @@ def test_units_are_removed_by_their_residual(width):
         return output_energy(lost, gram)
 
     gone: list[int] = []
-    for unit in select_by_residual(weight, gram, index, 3, len(index), damp=0.0)[0].tolist():
+    order, found = select_by_residual(weight, gram, index, 3, len(index), damp=0.0)
+    for unit in order.tolist():
         costs = {other: residual([*gone, other]) for other in range(len(index)) if other not in gone}
         assert unit == min(costs, key=costs.get)
         gone.append(unit)
+    assert found.sum().item() == pytest.approx(residual(gone), rel=1e-5)  # of a ridge of 1e-9
 
 
 def test_without_damping_the_size_of_the_inputs_does_not_matter():
