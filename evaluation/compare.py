@@ -1,10 +1,11 @@
-r"""One table and its pictures from any number of `results.json`: Markdown, or one HTML file that needs nothing else.
+r"""One table and its pictures from any number of `results.json`: Markdown, one HTML file that needs nothing else, or one JSON of all.
 
     hf-compact evaluate my-model-4bit my-model-3bit --compare my-model --text a.txt --tasks piqa --output results.json
     python -m evaluation.compare results.json --output table.html --output table.md
 
 Rows are models, of all files together; a model that several files name is one row. Numbers stand in one column only if they
-were measured alike: another window, other rows or another version of the harness is an error that names the column.
+were measured alike: another window, other rows or another version of the harness is an error that names the column. What
+ran on another machine than the first file says so below the table.
 Differences are to the base of the same file, pair by pair, with their own standard error, which is smaller than that of
 either value.
 """
@@ -60,9 +61,10 @@ def merge(files: Iterable[tuple[str, Results]]) -> Results:
             other, earlier = settings.setdefault(column, (name, value))
             if earlier != value:
                 raise ConfigError(f"{column} was not measured alike in {other} and {name}: {_difference(earlier, value)}")
+        elsewhere = {} if merged is None or _place(results) == _place(merged) else {"machine": _place(results)}
         for model in results.models:
             if model.name not in models:
-                models[model.name] = name, dataclasses.replace(model)
+                models[model.name] = name, dataclasses.replace(model, provenance=elsewhere | model.provenance)
                 continue
             other, earlier = models[model.name]
             if earlier.fingerprint != model.fingerprint:
@@ -97,6 +99,12 @@ def _settings(results: Results) -> dict[str, Any]:
         "tasks": {"lm_eval": version, **{key: protocol[key] for key in TASK_SETTINGS}} if tasks else None,
     }  # the page states these once
     return texts | tasks | speed | {name: value for name, value in shared.items() if value is not None}
+
+
+def _place(results: Results) -> str:
+    """The machine in words."""
+    machine = results.machine
+    return f"{machine.get('accelerator', machine['processor'])}, {machine['threads']} of {machine['cores']} cores"
 
 
 def _joined(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
@@ -204,8 +212,7 @@ def page(results: Results, title: str) -> str:
 
 def stated(results: Results) -> list[str]:
     """The protocol and the machine in sentences."""
-    protocol, machine = results.protocol, results.machine
-    lines = []
+    protocol, lines = results.protocol, list[str]()
     if protocol["texts"]:
         windows = protocol["windows"]
         count = windows["num_windows"] or "all"
@@ -224,11 +231,12 @@ def stated(results: Results) -> list[str]:
         lines.append(
             f"speed: {speed['prompt_tokens']} tokens of prompt, {speed['new_tokens']} generated, median of {speed['repeats']} turns with the base; small: times as fast as it"
         )
-    cores = f"{machine['threads']} of {machine['cores']} cores"
-    lines.append(
-        f"{machine.get('accelerator', machine['processor'])}, {cores}, "
-        + ", ".join(f"{name} {version}" for name, version in results.versions.items())
-    )
+    lines.append(f"{_place(results)}, " + ", ".join(f"{name} {version}" for name, version in results.versions.items()))
+    elsewhere: dict[str, list[str]] = {}
+    for model in results.models:
+        if "machine" in model.provenance:
+            elsewhere.setdefault(model.provenance["machine"], []).append(model.name)
+    lines += [f"{place}: {', '.join(names)}, held against the base there" for place, names in elsewhere.items()]
     return lines + [f"skipped: {name}: {reason}" for name, reason in results.skipped.items()]
 
 
@@ -339,23 +347,33 @@ def _speed(model: ModelResult, kind: str) -> Cell:
     return f"{model.speed[f'{kind}_tokens_per_second']:.1f}", f"× {faster[kind]:.2f}" if faster else ""
 
 
+def write(results: Results, path: Path, title: str) -> None:
+    """As the ending of the file says."""
+    if path.suffix == ".json":
+        results.write(path)
+    else:
+        write_text(path, page(results, title) if path.suffix == ".html" else f"# {title}\n\n{markdown(results)}")
+
+
 def main() -> int:
     """Read, merge, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", type=Path, help="results.json files")
-    parser.add_argument("--output", action="append", type=Path, required=True, help=".html or .md file to write; repeat for both")
+    parser.add_argument(
+        "--output", action="append", type=Path, required=True, help=".html, .md or .json file to write; repeat for several"
+    )
     parser.add_argument("--title", default="Compressed models", help="heading of the page")
     options = parser.parse_args()
     for path in options.output:
-        if path.suffix not in (".html", ".md"):
-            parser.error(f"--output must end in .html or .md, got {str(path)!r}")
+        if path.suffix not in (".html", ".md", ".json"):
+            parser.error(f"--output must end in .html, .md or .json, got {str(path)!r}")
     try:
         results = merge((path.name, Results.read(path)) for path in options.results)
     except CompactError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for path in options.output:
-        write_text(path, page(results, options.title) if path.suffix == ".html" else markdown(results))
+        write(results, path, options.title)
         print(path)
     return 0
 

@@ -91,6 +91,17 @@ def test_files_are_joined_by_model(both):
     assert last[4:8] == ["148.413", "", "", ""]
 
 
+def test_rows_of_another_machine_say_so(both):
+    there = results(
+        model("third", 2_000_000, [4.0, 2.0, 2.5], "----"), model("fourth", 1_000_000, [4.0, 2.0, 2.5], "----"), speed=None
+    )
+    there.machine = there.machine | {"accelerator": "an accelerator"}
+    lines = compare.markdown(compare.merge([("a", both), ("b", there)])).splitlines()
+    assert "- a processor, 1 of 2 cores, lm_eval 0.4.13" in lines
+    assert "- an accelerator, 1 of 2 cores: third, fourth, held against the base there" in lines
+    assert not any("held against the base there" in line for line in compare.markdown(both).splitlines())
+
+
 def test_numbers_in_a_column_are_measured_alike(both):
     windows = {**both.protocol["windows"], "stride": 4}
     with pytest.raises(ConfigError, match="wiki was not measured alike in a and b: windows "):
@@ -182,18 +193,19 @@ def test_what_is_not_finite_is_said_and_not_drawn(both):
 @pytest.mark.cli
 def test_command(both, tmp_path, monkeypatch, capsys):
     both.write(tmp_path / "results.json")
-    outputs = [tmp_path / "table.html", tmp_path / "table.md"]
+    outputs = [tmp_path / "table.html", tmp_path / "table.md", tmp_path / "table.json"]
     arguments = [str(tmp_path / "results.json"), *(word for path in outputs for word in ("--output", str(path)))]
     monkeypatch.setattr(sys, "argv", ["compare", *arguments])
     assert compare.main() == 0
-    assert outputs[1].read_text() == compare.markdown(both)
+    assert outputs[1].read_text() == f"# Compressed models\n\n{compare.markdown(both)}"
+    assert Results.read(outputs[2]) == both
     (tmp_path / "results.json").write_text("{}")
     assert compare.main() == 2
     assert "error: results_version must be 1, got None" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["compare", "a.json", "--output", "a.txt"])
     with pytest.raises(SystemExit):
         compare.main()
-    assert "--output must end in .html or .md, got 'a.txt'" in capsys.readouterr().err
+    assert "--output must end in .html, .md or .json, got 'a.txt'" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine to open the page in")
