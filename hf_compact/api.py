@@ -1319,6 +1319,8 @@ def _open_gguf(path: Path, dtype: torch.dtype) -> Dense:
 
 
 def _read_config(folder: Path) -> PreTrainedConfig:
+    if not folder.is_dir():  # which transformers would look for on the Hub
+        raise FormatError(f"{str(folder)!r} is no folder here")
     try:
         return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:

@@ -451,7 +451,7 @@ def test_bad_inspection(compressed, dense_folder, tmp_path):
     assert_one_line(
         run("inspect", dense_folder), "is not compressed by hf_compact: its config.json has no quantization_config of ours"
     )
-    assert_one_line(run("inspect", tmp_path / "missing"), "has no config.json that transformers can read")
+    assert_one_line(run("inspect", tmp_path / "missing"), "missing' is no folder here")
     (copy / "compression_report.json").write_text("{")
     assert_one_line(run("inspect", copy), "compression_report.json cannot be read")
     (copy / "compression_report.json").unlink()
