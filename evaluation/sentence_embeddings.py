@@ -5,8 +5,8 @@ Calibration and evaluation sentences come from different files.
 
     python -m evaluation.sentence_embeddings MODEL_FOLDER --calibration wiki.valid.raw --text c4.utf8 --output minilm.json
 
-With `--recipe` those recipes are compared in place of the two fixed-rate ones and their controls, each as it is; one with several
-widths in a file has a row for each. `--plan` adds the recipe of the planner at so many bits per block weight.
+With `--recipe` those recipes are compared in place of the two fixed-rate ones and their controls, each as it is, and JLCM also
+without its learning; one with several widths in a file has a row for each. `--plan` adds the recipe of the planner at so many bits per block weight.
 """
 
 import argparse
@@ -30,9 +30,12 @@ from hf_compact.methods.nested.config import WIDTHS
 
 #: Ending of a label -> what is changed in the recipe's stage.
 CHANGES = {"": {}, ", nearest": {"rounding": "nearest"}}
+#: Recipe -> its controls: ending of their labels -> what is changed.
+CONTROLS = {"jlcm-3bit": {", codes not learned": {"learning": "none"}}}
 #: What has to be at least as good as what, with no more bits, on every text: the order that a language model has.
 ORDER = [
     ("codebook-4.0bpw", "codebook-4bit"), ("codebook-3.0bpw", "jlcm-3bit"), ("jlcm-3bit", "codebook-3bit"),
+    ("jlcm-3bit", "jlcm-3bit, codes not learned"),
     ("codebook-4.0bpw", "codebook-3.0bpw"), ("codebook-3.0bpw", "codebook-2.3bpw"), ("codebook-2.3bpw", "codebook-1.9bpw"),
 ]  # fmt: skip
 #: How far below its target the planner may stay.
@@ -163,7 +166,9 @@ def main(arguments: list[str] | None = None) -> int:
         return compressed(dense, recipe, calibration, cosines)
 
     fixed = {f"{bits} bit{end}": (f"codebook-{bits}bit", change) for bits in (4, 3) for end, change in CHANGES.items()}
-    wanted = {name: (name, {}) for name in options.recipe} or fixed
+    wanted = {
+        name + ending: (name, change) for name in options.recipe for ending, change in ({"": {}} | CONTROLS.get(name, {})).items()
+    } or fixed
     todo: dict[str, Callable[[], dict[str, Any]]] = {
         label: lambda name=name, change=change: named(name, change) for label, (name, change) in wanted.items()
     }

@@ -294,7 +294,10 @@ def relative_bars(found: dict[str, Any], add: Add) -> None:
     pairs: list[tuple[str, Any, str, Any, float]] = []
     endings = [re.fullmatch(rf"healed-dense-(?:{'|'.join(f'{rate:g}' for rate in DENSE_RATES)})(-.*)?", name) for name in found]
     for ending in sorted({match[1] or "" for match in endings if match}):
-        dense, words = chosen(found, None, "", ending), f" ({ending[1:]})" if ending else ""
+        dense, words = (
+            chosen(found, None, "", ending),
+            re.sub(r"^-(\d+)", r", \1 tokens", ending).replace("-own-text", ", own text"),
+        )
         pairs += [
             (f"healed-{name}{kind}{words}", chosen(found, name, kind, ending), "healed-dense", dense, limit)
             for name, limit in HEALED.items() for kind in HEALING
