@@ -33,7 +33,7 @@ from .functional.gram import add_gram_, centered, output_energy, without_padding
 from .groups import linear_spec
 from .report import LayerReport, Report, peak_memory_bytes, return_freed_memory
 from .select import replace_modules, select_stages
-from .stored import open_linears, tied_parts
+from .stored import dense_once, open_linears, tied_parts
 
 logger = logging.getLogger(__name__)
 
@@ -654,14 +654,16 @@ class BlockRunner:
         handles = [target.register_forward_pre_hook(note)]
         if cross is not None:
             handles.append(dense.get_submodule(part).register_forward_pre_hook(note_dense))
+        module = self.model.get_submodule(block)
         try:
-            for number, batch in enumerate(self.batches[:-1]):
-                mask = batch.get(self.arch.mask_of(block, self._outer(name)))
-                if cross is not None:
+            with dense_once(module):
+                for number, batch in enumerate(self.batches[:-1]):
+                    mask = batch.get(self.arch.mask_of(block, self._outer(name)))
+                    if cross is not None:
+                        with suppress(StopForward):
+                            self._run_dense(dense, number, calls[number])
                     with suppress(StopForward):
-                        self._run_dense(dense, number, calls[number])
-                with suppress(StopForward):
-                    self._run_block(self.model.get_submodule(block), number, calls[number])
+                        self._run_block(module, number, calls[number])
         finally:
             for handle in handles:
                 handle.remove()
@@ -698,10 +700,11 @@ class BlockRunner:
     def _advance(self, block: str, calls: list[_Call]) -> None:
         """Replace every batch's hidden state by the compressed block's output."""
         module = self.model.get_submodule(block)
-        for number, call in enumerate(calls):
-            self.hidden[number] = self._run_block(module, number, call)
-            if not self.hidden[number].isfinite().all():
-                raise NumericalError(f"{block} gives values that are not finite on calibration batch {number}")
+        with dense_once(module):
+            for number, call in enumerate(calls):
+                self.hidden[number] = self._run_block(module, number, call)
+                if not self.hidden[number].isfinite().all():
+                    raise NumericalError(f"{block} gives values that are not finite on calibration batch {number}")
         self.settled = {}
 
     def _probe_output(self) -> Tensor:

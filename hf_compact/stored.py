@@ -1,6 +1,9 @@
 """The base of modules that hold a compressed matrix in buffers and compute with its dense form."""
 
+import functools
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
@@ -122,6 +125,19 @@ class StoredLinear(StoredModule):
         linear.weight = nn.Parameter(self.to_dense(dtype), requires_grad=False)
         linear.register_parameter("bias", self.bias)
         return linear
+
+
+@contextmanager
+def dense_once(module: nn.Module) -> Iterator[None]:
+    """Linears below a module are made dense once for as long as it lasts, in which they must not change; takes the memory of them all."""
+    linears = [part for part in module.modules() if isinstance(part, StoredLinear)]
+    for linear in linears:
+        vars(linear)["to_dense"] = functools.cache(linear.to_dense)
+    try:
+        yield
+    finally:
+        for linear in linears:
+            del vars(linear)["to_dense"]
 
 
 class StoredEmbedding(StoredModule):

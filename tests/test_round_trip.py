@@ -18,6 +18,7 @@ from hf_compact.calibration import from_batches
 from hf_compact.capture import BlockRunner
 from hf_compact.errors import ConfigError, UnsupportedModel
 from hf_compact.methods.codebook import CodebookLinear
+from hf_compact.stored import dense_once
 from tests.conftest import FAMILIES, VOCABULARY, tiny_inputs, tiny_model
 
 TIED = {"llama", "qwen2", "gemma3", "gpt2", "opt", "bert_mlm"}
@@ -511,3 +512,25 @@ def test_the_stub_imports_us(stock):
     assert found["imported"]
     assert "import hf_compact" in (folders[0].parent / "again" / "modeling_hf_compact.py").read_text()
     assert torch.equal(torch.tensor(found["logits"]), expected)
+
+
+def test_what_is_made_dense_does_not_grow_with_the_batches(monkeypatch):
+    made, of = [], CodebookLinear.to_dense
+    monkeypatch.setattr(CodebookLinear, "to_dense", lambda module, *args, **kwargs: made.append(0) or of(module, *args, **kwargs))
+    counts = []
+    for number in (2, 6):
+        made.clear()
+        batches = [tiny_inputs("llama", seed=seed) for seed in range(number)]
+        model = tiny_model("llama")
+        hf_compact.compress(model, recipe(), calibration=from_batches(batches))
+        counts.append(len(made))
+    assert counts[0] == counts[1] > 0
+    linear = next(module for module in model.modules() if isinstance(module, CodebookLinear))
+    x = torch.randn(3, linear.in_features)
+    with dense_once(model):
+        assert torch.equal(linear(x), linear(x))
+        made.clear()
+        assert torch.equal(linear(x), linear(x))
+        assert made == []
+    linear(x)
+    assert made == [0]
