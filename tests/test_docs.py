@@ -142,6 +142,19 @@ def test_the_table_of_corrections_repeats_what_was_measured():
         assert cells == [f"{row['totals']['body_bits_per_weight']:.2f}", f"{row['file_bytes'] / 1e6:.1f}", *ratios]
 
 
+def test_the_table_of_nested_bits_repeats_what_was_measured():
+    rows = json.loads((ROOT / "evaluation" / "results" / "02-encoder.json").read_text())["rows"]
+    cosines = {row["label"]: (row, row["cosines"]) for row in rows}
+    cosines |= {f"{row['label']}, {bits} bits": (row, view) for row in rows for bits, view in row.get("views", {}).items()}
+    seen = 0
+    for label, *cells in cells_of("nested.md"):
+        if label in cosines:
+            row, view = cosines[label]
+            assert cells == [f"{row['body_bits_per_weight']:.2f}", *(f"{text['mean']:.4f}" for text in view.values())], label
+            seen += 1
+    assert seen == 6
+
+
 @pytest.mark.cli
 @pytest.mark.skipif(importlib.util.find_spec("mkdocstrings") is None, reason="mkdocs-material and mkdocstrings are not installed")
 def test_the_site_builds_without_a_warning(tmp_path):
