@@ -1,4 +1,4 @@
-r"""One table and its pictures from any number of `results.json`: Markdown, one HTML file that needs nothing else, or one JSON of all.
+r"""One table and its pictures from any number of `results.json`: Markdown, an HTML file that needs nothing else, a JSON of all.
 
     hf-compact evaluate my-model-4bit my-model-3bit --compare my-model --text a.txt --tasks piqa --output results.json
     python -m evaluation.compare results.json --output table.html --output table.md
@@ -61,7 +61,7 @@ def merge(files: Iterable[tuple[str, Results]]) -> Results:
             other, earlier = settings.setdefault(column, (name, value))
             if earlier != value:
                 raise ConfigError(f"{column} was not measured alike in {other} and {name}: {_difference(earlier, value)}")
-        elsewhere = {} if merged is None or _place(results) == _place(merged) else {"machine": _place(results)}
+        elsewhere = {} if merged is None or _place(results) == _place(merged) else {"measured_on": _place(results)}
         for model in results.models:
             if model.name not in models:
                 models[model.name] = name, dataclasses.replace(model, provenance=elsewhere | model.provenance)
@@ -69,7 +69,7 @@ def merge(files: Iterable[tuple[str, Results]]) -> Results:
             other, earlier = models[model.name]
             if earlier.fingerprint != model.fingerprint:
                 raise ConfigError(f"{model.name} is not the same model in {other} and {name}: rename one folder")
-            _join(earlier, model)
+            _join(earlier, model, elsewhere)
         if merged is None:
             merged = dataclasses.replace(results, skipped=dict(results.skipped))
         else:
@@ -119,15 +119,17 @@ def _difference(a: dict[str, Any], b: dict[str, Any]) -> str:
     return ", ".join(f"{key} {a[key]!r} and {b[key]!r}" for key in a if a[key] != b[key])
 
 
-def _join(into: ModelResult, other: ModelResult) -> None:
-    """Add what another file measured of the same model."""
-    into.perplexity = into.perplexity | other.perplexity
-    into.tasks = into.tasks | other.tasks
+def _join(into: ModelResult, other: ModelResult, elsewhere: dict[str, str]) -> None:
+    """Add what another file measured of the same model and the earlier ones did not; where, if that was another machine."""
+    if not {*other.perplexity, *other.tasks} <= {*into.perplexity, *into.tasks}:
+        into.provenance = elsewhere | into.provenance
+    into.perplexity = other.perplexity | into.perplexity
+    into.tasks = other.tasks | into.tasks
     into.speed, into.memory = into.speed or other.speed, into.memory or other.memory
     if into.comparison is None or other.comparison is None:
         into.comparison = into.comparison or other.comparison
         return
-    joined = {key: into.comparison[key] | other.comparison[key] for key in ("perplexity", "tasks")}
+    joined = {key: other.comparison[key] | into.comparison[key] for key in ("perplexity", "tasks")}
     into.comparison = {**other.comparison, **into.comparison, **joined}
 
 
@@ -212,7 +214,8 @@ def page(results: Results, title: str) -> str:
 
 def stated(results: Results) -> list[str]:
     """The protocol and the machine in sentences."""
-    protocol, lines = results.protocol, list[str]()
+    protocol = results.protocol
+    lines = []
     if protocol["texts"]:
         windows = protocol["windows"]
         count = windows["num_windows"] or "all"
@@ -234,8 +237,8 @@ def stated(results: Results) -> list[str]:
     lines.append(f"{_place(results)}, " + ", ".join(f"{name} {version}" for name, version in results.versions.items()))
     elsewhere: dict[str, list[str]] = {}
     for model in results.models:
-        if "machine" in model.provenance:
-            elsewhere.setdefault(model.provenance["machine"], []).append(model.name)
+        if (place := model.provenance.get("measured_on", _place(results))) != _place(results):
+            elsewhere.setdefault(place, []).append(model.name)
     lines += [f"{place}: {', '.join(names)}, held against the base there" for place, names in elsewhere.items()]
     return lines + [f"skipped: {name}: {reason}" for name, reason in results.skipped.items()]
 
@@ -348,7 +351,7 @@ def _speed(model: ModelResult, kind: str) -> Cell:
 
 
 def write(results: Results, path: Path, title: str) -> None:
-    """As the ending of the file says."""
+    """The page, the table or the results themselves, by the file's ending."""
     if path.suffix == ".json":
         results.write(path)
     else:

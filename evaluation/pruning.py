@@ -1,18 +1,18 @@
-r"""Structured pruning: in one shot, in training against the dense model trained alike, speed, overhead; goes on where it was stopped.
+r"""Structured pruning: in one shot, in training against the dense model trained alike, speed, overhead.
 
     python -m evaluation.pruning --model MODEL.gguf --calibration wiki.valid.raw --calibration wiki.utf8 \
         --calibration technical.utf8 --calibration tiny.utf8 --text wiki.test.raw --text c4.utf8 --work runs/pruning
 
-`--step` takes some of the steps only; what has not run yet is left out of the tables. All rows that are trained get the same
-steps of 1024 tokens, 400 by default, from the calibration texts in the same order, the dense control among them; those that are pruned before
-lose as many channels and heads as HESSO takes out; rows of another number of steps (`--train-steps`) say it in their names. Each is trained at several learning rates, and the best one on windows that no
-row trains on, of the same texts, counts; the teacher of distilled rows is the dense model so trained. Several processes may be at it at
-once. Results go to `evaluation/results/05-pruning.json` and `.md`; `--quick` shows that everything runs.
+It goes on where it was stopped. `--step` takes some of the steps only; what has not run yet is left out of the tables. All rows
+that are trained get the same steps of 1024 tokens, 400 by default, from the calibration texts in the same order, the dense
+control among them; those that are pruned before lose as many channels and heads as HESSO takes out. Rows of another number of
+steps (`--train-steps`), and those that see nothing but what the dense model writes (`--own-text`), say it in their names. Each
+is trained at several learning rates, and the best one on windows that no row trains on, of the same texts, counts; the teacher
+of distilled rows is the dense model so trained. Several processes may be at it at once. Results go to `evaluation/results/05-pruning.json` and `.md`; `--quick` shows that everything runs.
 """
 
 import argparse
 import json
-import re
 import statistics
 import sys
 import time
@@ -48,6 +48,8 @@ BEFORE = {
     "random": {"score": "random", "compensation": "none"},
 }
 STEPS, LENGTH, BATCH = 400, 512, 2
+#: What the names of the steps are made from.
+DEFAULTS = argparse.Namespace(steps=STEPS, own_text=False)
 RATES = (1e-4, 3e-4)
 #: What overhead is measured at.
 LEARNING_RATE = 1e-4
@@ -55,22 +57,21 @@ LEARNING_RATE = 1e-4
 PAPER = {"output": 0.0} | dict.fromkeys(("magnitude", "avg_magnitude", "cosine", "taylor_first", "taylor_second"), 0.2)
 #: What is chosen is replaced at once, by the calibration of the recipes; every choice takes a pass over it.
 REFIT = {"compensation": "refit", "periods": 2}
-#: Of calibration for it, if its row says no other number.
-SEQUENCES = 64
 #: HESSO warms up for a twentieth of the steps and prunes for a quarter of them.
 WARM_UP, PRUNING = 20, 4
-#: Row -> removed share in training (None: before it, by the row's name), whether the trained dense model teaches, other settings.
-TRAINED_ROWS: dict[str, tuple[float | None, bool, dict[str, Any]]] = {
-    "trained-dense": (None, False, {}),
-    **{f"hesso-{percent}": (percent / 100, False, {}) for percent in TRAINED},
-    **{f"hesso-{percent}-distilled": (percent / 100, True, {}) for percent in TRAINED},
-    **{f"hesso-{percent}-refit": (percent / 100, False, REFIT) for percent in TRAINED},
-    **{f"hesso-{percent}-refit-distilled": (percent / 100, True, REFIT) for percent in TRAINED},
-    "hesso-20-refit-1024-distilled": (0.2, True, REFIT | {"num_sequences": 1024}),
-    "hesso-20-refit-competing-distilled": (0.2, True, REFIT | {"is_uniform": False}),
-    "hesso-20-paper-scores": (0.2, False, PAPER),
-    **{f"{name}-20-trained": (None, False, {}) for name in BEFORE},
-    "flap-20-trained-distilled": (None, True, {}),
+#: Row -> removed share in training (None: before it, by the row's name), whether the trained dense model teaches, other settings,
+#: sequences of calibration that they are refitted on.
+TRAINED_ROWS: dict[str, tuple[float | None, bool, dict[str, Any], int]] = {
+    "trained-dense": (None, False, {}, 0),
+    **{f"hesso-{percent}": (percent / 100, False, {}, 0) for percent in TRAINED},
+    **{f"hesso-{percent}-distilled": (percent / 100, True, {}, 0) for percent in TRAINED},
+    **{f"hesso-{percent}-refit": (percent / 100, False, REFIT, 64) for percent in TRAINED},
+    **{f"hesso-{percent}-refit-distilled": (percent / 100, True, REFIT, 64) for percent in TRAINED},
+    "hesso-20-refit-1024-distilled": (0.2, True, REFIT, 1024),
+    "hesso-20-refit-competing-distilled": (0.2, True, REFIT | {"is_uniform": False}, 64),
+    "hesso-20-paper-scores": (0.2, False, PAPER, 0),
+    **{f"{name}-20-trained": (None, False, {}, 0) for name in BEFORE},
+    "flap-20-trained-distilled": (None, True, {}, 0),
 }
 PREFILL_RATIO, DECODE_RATIO, OVERHEAD = 1.3, 1.2, 0.1
 
@@ -83,20 +84,21 @@ def scored(model: str | Path, options: argparse.Namespace) -> dict[str, float]:
 
 
 def compressed(
-    options: argparse.Namespace, name: str, stage: dict[str, Any] | None = None, calibrated: str | None = None
+    options: argparse.Namespace, name: str, stage: dict[str, Any] | None = None, calibrated: str | None = None,
+    texts: list[str] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Prune in one shot by a recipe of the project, by one with other calibration, or by `prune-20` with another stage; then score."""
+    """Prune in one shot by a recipe of the project, with other calibration, or by `prune-20` with another stage; then score."""
     known = "prune-20" if stage is not None else "-".join(name.split("-")[:2])
     recipe = yaml.safe_load(Path(f"configs/recipes/{known}.yaml").read_text()) | {"dtype": options.dtype}
     if name != known:
         recipe["distillation"] = None
     if stage is not None:
         recipe["stages"] = [recipe["stages"][0] | stage]
-    texts = options.calibration
+    texts = texts or options.calibration
     if calibrated is not None:
         number, is_own = CALIBRATED[calibrated]
         recipe["calibration"] = {**recipe["calibration"], "num_sequences": number, "batch_size": 16}
-        texts = [*texts, written(options)] if is_own else texts
+        texts = [*texts, stepwise.own_text(options, 4 if options.quick else number, options.length)] if is_own else texts
     if options.quick:
         recipe["calibration"] = {"num_sequences": 4, "sequence_length": options.length}
         recipe["distillation"] = recipe["distillation"] and {"num_sequences": 4}
@@ -119,15 +121,9 @@ def share_of_groups(options: argparse.Namespace, target: float) -> dict[str, flo
     return {kind: counts[kind] / number for kind, number in found.items()}
 
 
-def written(options: argparse.Namespace) -> Path:
-    """What the dense model wrote."""
-    return stepwise.own_text(options, *((64, options.length) if options.quick else ()))
-
-
 def variant(options: argparse.Namespace) -> str:
     """The end of the names of rows that are trained for another number of steps, or on other text."""
-    number = getattr(options, "steps", STEPS)
-    return ("" if number == STEPS else f"-{number}-steps") + ("-own-text" if getattr(options, "own_text", False) else "")
+    return ("" if options.steps == STEPS else f"-{options.steps}-steps") + "-own-text" * options.own_text
 
 
 def row_name(name: str, rate: float, ending: str) -> str:
@@ -137,13 +133,15 @@ def row_name(name: str, rate: float, ending: str) -> str:
 
 def ending_of(name: str) -> str | None:
     """How the names end of all rows that are trained as this one is; None for those that are not."""
-    found = re.fullmatch(rf"(?:{'|'.join(TRAINED_ROWS)})-(?:{'|'.join(f'{rate:g}' for rate in RATES)})(-.*)?", name)
-    return found and (found[1] or "")
+    return stepwise.ending_of(name, [row_name(row, rate, "") for row in TRAINED_ROWS for rate in RATES])
 
 
 def trained(options: argparse.Namespace, name: str, rate: float) -> dict[str, Any]:
     """Train the dense model as it is, with HESSO, or after it was pruned in one shot; then score."""
-    target, is_distilled, settings = TRAINED_ROWS[name]
+    target, is_distilled, settings, sequences = TRAINED_ROWS[name]
+    texts = options.calibration
+    if options.own_text:
+        texts = [stepwise.own_training_text(options, options.steps * BATCH, options.length)]
     opened = api.open_dense(options.model, "float32", is_whole=True)
     model, tokenizer = opened.model, opened.load_tokenizer()
     callbacks: list[transformers.TrainerCallback] = []
@@ -153,20 +151,18 @@ def trained(options: argparse.Namespace, name: str, rate: float) -> dict[str, An
     if target is not None:
         schedule = {"warm_up_steps": max(1, options.steps // WARM_UP), "pruning_steps": options.steps // PRUNING, **settings}
         schedule |= {"periods": 2} if options.quick else {}
-        number = schedule.pop("num_sequences", SEQUENCES)
-        known = CalibrationConfig(num_sequences=4 if options.quick else number, sequence_length=options.length)
-        is_refitted = "compensation" in settings
-        batches = sample(tokenizer, read_texts(options.calibration), known, 0, []).batches if is_refitted else ()
+        known = CalibrationConfig(num_sequences=4 if options.quick else sequences, sequence_length=options.length)
+        batches = sample(tokenizer, read_texts(texts), known, 0, []).batches if sequences else ()
         callbacks.append(HessoCallback(target=target, batches=batches, **schedule))
     before = count(model)
     if target is None and name != "trained-dense":
-        pruned = options.work / name.partition("-trained")[0]
+        before_training = name.partition("-trained")[0]
+        pruned = options.work / (before_training + "-own-text" * options.own_text)
         shares = share_of_groups(options, 0.2)
         stage = {"channel_sparsity": shares["channels"], "head_sparsity": shares.get("kv_heads", 0.0)}
-        compressed(options, pruned.name, BEFORE[pruned.name.split("-")[0]] | stage)
+        compressed(options, pruned.name, BEFORE[before_training.split("-")[0]] | stage, texts=texts)
         model = transformers.AutoModelForCausalLM.from_pretrained(pruned, dtype=torch.float32)
     started, name = time.perf_counter(), row_name(name, rate, variant(options))
-    texts = [written(options)] if options.own_text else options.calibration
     data = stepwise.TrainingWindows(texts, tokenizer, options.length, options.steps * BATCH)
     arguments = TrainingArguments(
         str(options.work / f"{name}-trainer"), per_device_train_batch_size=BATCH, max_steps=options.steps, bf16=options.dtype == "auto",
@@ -327,11 +323,10 @@ def bars(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 def trained_bars(found: dict[str, Any], ending: str, add: Add) -> None:
     """Of rows that were trained alike, against the dense control and against those that were pruned before."""
-    base, words = found["dense"]["perplexity"], f" ({ending[1:]})" if ending else ""
+    base, words = found["dense"]["perplexity"], f" ({ending[1:].replace('-', ' ')})" if ending else ""
     for percent, limit in TRAINED.items():
         for name in (
-            f"hesso-{percent}{kind}"
-            for kind in ("", "-distilled", "-refit", "-refit-distilled", "-refit-1024-distilled", "-refit-competing-distilled")
+            row for row, (target, _, settings, _) in TRAINED_ROWS.items() if target == percent / 100 and settings is not PAPER
         ):
             row, control = chosen(found, name, ending), chosen(found, "trained-dense", ending)
             for text in row["perplexity"] if row and control else ():
@@ -382,9 +377,7 @@ def write(found: dict[str, Any], line: str, folder: Path = RESULTS) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Measure what is missing and write the tables."""
     parser = stepwise.parser(__doc__, "runs/pruning")
-    parser.add_argument(
-        "--step", action="append", choices=list(steps(argparse.Namespace())), help="a step by name; all by default"
-    )
+    parser.add_argument("--step", action="append", choices=list(steps(DEFAULTS)), help="a step by name; all by default")
     parser.add_argument(
         "--dtype", choices=["auto", "float32"], default="auto",
         help="to prune in one shot and to score in: float32 where the processor computes bfloat16 in software",
@@ -397,7 +390,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = stepwise.parse(parser, arguments)
     options.steps, options.length = (8, 32) if options.quick else (options.train_steps, LENGTH)
     todo = steps(options)
-    wanted = options.step and [new for old, new in zip(steps(argparse.Namespace()), todo, strict=True) if old in options.step]
+    wanted = options.step and [new for old, new in zip(steps(DEFAULTS), todo, strict=True) if old in options.step]
     found = stepwise.run(todo, options.work, wanted, options.device, options.rows)
     line = stepwise.command_line("pruning", options) + f" --train-steps {options.steps}" + " --own-text" * options.own_text
     line += f" --dtype {options.dtype}" if options.dtype != "auto" else ""

@@ -6,7 +6,8 @@ Calibration and evaluation sentences come from different files.
     python -m evaluation.sentence_embeddings MODEL_FOLDER --calibration wiki.valid.raw --text c4.utf8 --output minilm.json
 
 With `--recipe` those recipes are compared in place of the two fixed-rate ones and their controls, each as it is, and JLCM also
-without its learning; one with several widths in a file has a row for each. `--plan` adds the recipe of the planner at so many bits per block weight.
+without its learning; one with several widths in a file has a row for each. `--plan` adds the recipe of the planner at so many
+bits per block weight.
 """
 
 import argparse

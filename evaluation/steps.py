@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -25,8 +26,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "evaluation" / "results"
 TEXTS = 2
 HELD_OUT = 32
-#: Written by the dense model: so many tokens, in sequences of so many, so many of them at once.
-OWN_TOKENS, OWN_LENGTH, OWN_BATCH = 600_000, 512, 1024
+#: Sequences that the dense model writes at once.
+OWN_BATCH = 1024
 
 
 def machine(device: str = "cpu") -> str:
@@ -174,28 +175,40 @@ def quantized(file_bytes: int) -> dict[str, Any] | None:
 
 
 @torch.no_grad()
-def own_text(options: argparse.Namespace, number: int = OWN_TOKENS, length: int = OWN_LENGTH) -> Path:
-    """The file of what the dense model writes behind single random tokens, sampled as it is likely; made if it is missing.
+def own_text(options: argparse.Namespace, number: int, length: int) -> Path:
+    """The file of sequences that the dense model writes behind single random tokens; made if it is missing.
 
-    Data of no domain, as in LLM-QAT (https://arxiv.org/abs/2305.17888), which takes the likeliest of the first tokens where we sample.
+    Every token is drawn from the model's own distribution, but for its end of a text, which it may not write. Data of no domain, as
+    in LLM-QAT (https://arxiv.org/abs/2305.17888), which takes the likeliest for the first tokens.
     """
-    path = options.work / "own-text.txt"
+    path = options.work / f"own-text-{number}-{length}.txt"
     with taken(path):
         if not path.exists():
             opened = api.open_dense(options.model, "bfloat16", is_whole=True)
             model, tokenizer = opened.model.to(options.device), opened.load_tokenizer()
             torch.manual_seed(0)
             parts: list[str] = []
-            count, end = -(-number // length), model.config.eos_token_id
-            for start in range(0, count, OWN_BATCH):
-                first = torch.randint(model.config.vocab_size, (min(OWN_BATCH, count - start), 1), device=options.device)
+            end = model.config.eos_token_id
+            for start in range(0, number, OWN_BATCH):
+                first = torch.randint(model.config.vocab_size, (min(OWN_BATCH, number - start), 1), device=options.device)
                 ids = model.generate(
-                    first, do_sample=True, top_k=0, min_new_tokens=length - 1, max_new_tokens=length - 1, pad_token_id=end,
-                    attention_mask=torch.ones_like(first),
+                    first, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, min_new_tokens=length - 1,
+                    max_new_tokens=length - 1, pad_token_id=end, attention_mask=torch.ones_like(first),
                 )  # fmt: skip
                 parts += tokenizer.batch_decode(ids, skip_special_tokens=True)
             write_text(path, "\n\n".join(parts))
     return path
+
+
+def own_training_text(options: argparse.Namespace, number: int, length: int) -> Path:
+    """As much of it as so many windows take, those that are held out among them; not every token survives its text."""
+    return own_text(options, math.ceil(1.25 * (number + HELD_OUT)), length)
+
+
+def ending_of(name: str, trained: Iterable[str]) -> str | None:
+    """How the names of all rows end that are trained as this one is, `trained` being how they begin; None for other rows."""
+    found = re.fullmatch(rf"(?:{'|'.join(map(re.escape, trained))})(-.*)?", name)
+    return found and (found[1] or "")
 
 
 class TrainingWindows(Dataset):
@@ -206,6 +219,8 @@ class TrainingWindows(Dataset):
 
     def __init__(self, texts: list[str], tokenizer: Any, length: int, number: int) -> None:
         rows = list(windows(tokenize(tokenizer, read_texts(texts)), length, None))
+        if number > len(rows):
+            raise ValueError(f"the texts hold {len(rows)} windows of {length} tokens, and {number} are asked for")
         used = {i * len(rows) // number for i in range(number)}
         self.rows = [rows[i * len(rows) // number][0] for i in range(number)]
         rest = [row[0] for i, row in enumerate(rows) if i not in used]

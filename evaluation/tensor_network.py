@@ -4,9 +4,11 @@ r"""Tensor networks: quality without training, healing, composition at equal byt
         --calibration technical.utf8 --calibration tiny.utf8 --text wiki.test.raw --text c4.utf8 --work runs/tensor
 
 `--step` takes some of the steps only; what has not run yet is left out of the tables. Healing trains on windows of the
-calibration texts: the factors of the decomposed model, or all of its weights, and, as the control, all weights of the dense one, on the
-same tokens in the same order. Each is trained at several learning rates, and the best one on windows that no row trains on, of the same
-texts, counts; the teacher of distilled rows is the dense model so trained. Several processes may be at it at once. Results go to `evaluation/results/03-tensor-network.json` and `.md`.
+calibration texts, or of what the dense model writes (`--own-text`): the factors of the decomposed model, or all of its weights,
+and, as the control, all weights of the dense one, on the same tokens in the same order. Rows of another number of tokens or of
+own text say it in their names. Each is trained at several learning rates, and the best one on windows that no row trains on, of
+the same texts, counts; the teacher of distilled rows is the dense model so trained. Several processes may be at it at once.
+Results go to `evaluation/results/03-tensor-network.json` and `.md`.
 """
 
 import argparse
@@ -34,6 +36,8 @@ from hf_compact.scoring import perplexity
 
 #: recipe -> most perplexity, times dense, on the two texts without training; None is reported only.
 UNTRAINED = {"20": (2.4, 3.5), "40": (6.0, 12.0), "40-fast": (6.0, 12.0), "60": None}
+#: Ending of a row of -40-fast that is calibrated on four times the text -> what else is changed.
+FAST = {"256": {}, "256-regression": {"solver": "regression"}}
 #: Recipes that are timed against dense.
 TIMED = ("40", "40-fast")
 #: recipe -> most perplexity after healing, times the dense model trained on the same tokens.
@@ -121,7 +125,9 @@ def healed(options: argparse.Namespace, percent: str | None, kind: str, rate: fl
         stepwise.done(steps(options), options.work, f"tensor-network-{percent}", options.device)
         model = verify.load_model(options.work / f"tensor-network-{percent}", dtype=torch.float32)
     started = time.perf_counter()
-    texts = [stepwise.own_text(options)] if options.own_text else options.calibration
+    texts = options.calibration
+    if options.own_text:
+        texts = [stepwise.own_training_text(options, options.tokens // LENGTH, LENGTH)]
     data = stepwise.TrainingWindows(texts, tokenizer, LENGTH, options.tokens // LENGTH)
     arguments = TrainingArguments(
         str(options.work / f"{name}-trainer"), per_device_train_batch_size=BATCH, num_train_epochs=1, bf16=True,
@@ -217,6 +223,12 @@ def steps(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]
     for name in UNTRAINED:
         full = f"tensor-network-{name}"
         found[full] = lambda full=full: compressed(options, full, recipe(full))
+    for ending, change in FAST.items():
+        changed = recipe("tensor-network-40-fast")
+        changed["stages"][0] |= change
+        changed["calibration"] |= {"num_sequences": 256, "batch_size": 16}
+        full = f"tensor-network-40-fast-{ending}"
+        found[full] = lambda full=full, changed=changed: compressed(options, full, changed)
     found["speed"] = lambda: speed(options)
     small = {key: value for key, value in recipe("compactifai-93").items() if key not in ("stages", "distillation")}
     found["correction"] = lambda: compressed(
@@ -292,12 +304,10 @@ def untrained_bars(found: dict[str, Any], add: Add) -> None:
 def relative_bars(found: dict[str, Any], add: Add) -> None:
     """Of rows against a control row of their own."""
     pairs: list[tuple[str, Any, str, Any, float]] = []
-    endings = [re.fullmatch(rf"healed-dense-(?:{'|'.join(f'{rate:g}' for rate in DENSE_RATES)})(-.*)?", name) for name in found]
-    for ending in sorted({match[1] or "" for match in endings if match}):
-        dense, words = (
-            chosen(found, None, "", ending),
-            re.sub(r"^-(\d+)", r", \1 tokens", ending).replace("-own-text", ", own text"),
-        )
+    controls = rows_of(None, "", "")
+    for ending in sorted({stepwise.ending_of(name, controls) for name in found} - {None}):
+        dense = chosen(found, None, "", ending)
+        words = re.sub(r"^-(\d+)", r", \1 tokens", ending).replace("-own-text", ", own text")
         pairs += [
             (f"healed-{name}{kind}{words}", chosen(found, name, kind, ending), "healed-dense", dense, limit)
             for name, limit in HEALED.items() for kind in HEALING
@@ -361,12 +371,8 @@ def main() -> int:
     if unknown := [name for name in options.step or () if name not in todo]:
         parser.error(f"--step must be one of {', '.join(todo)}, got {unknown[0]!r}")
     found = stepwise.run(todo, options.work, options.step, options.device, options.rows)
-    print(
-        write(
-            found,
-            stepwise.command_line("tensor_network", options) + f" --tokens {options.tokens}" + " --own-text" * options.own_text,
-        )
-    )
+    line = stepwise.command_line("tensor_network", options) + f" --tokens {options.tokens}" + " --own-text" * options.own_text
+    print(write(found, line))
     return 0
 
 

@@ -129,7 +129,7 @@ class StoredLinear(StoredModule):
 
 @contextmanager
 def dense_once(module: nn.Module) -> Iterator[None]:
-    """Linears below a module are made dense once for as long as it lasts, in which they must not change; takes the memory of them all."""
+    """Linears below a module are made dense once for as long as this lasts, and must not change meanwhile. Takes memory for all."""
     linears = [part for part in module.modules() if isinstance(part, StoredLinear)]
     for linear in linears:
         vars(linear)["to_dense"] = functools.cache(linear.to_dense)
@@ -137,7 +137,7 @@ def dense_once(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         for linear in linears:
-            del vars(linear)["to_dense"]
+            vars(linear).pop("to_dense", None)  # nested, the inner one may have ended what the outer one keeps
 
 
 class StoredEmbedding(StoredModule):

@@ -116,18 +116,19 @@ def train(model, callbacks, folder: Path, **settings) -> transformers.Trainer:
     return trainer
 
 
+CALIBRATED = [tiny_inputs("llama", batch=4, length=32)]
 CALLBACKS = {
     "ternary": lambda: [TernaryCallback()],
     "hesso": lambda: [HessoCallback(target=0.2, pruning_steps=4, periods=2, channel_multiple=4)],
     "hesso, refit": lambda: [
-        HessoCallback(target=0.2, pruning_steps=4, periods=2, channel_multiple=4, compensation="refit", batches=[tiny_inputs("llama", batch=4, length=32)])
+        HessoCallback(target=0.2, pruning_steps=4, periods=2, channel_multiple=4, compensation="refit", batches=CALIBRATED)
     ],
     "cric": lambda: [HessoCallback(target=0.2, pruning_steps=2, periods=1, cric=True, cric_cycles=2, cric_steps=2, channel_multiple=4)],
     "masks": lambda: [MaskCallback(interval=2)],
     "sorted": lambda: [SortedNetCallback(widths=(0.5, 1.0), depths=(0.5, 1.0))],
     "maestro": lambda: [TensorNetworkCallback(schedule="maestro", lasso_weight=1e-4)],
     "trp": lambda: [TensorNetworkCallback(schedule="trp", interval=2)],
-    "trp, by outputs": lambda: [TensorNetworkCallback(schedule="trp", interval=2, batches=[tiny_inputs("llama", batch=4, length=32)])],
+    "trp, by outputs": lambda: [TensorNetworkCallback(schedule="trp", interval=2, batches=CALIBRATED)],
     "one bit": lambda: [OneBitAdamCallback(OneBitAdamConfig(freeze=4))],
     "distilled": lambda: [DistillationCallback(tiny_model("llama"))],
     "ternary, distilled": lambda: [TernaryCallback(), DistillationCallback(tiny_model("llama"))],

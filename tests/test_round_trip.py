@@ -515,8 +515,8 @@ def test_the_stub_imports_us(stock):
 
 
 def test_what_is_made_dense_does_not_grow_with_the_batches(monkeypatch):
-    made, of = [], CodebookLinear.to_dense
-    monkeypatch.setattr(CodebookLinear, "to_dense", lambda module, *args, **kwargs: made.append(0) or of(module, *args, **kwargs))
+    made, to_dense = [], CodebookLinear.to_dense
+    monkeypatch.setattr(CodebookLinear, "to_dense", lambda *args, **kwargs: made.append(0) or to_dense(*args, **kwargs))
     counts = []
     for number in (2, 6):
         made.clear()
@@ -532,5 +532,11 @@ def test_what_is_made_dense_does_not_grow_with_the_batches(monkeypatch):
         made.clear()
         assert torch.equal(linear(x), linear(x))
         assert made == []
+    with dense_once(model):
+        with pytest.raises(RuntimeError), dense_once(linear):
+            linear(x[:, 1:])
+        linear(x)
+    made.clear()
     linear(x)
-    assert made == [0]
+    linear(x)
+    assert made == [0, 0]

@@ -99,7 +99,23 @@ def test_rows_of_another_machine_say_so(both):
     lines = compare.markdown(compare.merge([("a", both), ("b", there)])).splitlines()
     assert "- a processor, 1 of 2 cores, lm_eval 0.4.13" in lines
     assert "- an accelerator, 1 of 2 cores: third, fourth, held against the base there" in lines
+    again = compare.markdown(compare.merge([("b", there), ("merged", compare.merge([("a", both), ("b", there)]))])).splitlines()
+    assert [line for line in again if "1 of 2 cores" in line] == [
+        "- an accelerator, 1 of 2 cores, lm_eval 0.4.13",
+        "- a processor, 1 of 2 cores: dense, <4 bit> & small, held against the base there",
+    ]
     assert not any("held against the base there" in line for line in compare.markdown(both).splitlines())
+
+
+def test_the_first_file_tells_what_several_have_measured(both):
+    again = results(model("dense", 4_000_000, [9.0, 9.0, 9.0], "----"), speed=None, texts={"wiki": "c0ffee", "c4": "beef"})
+    again.models[0].perplexity["c4"] = again.models[0].perplexity["wiki"]
+    again.machine = again.machine | {"processor": "another"}
+    dense = compare.merge([("a", both), ("b", again)]).models[0]
+    assert dense.perplexity["wiki"] == both.models[0].perplexity["wiki"]
+    assert dense.tasks["piqa"] == both.models[0].tasks["piqa"]
+    assert "c4" in dense.perplexity
+    assert dense.provenance["measured_on"] == "another, 1 of 2 cores"
 
 
 def test_numbers_in_a_column_are_measured_alike(both):

@@ -1,5 +1,6 @@
 import json
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -45,6 +46,15 @@ def test_numbers_are_held_against_their_claims(tmp_path):
     assert (tmp_path / "05-pruning.md").read_text().startswith("# Structured pruning")
 
 
+@pytest.mark.parametrize(("name", "ending"), [
+    ("trained-dense-0.0001", ""), ("hesso-20-0.0003", ""), ("hesso-20-refit-0.0001-40-steps", "-40-steps"),
+    ("hesso-20-refit-1024-distilled-0.0003-1600-steps-own-text", "-1600-steps-own-text"), ("flap-20-trained-0.0001-own-text", "-own-text"),
+    ("prune-20", None), ("prune-20-1024-own-text", None), ("hesso-20-0.001", None), ("overhead", None),
+])  # fmt: skip
+def test_rows_that_are_trained_alike_end_alike(name, ending):
+    assert pruning.ending_of(name) == ending
+
+
 @pytest.fixture
 def arguments(dense_folder, tmp_path):
     texts = {}
@@ -74,6 +84,21 @@ def test_the_quick_form_runs_and_goes_on(arguments, tmp_path, monkeypatch, capsy
         == rows["hesso-40-0.0001-8-steps"]["parameters"]
     )
     assert (tmp_path / "work" / "05-pruning.md").is_file()
+
+
+def test_own_text_is_all_that_its_rows_see(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pruning.api.verify, "verify", lambda *args: {"verified": True, "seconds": 0.0})
+    read, of = [], pruning.read_texts
+    monkeypatch.setattr(pruning, "read_texts", lambda paths: read.append([Path(path).name for path in paths]) or of(paths))
+    chosen = ["--step", "hesso-20-refit-0.0001", "--step", "flap-20-trained-0.0001"]
+    assert pruning.main([*arguments, "--own-text", *chosen]) == 0
+    assert capsys.readouterr().out.count("done: ") == 1 + 2
+    written = next((tmp_path / "work").glob("own-text-*.txt"))
+    assert read == [[written.name]]
+    report = json.loads((tmp_path / "work" / "flap-20-own-text" / "compression_report.json").read_text())
+    assert [Path(entry["name"]).name for entry in report["calibration"]["texts"]] == [written.name]
+    rows = json.loads((tmp_path / "work" / "rows.json").read_text())
+    assert {"hesso-20-refit-0.0001-8-steps-own-text", "flap-20-trained-0.0001-8-steps-own-text"} < rows.keys()
 
 
 def test_steps_and_texts_are_checked(arguments, capsys):

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ... import sensitivity
 from ...arch import Architecture, as_linear, dense_shape
-from ...errors import UnsupportedModel
+from ...errors import NumericalError, UnsupportedModel
 from ...functional.gram import centered, output_energy
 from ...groups import GroupSet, block_groups, drop_layers_
 from .config import PruningConfig
@@ -186,7 +186,10 @@ def _chosen(
     """Numbers of the groups that go."""
     per_pool = group_set.num_groups // group_set.num_pools
     if config.score == "obs":
-        return select_by_residual(dense, gram, index, count, per_pool, config.damp)[0]
+        try:
+            return select_by_residual(dense, gram, index, count, per_pool, config.damp)[0]
+        except ValueError as error:
+            raise NumericalError(f"{name}: {error}") from error
     if config.score == "random":
         seed = int.from_bytes(hashlib.sha256(f"{config.seed} {name}".encode()).digest()[:7])
         scores = torch.rand(group_set.num_groups, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

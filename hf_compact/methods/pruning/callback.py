@@ -26,7 +26,7 @@ from ... import distributed
 from ...arch import as_linear, dense_shape, describe
 from ...capture import evaluating, input_moments, without_cache
 from ...checkpoint import disk_errors, write_shard, write_text
-from ...errors import ConfigError, FormatError, UnsupportedModel
+from ...errors import ConfigError, FormatError, NumericalError, UnsupportedModel
 from ...footprint import Comparison, count
 from ...functional.gram import centered
 from ...groups import HIDDEN, GroupSet, cut_zeros_, find_groups
@@ -338,7 +338,12 @@ class HessoCallback(CompactCallback):
         if number > 0:
             reader, index = group_set.slices[-1].module, group_set.slices[-1].index[is_kept]
             spread = gram if reader.bias is None else centered(gram, total)
-            order, costs = select_by_residual(as_linear(reader).weight.cpu(), spread, index, number, per_pool, self.config.damp)
+            try:
+                order, costs = select_by_residual(
+                    as_linear(reader).weight.cpu(), spread, index, number, per_pool, self.config.damp
+                )
+            except ValueError as error:
+                raise NumericalError(f"{group_set.kind} of {group_set.block}: {error}") from error
             # The next one costs more but for rounding; where it does not, it must still not come before.
             found[is_kept.nonzero()[:, 0][order]] = costs.cummax(0).values
         return found

@@ -9,7 +9,7 @@ from torch import Tensor
 from ...functional.gram import centered
 
 #: Rows that are stacked up before they are taken off the matrices together.
-STACKED = 64
+_STACKED = 64
 
 
 def ridged(gram: Tensor, damp: float) -> Tensor:
@@ -75,12 +75,13 @@ def select_by_residual(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Remove units one by one, each time the one that costs least when all that stay are refitted (OBS).
 
-    With `C = (G + damp)^-1` the cost of J is `tr(W_J C_JJ^-1 W_J^T)`; then `W -= W_J C_JJ^-1 C_J` and C loses J. The sum of
-    the costs is the Schur complement of what is removed.
+    With `C = (G + damp)^-1` and `M = W^T W` the cost of J is `tr(C_JJ^-1 M_JJ)`; then `W -= W_J C_JJ^-1 C_J` and C loses J.
+    With `C_JJ = L L^T`, `V = L^-1 C_J` and `P = L^-1 M_J - L^-1 M_JJ L^-T V / 2` this takes `V^T V` off C and `P^T V + V^T P`
+    off M; V and P of several removals are taken off together. The sum of the costs is the Schur complement of what is removed.
 
     Args:
         weight: `[out, in]`. Not written to.
-        gram: `[in, in]`.
+        gram: `[in, in]`. Not written to.
         index: `[units, width]` columns.
         num_removed: units to remove.
         per_pool: the units fall into pools of this size, in order, of which equally many are removed.
@@ -88,6 +89,9 @@ def select_by_residual(
 
     Returns:
         Numbers of the removed units in the order of removal, and what each has cost, both `[num_removed]`.
+
+    Raises:
+        ValueError: the gram matrix with its ridge is not positive definite but for rounding.
     Source: SparseGPT's and OBC's elimination (arXiv 2208.11580) for whole columns, as in ZipLM (arXiv 2302.04089).
 
     >>> weight, index = torch.tensor([[1.0, 1.0, 0.5]]), torch.arange(3)[:, None]
@@ -97,9 +101,8 @@ def select_by_residual(
     """
     units, width = index.shape
     num_pools = units // per_pool
-    # W enters by its gram matrix M = W^T W alone. Removing J takes V^T V off C and P^T V + V^T P off M, where V and P hold rows as
-    # wide as `in`: they are stacked up and taken off together, which is a product of matrices in the place of many passes over them.
-    c, m = torch.linalg.inv(ridged(gram, damp)), weight.double().T @ weight.double()
+    inverse, w = torch.linalg.inv(ridged(gram, damp)), weight.double()
+    c, m = 0.5 * (inverse + inverse.T), w.T @ w
     pairs = index[:, :, None], index[:, None, :]
     own_c, own_m = c[pairs], m[pairs]  # [units, width, width], up to date
     v, p = c.new_zeros(0, len(c)), c.new_zeros(0, len(c))
@@ -107,7 +110,8 @@ def select_by_residual(
     removed: list[int] = []
     costs: list[float] = []
     for turn in range(num_removed):
-        solved = own_m / own_c if width == 1 else torch.linalg.solve(own_c, own_m)  # which takes long for many small ones
+        # Solving many systems of one unknown takes many times as long as dividing.
+        solved = own_m / own_c if width == 1 else torch.linalg.solve(own_c, own_m)
         cost = solved.diagonal(dim1=1, dim2=2).sum(1).masked_fill(is_gone, torch.inf)
         if num_pools > 1:  # pools take turns: none is ahead of another by more than one
             counts = is_gone.view(num_pools, per_pool).sum(1)
@@ -117,18 +121,20 @@ def select_by_residual(
         removed.append(best)
         is_gone[best] = True
         at = index[best]
-        factor = torch.linalg.cholesky(own_c[best])
+        factor, is_broken = torch.linalg.cholesky_ex(own_c[best])
+        if is_broken or not factor.isfinite().all():
+            raise ValueError("the gram matrix is not positive definite: raise damp, or calibrate on more tokens")
         rows = torch.stack((c[at] - v[:, at].T @ v, m[at] - p[:, at].T @ v - v[:, at].T @ p))  # [2, width, in]
         new_v, inner = torch.linalg.solve_triangular(factor, rows, upper=False)
         shared = torch.linalg.solve_triangular(factor, inner[:, at].T, upper=False)  # [width, width]
         new_p = inner - 0.5 * shared @ new_v
         v, p = torch.cat((v, new_v)), torch.cat((p, new_p))
-        vs, ps = (rows[:, index].permute(1, 0, 2) for rows in (new_v, new_p))  # [units, width, width]
+        vs, ps = (part[:, index].permute(1, 0, 2) for part in (new_v, new_p))  # [units, width, width]
         own_c -= _product(vs, vs)
         crossed = _product(ps, vs)
         own_m -= crossed + crossed.mT
         own_c[best], own_m[best] = torch.eye(width, dtype=torch.float64), 0
-        if len(v) >= STACKED:
+        if len(v) >= _STACKED:
             c -= v.T @ v
             m -= p.T @ v + v.T @ p
             v, p = v[:0], p[:0]

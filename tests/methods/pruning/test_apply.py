@@ -63,7 +63,7 @@ def test_the_refit_loses_the_schur_complement():
 @pytest.mark.parametrize("width", [1, 3])
 @pytest.mark.parametrize("stacked", [1, 4, 64])
 def test_units_are_removed_by_their_residual(width, stacked, monkeypatch):
-    monkeypatch.setattr(functional, "STACKED", stacked)
+    monkeypatch.setattr(functional, "_STACKED", stacked)
     weight, gram = problem()
     index = torch.arange(12).view(-1, width)
 
@@ -74,12 +74,39 @@ def test_units_are_removed_by_their_residual(width, stacked, monkeypatch):
         return output_energy(lost, gram)
 
     gone: list[int] = []
-    order, found = select_by_residual(weight, gram, index, 3, len(index), damp=0.0)
+    order, found = select_by_residual(weight, gram, index, len(index) - 1, len(index), damp=0.0)
+    assert [given.equal(problem()[number]) for number, given in enumerate((weight, gram))] == [True, True]
     for unit in order.tolist():
         costs = {other: residual([*gone, other]) for other in range(len(index)) if other not in gone}
         assert unit == min(costs, key=costs.get)
         gone.append(unit)
     assert found.sum().item() == pytest.approx(residual(gone), rel=1e-5)  # of a ridge of 1e-9
+
+
+@pytest.mark.parametrize("width", [1, 2])
+@pytest.mark.parametrize("kind", ["few", "twice"])
+def test_units_are_removed_where_inputs_depend_on_each_other(kind, width, monkeypatch):
+    """Fewer tokens than inputs, or every input twice: what can be made up for costs nothing."""
+    monkeypatch.setattr(functional, "_STACKED", 4)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(5 if kind == "few" else 40, 12 if kind == "few" else 6, generator=generator, dtype=torch.float64)
+    inputs = rows if kind == "few" else rows.repeat(1, 2)
+    weight, gram = torch.randn(7, 12, generator=generator), inputs.T @ inputs
+    index = torch.arange(12).view(-1, width)
+    order, costs = select_by_residual(weight, gram, index, 10 // width, len(index), damp=0.0)
+    assert len(set(order.tolist())) == 10 // width
+    free = (7 if kind == "few" else 6) // width
+    assert costs[:free].max() < 1e-6 * output_energy(weight.double(), gram)
+    kept = torch.tensor([unit for unit in range(len(index)) if unit not in order.tolist()])
+    lost = weight.clone()
+    lost[:, index[kept].flatten()] -= refit_columns(weight, gram, index[kept].flatten(), damp=0.0)
+    assert costs.sum().item() == pytest.approx(output_energy(lost, gram), rel=1e-4)
+
+
+@pytest.mark.parametrize("gram", [torch.full((4, 4), torch.nan), torch.diag(torch.tensor([9.0, -1.0, -1.0, 1.0]))])
+def test_what_is_no_gram_matrix_is_refused(gram):
+    with pytest.raises(ValueError, match="not positive definite: raise damp, or calibrate on more tokens"):
+        select_by_residual(torch.ones(2, 4), gram, torch.arange(4)[:, None], 3, 4, damp=0.0)
 
 
 def test_without_damping_the_size_of_the_inputs_does_not_matter():

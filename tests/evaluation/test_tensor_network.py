@@ -1,0 +1,29 @@
+"""What is claimed of rows that are measured once, on an accelerator or in hours."""
+
+from evaluation import tensor_network
+
+
+def row(wiki: float, c4: float, held_out: float = 10.0) -> dict:
+    return {"perplexity": {"wiki": wiki, "c4": c4}, "held_out": held_out, "command_seconds": 60.0, "commit": "c0ffee"}
+
+
+FOUND = {
+    "dense": row(20.0, 30.0),
+    "healed-dense-3e-05": row(15.0, 27.0, 9.5),
+    "healed-dense-0.0001": row(14.0, 28.0, 9.0),
+    "healed-20-0.0001": row(15.4, 33.6),
+    "healed-40-distilled-0.0003": row(21.0, 42.0),
+    "healed-dense-0.0001-120000": row(16.0, 29.0),
+    "healed-40-0.0003-120000": row(24.0, 43.5),
+    "healed-dense-0.0001-120000-own-text": row(20.0, 30.0),
+    "healed-20-all-0.001-120000-own-text": row(22.0, 36.0),
+}
+
+
+def test_healed_rows_are_held_against_the_dense_model_of_the_same_tokens():
+    bars = [(bar["claim"].split(":")[0], bar["measured"], bar["held"]) for bar in tensor_network.bars(FOUND)]
+    assert bars == [
+        ("healed-20", 1.1, True), ("healed-20", 1.2, False), ("healed-40-distilled", 1.5, False), ("healed-40-distilled", 1.5, False),
+        ("healed-40, 120000 tokens", 1.5, False), ("healed-40, 120000 tokens", 1.5, False),
+        ("healed-20-all, 120000 tokens, own text", 1.1, True), ("healed-20-all, 120000 tokens, own text", 1.2, False),
+    ]  # fmt: skip
