@@ -31,6 +31,7 @@ from .errors import NumericalError, UnsupportedModel
 from .fitting import fit_, patched_forwards, relative_error
 from .functional.gram import add_gram_, centered, output_energy, without_padding
 from .groups import linear_spec
+from .products import plain_products
 from .report import LayerReport, Report, peak_memory_bytes, return_freed_memory
 from .select import replace_modules, select_stages
 from .stored import dense_once, open_linears, tied_parts
@@ -477,7 +478,8 @@ class BlockRunner:
             hints = self._hints(name, stage, known, total)
             if cross is not None and moments is not None and linear.bias is None:
                 hints["cross"] = cross
-            made = method.compress_linear(linear, moments, config, solve=is_mine, **hints)
+            with plain_products():
+                made = method.compress_linear(linear, moments, config, solve=is_mine, **hints)
             outer = self._outer(name)
             if made is linear:
                 seconds = time.perf_counter() - started
@@ -774,7 +776,8 @@ def compress_outside_(
         for method, config in stages if name else ():
             started = time.perf_counter()
             old = model.get_submodule(name)
-            new = method.compress_embedding(old, config, solve=solve)
+            with plain_products():
+                new = method.compress_embedding(old, config, solve=solve)
             if new is None:
                 continue
             made[name] = Outside(role, method, config, old, new, time.perf_counter() - started)

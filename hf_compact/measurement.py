@@ -31,6 +31,7 @@ from .errors import NumericalError, OutputError, UnsupportedModel
 from .fitting import patched_forwards
 from .functional.gram import add_gram_, centered, output_energy, without_padding
 from .functional.histogram import histogram_divergence
+from .products import plain_products
 from .report import return_freed_memory
 
 _SEARCH_ROWS = 128  # of a Linear, on which its choices are tried
@@ -343,9 +344,10 @@ def _trial(model: nn.Module, item: Item, alternative: Alternative, gram: Tensor,
         if linear.bias is not None:  # the compressed Linear takes it over, and its values change
             linear.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
         moments = _spread(linear, gram, total)
-        new = alternative.method.compress_linear(
-            linear, moments if alternative.config.needs_calibration else None, alternative.config
-        )
+        with plain_products():
+            new = alternative.method.compress_linear(
+                linear, moments if alternative.config.needs_calibration else None, alternative.config
+            )
         if linear.bias is not None:
             if moments is not None and alternative.config.needs_calibration:
                 correct_bias_(new, linear.weight, total)
@@ -365,7 +367,8 @@ def _output_errors(model: nn.Module, item: Item, gram: Tensor, total: Tensor) ->
         share = dense_shape(module)[0] / len(part.weight)
         for index, alternative in enumerate(item.alternatives):
             given = moments if alternative.config.needs_calibration else None
-            new = alternative.method.compress_linear(part, given, alternative.config)
+            with plain_products():
+                new = alternative.method.compress_linear(part, given, alternative.config)
             lost[index] += share * output_energy(part.weight.detach().float() - new.to_dense(), moments)
     return lost
 

@@ -46,6 +46,20 @@ def fast_products() -> Iterator[None]:
             yield
 
 
+@contextmanager
+def plain_products() -> Iterator[None]:
+    """Within it, everything is computed as it is outside of `fast_products`.
+
+    For solvers: they compute in float32 and float64, and each of their many small operations would be looked at.
+
+    >>> with fast_products(), plain_products():
+    ...     torch.ones(1, 2) @ torch.ones(2, 1)
+    tensor([[2.]])
+    """
+    with torch._C.DisableTorchFunction():
+        yield
+
+
 class _Widening(TorchFunctionMode):
     """Calls of products as they are made, with wider factors."""
 

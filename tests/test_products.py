@@ -1,10 +1,15 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_compact import products
-from hf_compact.products import fast_products
+import hf_compact
+from hf_compact import capture, products
+from hf_compact.calibration import from_batches
+from hf_compact.products import fast_products, plain_products
+from tests.conftest import tiny_inputs, tiny_model
 
 LAST_DIGIT = 2**-7
 PRODUCTS = {
@@ -63,6 +68,29 @@ def test_products_are_computed_in_float32(product, is_slow):
     with fast_products(), Seen() as seen:
         product(a, b).sum().backward()
     assert seen.dtypes == {torch.float32}
+
+
+def test_plain_products_are_left_alone_until_they_end(is_slow):
+    a, b = (factor.detach() for factor in factors(torch.bfloat16))
+    with fast_products(), Seen() as seen:
+        with plain_products():
+            a @ b
+        assert seen.dtypes == {torch.bfloat16}
+        a @ b
+    assert seen.dtypes == {torch.bfloat16, torch.float32}
+
+
+@pytest.mark.parametrize("is_spared", [True, False])
+def test_solvers_are_not_looked_at(is_spared, is_slow, monkeypatch):
+    called, of = set(), products._Widening.__torch_function__
+    monkeypatch.setattr(products._Widening, "__torch_function__", lambda *args: called.add(args[1]) or of(*args))
+    if not is_spared:
+        monkeypatch.setattr(capture, "plain_products", nullcontext)
+    inputs = tiny_inputs("llama")
+    recipe = {"stages": [{"method": "codebook", "bits": 3}]}
+    hf_compact.compress(tiny_model("llama"), recipe, calibration=from_batches([inputs, inputs]))
+    assert F.linear in called
+    assert (torch.linalg.cholesky_ex in called) == (not is_spared)
 
 
 @pytest.mark.parametrize("product", NATIVE.values(), ids=NATIVE)

@@ -96,7 +96,7 @@ def test_own_text_is_all_that_its_rows_see(arguments, tmp_path, monkeypatch, cap
     written = next((tmp_path / "work").glob("own-text-*.txt"))
     assert read == [[written.name]]
     report = json.loads((tmp_path / "work" / "flap-20-own-text" / "compression_report.json").read_text())
-    assert [Path(entry["name"]).name for entry in report["calibration"]["texts"]] == [written.name]
+    assert [Path(source).name for source in report["calibration"]["sources"]] == [written.name]
     rows = json.loads((tmp_path / "work" / "rows.json").read_text())
     assert {"hesso-20-refit-0.0001-8-steps-own-text", "flap-20-trained-0.0001-8-steps-own-text"} < rows.keys()
 
