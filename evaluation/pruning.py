@@ -208,13 +208,14 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
     sizes = {"channel_sparsity": shares["channels"], "head_sparsity": shares.get("kv_heads", 0.0)}
     compressed(options, "random-40", BEFORE["random"] | sizes)  # what goes makes no difference to times
     timed = SpeedConfig(prompt_tokens=16, new_tokens=2, repeats=1) if is_quick else SpeedConfig(prompt_tokens=512, repeats=15)
-    found = api.compare(options.model, options.work / "random-40", speed=timed)
+    found = api.compare(options.model, options.work / "random-40", speed=timed, dtype=options.dtype)
     values: dict[str, Any] = {}
     for name, side in (("dense", found.before), ("-40 %", found.after)):
         values |= {f"prefill {name}": side.prefill_seconds, f"decode {name}": side.decode_seconds}
     return {
         **values,
         "threads": torch.get_num_threads(),
+        "dtype": options.dtype,
         "machine": machine(),
         "device": "cpu",
         "command_seconds": time.perf_counter() - started,
@@ -313,7 +314,8 @@ def bars(found: dict[str, Any]) -> list[dict[str, Any]]:
         row = found["speed"]
         for kind, least in (("prefill", PREFILL_RATIO), ("decode", DECODE_RATIO)):
             ratio = row[f"{kind} dense"] / row[f"{kind} -40 %"]
-            add(f"-40 % of block parameters: {kind}, times as fast as dense", f">= {least}", ratio, ratio >= least, row)
+            where = "" if row.get("dtype", "auto") == "auto" else f", {row['dtype']}"
+            add(f"-40 % of block parameters: {kind}, times as fast as dense{where}", f">= {least}", ratio, ratio >= least, row)
     if "overhead" in found:
         row = found["overhead"]
         share = row["callback_seconds"] / row["step_seconds"]

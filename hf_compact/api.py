@@ -46,7 +46,7 @@ from .checkpoint import (
     whole_folder,
     write_text,
 )
-from .config import CalibrationConfig, DistillationConfig, MethodConfig, Recipe, check_device
+from .config import CalibrationConfig, DistillationConfig, MethodConfig, Recipe, check_device, check_dtype
 from .distillation import distill_
 from .errors import CalibrationError, ConfigError, FormatError, NothingMatched, OutputError, UnsupportedModel, VerificationError
 from .footprint import Comparison, Footprint, count
@@ -353,7 +353,7 @@ def plan_budget(  # noqa: PLR0913 - by keyword
 
 
 def compare(
-    before: str | Path, after: str | Path, *, plot: str | Path | None = None, speed: SpeedConfig | None = None
+    before: str | Path, after: str | Path, *, plot: str | Path | None = None, speed: SpeedConfig | None = None, dtype: str = "auto"
 ) -> Comparison:  # fmt: skip
     """Two models side by side: parameters, multiply-adds, bytes, measured seconds of a prompt and of a token, removed units.
 
@@ -364,14 +364,17 @@ def compare(
         after: likewise; compressed or pruned.
         plot: PNG file to create: what each block has lost.
         speed: what is timed, by default as it stands there; medians are reported.
+        dtype: of both models: float32, bfloat16 or float16; auto is the checkpoint's own, and bfloat16 for float32.
 
     Raises:
-        CompactError: a model cannot be opened, a prompt is longer than a model allows, or the file cannot be created.
+        CompactError: a model cannot be opened, a prompt is longer than a model allows, there is no such dtype, or the file cannot
+            be created.
     """
+    check_dtype(dtype)
     if plot is not None:
         check_new_file(Path(plot))
     speed = speed or SpeedConfig()
-    models = {side: open_for_scoring(name)[0] for side, name in (("before", before), ("after", after))}
+    models = {side: open_for_scoring(name, dtype)[0] for side, name in (("before", before), ("after", after))}
     for name, model in zip((before, after), models.values(), strict=True):
         check_positions(model, repr(str(name)), speed)
     found = compare_by_turns(**models, config=speed)

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .api import base_folder, count_parameters, inspect_folder, local_folder, open_for_scoring, versions
 from .calibration import read_texts, tokenize
 from .checkpoint import QUANT_METHOD, REPORT_NAME, check_same_run, disk_errors, hash_files
-from .config import check_device
+from .config import check_device, check_dtype
 from .errors import ConfigError, FormatError, OutputError, UnsupportedModel
 from .harness import load_tasks, run_tasks
 from .report import Report, peak_memory_bytes, return_freed_memory
@@ -67,8 +67,7 @@ class Protocol:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
         if self.num_fewshot is not None and self.num_fewshot < 0:
             raise ConfigError(f"num_fewshot must be at least 0, got {self.num_fewshot}")
-        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise ConfigError(f"dtype must be one of auto, float32, bfloat16, float16, got {self.dtype!r}")
+        check_dtype(self.dtype)
         check_device(self.device)
 
 

@@ -18,7 +18,7 @@ from typer.core import TyperCommand
 
 from . import api, benchmark, harness
 from .checkpoint import check_new_file, write_text
-from .config import DistillationConfig
+from .config import DistillationConfig, DType
 from .errors import CompactError, OutputError
 from .methods.compacter import CompacterConfig
 from .planner import BudgetPlan
@@ -70,6 +70,7 @@ ModelArgument = Annotated[str, typer.Argument(help="Hub id, folder or .gguf file
 RecipeOption = Annotated[Path, typer.Option(help="YAML file: `stages: [{method: codebook, bits: 4}]`.", metavar="FILE.yaml")]
 SeedOption = Annotated[int | None, typer.Option(help="Replaces the recipe's seed.")]
 DeviceOption = Annotated[str | None, typer.Option(help="Where the model runs: cuda, cuda:1. Default: cpu.")]
+DTypeOption = Annotated[DType, typer.Option(help="auto is the checkpoint's own, and bfloat16 for float32.")]
 
 
 @app.command(
@@ -252,10 +253,7 @@ def evaluate(  # noqa: PLR0913 - one argument per option
     window_length: Annotated[int | None, typer.Option(help="Tokens per window. Default: 1024.", min=2)] = None,
     stride: Annotated[int | None, typer.Option(help="Tokens between the beginnings of windows. Default: side by side.")] = None,
     bos: Annotated[bool, typer.Option("--bos", help="Put the tokenizer's BOS token before every window.")] = False,
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option(help="auto is the checkpoint's own, and bfloat16 for float32."),
-    ] = "auto",
+    dtype: DTypeOption = "auto",
     device: Annotated[str, typer.Option(help="Where models run: cpu, cuda, cuda:1, mps.")] = "cpu",
     output: Annotated[
         Path | None,
@@ -346,6 +344,7 @@ def compare(
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt, at batch size 1.")] = 256,
     new_tokens: Annotated[int, typer.Option(help="Tokens that are generated behind it.")] = 32,
     repeats: Annotated[int, typer.Option(help="Turns of both models; medians are shown.")] = 5,
+    dtype: DTypeOption = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers here too.", metavar="OUT")] = None,
 ) -> None:
     """Parameters, multiply-adds, bytes and measured speed of MODEL and of a SMALLER one, side by side."""
@@ -353,7 +352,7 @@ def compare(
         if json_file is not None:
             check_new_file(json_file)
         speed = SpeedConfig(prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats)
-        found = api.compare(before, after, plot=plot, speed=speed)
+        found = api.compare(before, after, plot=plot, speed=speed, dtype=dtype)
         if json_file is not None:
             _write_json(json_file, found.to_dict())
     out().print(found.to_table(f"{before} → {after}"))

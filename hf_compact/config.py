@@ -17,6 +17,8 @@ import yaml
 
 from .errors import ConfigError
 
+#: Of a model's weights; what auto is, the setting says.
+DType = Literal["auto", "float32", "bfloat16", "float16"]
 #: YAML 1.1 reads a number without a point, like 2e-3, as text.
 _YAML_FLOAT = re.compile(r"[+-]?\d+[eE][+-]?\d+")
 #: Where a recipe whose file is missing may lie: where the repository has them, and those that come with the library.
@@ -154,7 +156,7 @@ class Recipe:
     """A short training of what is continuous, after all stages; null leaves it out. The model is loaded whole."""
     seed: int = 0
     """Seed of the calibration positions and of every random choice."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: DType = "auto"
     """Dtype to compute in and to store the rest in; auto is the checkpoint's own, bfloat16 for a GGUF file."""
     auto_map: bool = False
     """Add a stub to the folder that imports this library under `trust_remote_code=True`."""
@@ -165,8 +167,7 @@ class Recipe:
             raise ConfigError("recipe.stages must name at least one stage, got []")
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"recipe.seed must be in [0, 2**63), got {self.seed}")
-        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise ConfigError(f"recipe.dtype must be one of auto, float32, bfloat16, float16, got {self.dtype}")
+        check_dtype(self.dtype, "recipe.dtype")
 
     @property
     def needs_whole_model(self) -> bool:
@@ -299,6 +300,21 @@ def _describe(option: Any) -> str:
 def _plain(config: Any) -> dict[str, Any]:
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def check_dtype(dtype: str, field_name: str = "dtype") -> str:
+    """The name of a dtype, if it may be asked for.
+
+    Raises:
+        ConfigError: it may not.
+
+    >>> check_dtype("half")
+    Traceback (most recent call last):
+    hf_compact.errors.ConfigError: dtype must be one of auto, float32, bfloat16, float16, got 'half'
+    """
+    if dtype not in typing.get_args(DType):
+        raise ConfigError(f"{field_name} must be one of {', '.join(typing.get_args(DType))}, got {dtype!r}")
+    return dtype
 
 
 def check_device(device: str, needs_double: bool = False) -> str:

@@ -1,5 +1,6 @@
 """Tiny models of every family, made from a seed; nothing is downloaded."""
 
+import contextlib
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -8,6 +9,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub
@@ -18,14 +21,18 @@ import transformers
 from huggingface_hub import constants
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from hf_compact import verify
 from hf_compact.calibration import builtin_text
+from hf_compact.hf import card
 from tests.fake_hub import WRITER, serve
+from tests.forked import Verifications
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("fixed")
 transformers.utils.logging.disable_progress_bar()
 
+_PLOT = card.plot_layers
 VOCABULARY = 384
 SMALL = {"num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 72, "num_attention_heads": 4, "vocab_size": VOCABULARY}
 NO_SPECIAL = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
@@ -97,6 +104,26 @@ def train_tokenizer() -> transformers.PreTrainedTokenizerFast:
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=10_000_000
     )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def without_what_takes_seconds() -> Iterator[None]:
+    """Verifications are forks of a process that has done the imports, and no report is plotted."""
+    verifications = Verifications()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify, "subprocess", verifications)
+        patch.setattr(card, "plot_layers", lambda report, path: path.write_bytes(b"a picture"))
+        yield
+    verifications.end()
+
+
+@contextlib.contextmanager
+def as_users_run_it() -> Iterator[None]:
+    """For the runs that have both: a fresh interpreter and a plot."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify, "subprocess", subprocess)
+        patch.setattr(card, "plot_layers", _PLOT)
+        yield
 
 
 @pytest.fixture(scope="session")

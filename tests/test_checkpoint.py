@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from hf_compact.calibration import from_batches
 from hf_compact.checkpoint import Journal, TensorSource
 from hf_compact.errors import FormatError, NumericalError, OutputError, VerificationError
 from hf_compact.hf import card
-from tests.conftest import FAMILIES, tiny_inputs, tiny_model
+from tests.conftest import FAMILIES, as_users_run_it, tiny_inputs, tiny_model
 from tests.interrupted import ORIGINAL_APPEND, stop_after
 
 RECIPE = {
@@ -40,7 +41,7 @@ JOURNAL = "journal.jsonl"
 
 @pytest.fixture(autouse=True)
 def in_process_verification(monkeypatch):
-    """The fresh process costs seconds; here its code runs in this one. The run of `expected` has the real one."""
+    """Runs that are killed are forks of this process, so that theirs cannot be another one's children."""
 
     def run(command: list[str], **kwargs) -> subprocess.CompletedProcess:
         assert command[1:3] == ["-m", "hf_compact.verify"]
@@ -52,8 +53,7 @@ def in_process_verification(monkeypatch):
             return subprocess.CompletedProcess(command, 1, out.getvalue(), traceback.format_exc())
         return subprocess.CompletedProcess(command, 0, out.getvalue(), "")
 
-    monkeypatch.setattr(verify.subprocess, "run", run)
-    monkeypatch.setattr(card, "plot_layers", lambda report, path: path.write_bytes(b""))  # takes longer than all the rest
+    monkeypatch.setattr(verify, "subprocess", SimpleNamespace(run=run))
 
 
 def compress(folder: Path, output: Path, text_file: Path, **changes) -> hf_compact.Report:
@@ -72,9 +72,10 @@ def result(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def expected(dense_folder, text_file, tmp_path_factory) -> Path:
-    """A run that nothing interrupted; verified in a process of its own."""
+    """A run that nothing interrupted."""
     output = tmp_path_factory.mktemp("uninterrupted") / "small"
-    report = compress(dense_folder, output, text_file)
+    with as_users_run_it():
+        report = compress(dense_folder, output, text_file)
     assert report.is_verified
     return output
 
@@ -104,6 +105,7 @@ def test_what_a_finished_folder_holds(expected):
     assert set(index["weight_map"].values()) == shards
     found = {name: path.name for path in expected.glob("*.safetensors") for name in load_file(path)}
     assert index["weight_map"] == found
+    assert (expected / "layers.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_calibration_sizes_are_positive(name):
 def test_recipe_in_python_is_checked_too():
     with pytest.raises(ConfigError, match=r"recipe.stages must name at least one stage, got \[\]"):
         Recipe(stages=())
-    with pytest.raises(ConfigError, match=r"recipe.dtype must be one of auto, float32, bfloat16, float16, got int4"):
+    with pytest.raises(ConfigError, match=r"recipe.dtype must be one of auto, float32, bfloat16, float16, got 'int4'"):
         Recipe(stages=(CodebookConfig(),), dtype="int4")
 
 

@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 import hf_compact
-from hf_compact import SpeedConfig, cli
+from hf_compact import SpeedConfig, api, cli
 from hf_compact.calibration import from_batches
 from hf_compact.errors import ConfigError, OutputError
 from hf_compact.footprint import Comparison, count
@@ -87,7 +87,7 @@ def test_the_folder_says_what_was_removed(dense_folder, tmp_path):
     assert (tmp_path / "out" / "removed.png").read_bytes().startswith(b"\x89PNG")
     assert "## What was removed" in (tmp_path / "out" / "README.md").read_text()
     arguments = ["compare", str(dense_folder), str(tmp_path / "out"), "--plot", str(tmp_path / "chart.png"), "--prompt-tokens", "32",
-                 "--new-tokens", "2", "--repeats", "1", "--json", str(tmp_path / "numbers.json")]  # fmt: skip
+                 "--new-tokens", "2", "--repeats", "1", "--dtype", "float32", "--json", str(tmp_path / "numbers.json")]  # fmt: skip
     done = CliRunner(env={"COLUMNS": "200", "TERM": "dumb"}).invoke(cli.app, arguments)
     assert done.exit_code == 0, done.stderr
     assert "prefill, ms" in done.stdout
@@ -103,3 +103,13 @@ def test_what_cannot_be_compared(dense_folder, tmp_path):
         hf_compact.compare(dense_folder, dense_folder, plot=tmp_path / "there.png")
     with pytest.raises(ConfigError, match=r"prompt_tokens \+ new_tokens must be at most \d+, the positions of .*, got 100032"):
         hf_compact.compare(dense_folder, dense_folder, speed=SpeedConfig(prompt_tokens=100_000))
+    with pytest.raises(ConfigError, match="dtype must be one of auto, float32, bfloat16, float16, got 'int8'"):
+        hf_compact.compare(dense_folder, dense_folder, dtype="int8")
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("auto", torch.bfloat16), ("float32", torch.float32)])
+def test_both_models_are_timed_in_the_dtype(dtype, expected, dense_folder, monkeypatch):
+    seen = []
+    monkeypatch.setattr(api, "compare_by_turns", lambda before, after, config: seen.extend([before.dtype, after.dtype]))
+    hf_compact.compare(dense_folder, dense_folder, dtype=dtype)
+    assert seen == [expected, expected]
