@@ -79,7 +79,8 @@ def merge(files: Iterable[tuple[str, Results]]) -> Results:
             merged.protocol = _joined(merged.protocol, results.protocol)
     if merged is None:
         raise ConfigError("no results were given")
-    return dataclasses.replace(merged, models=[model for _, model in models.values()])
+    skipped = {name: reason for name, reason in merged.skipped.items() if name not in models}
+    return dataclasses.replace(merged, models=[model for _, model in models.values()], skipped=skipped)
 
 
 def _settings(results: Results) -> dict[str, Any]:
@@ -227,7 +228,7 @@ def stated(results: Results) -> list[str]:
     if protocol["tasks"]:
         rows = "all rows" if protocol["limit"] is None else f"the first {protocol['limit']} rows"
         lines.append(
-            f"tasks: lm-evaluation-harness {results.versions.get('lm_eval')}, {rows} of each; ± is the standard error; small: paired difference to the base, rows with the same answer"
+            f"tasks: lm-evaluation-harness {results.versions.get('lm_eval')}, {rows} of each; ± is the standard error; small: paired difference to the base, rows right or wrong as there"
         )
     if protocol["speed"]:
         speed = protocol["speed"]
@@ -240,7 +241,10 @@ def stated(results: Results) -> list[str]:
         if (place := model.provenance.get("measured_on", _place(results))) != _place(results):
             elsewhere.setdefault(place, []).append(model.name)
     lines += [f"{place}: {', '.join(names)}, held against the base there" for place, names in elsewhere.items()]
-    return lines + [f"skipped: {name}: {reason}" for name, reason in results.skipped.items()]
+    reasons: dict[str, list[str]] = {}
+    for name, reason in results.skipped.items():
+        reasons.setdefault(reason, []).append(name)
+    return lines + [f"skipped: {', '.join(names)}: {reason}" for reason, names in reasons.items()]
 
 
 @rc_context(PLAIN)
@@ -337,9 +341,10 @@ def _task(model: ModelResult, task: str) -> Cell:
     beside = (model.comparison or {"tasks": {}})["tasks"].get(task)
     parts = []
     if beside is not None and metric in beside["metrics"]:
-        parts.append(with_error(**beside["metrics"][metric], sign="+"))
-    if beside is not None and beside["agreement"] is not None:
-        parts.append(f"{100 * beside['agreement']:.1f} % same")
+        change = beside["metrics"][metric]
+        parts.append(with_error(change["difference"], change["stderr"], sign="+"))
+        if "agreement" in change:
+            parts.append(f"{100 * change['agreement']:.1f} % alike")
     return with_error(value["value"], value["stderr"]), ", ".join(parts)
 
 
@@ -374,6 +379,10 @@ def main() -> int:
         results = merge((path.name, Results.read(path)) for path in options.results)
     except CompactError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    missing = [path for path in options.output if not path.absolute().parent.is_dir()]
+    if missing:
+        print(f"error: --output must lie in a folder that exists, got {str(missing[0])!r}", file=sys.stderr)
         return 2
     for path in options.output:
         write(results, path, options.title)

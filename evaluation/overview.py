@@ -205,6 +205,7 @@ def main() -> int:
         return 0
     at = commit()
     folders, skipped = make(options, at)
+    skipped |= {name: "not run" for name in ROWS if options.row and name not in options.row}
     timing = SpeedConfig(prompt_tokens=16, new_tokens=3, repeats=1) if options.quick else SpeedConfig()
     protocol = Protocol(
         windows=Windows(window_length=64, num_windows=2) if options.quick else Windows(),
@@ -226,7 +227,7 @@ def main() -> int:
     results = finished(dataclasses.replace(results, skipped=skipped), options)
     options.results.mkdir(exist_ok=True)
     for kind in ("json", "md", "html"):
-        compare.write(results, options.results / f"08-overview.{kind}", f"Every method on {Path(options.model).name}")
+        compare.write(results, options.results / f"08-overview.{kind}", f"Methods on {Path(options.model).name}")
     print(compare.markdown(results))
     return 0
 

@@ -46,6 +46,7 @@ BEFORE = {
     "flap": {"score": "flap", "compensation": "bias"},
     "magnitude": {"score": "magnitude", "compensation": "none"},
     "random": {"score": "random", "compensation": "none"},
+    "obs": {"score": "obs", "compensation": "refit"},  # what HESSO's own refit is to be better than
 }
 STEPS, LENGTH, BATCH = 400, 512, 2
 #: What the names of the steps are made from.

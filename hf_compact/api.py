@@ -51,7 +51,7 @@ from .distillation import distill_
 from .errors import CalibrationError, ConfigError, FormatError, NothingMatched, OutputError, UnsupportedModel, VerificationError
 from .footprint import Comparison, Footprint, count
 from .groups import find_groups, settle_
-from .hf.card import write_card
+from .hf.card import scores_of, write_card
 from .hf.export import save_bitnet, save_compressed_tensors, save_dense, save_low_rank, save_onnx
 from .hf.gguf import GgufKind, save_gguf
 from .hf.hub import push_folder
@@ -64,6 +64,7 @@ from .products import fast_products
 from .profiling import plot_profile, profile_
 from .recovery import train_adapter
 from .report import Report, peak_memory_bytes, return_freed_memory
+from .results import Results
 from .scoring import is_causal_lm, max_positions, perplexity
 from .select import select_stages
 from .speed import SpeedConfig, check_positions, compare_by_turns
@@ -580,23 +581,26 @@ def export(folder: str | Path, output: str | Path, kind: ExportKind = "dense") -
             tokenizer.save_pretrained(partial)
 
 
-def push(
+def push(  # noqa: PLR0913 - by keyword
     folder: str | Path, repo_id: str, *, private: bool = True, force: bool = False, overwrite: bool = False,
-    base: str | None = None, token: str | None = None, commit_message: str | None = None,
+    base: str | None = None, token: str | None = None, commit_message: str | None = None, results: str | Path | None = None,
 ) -> str:  # fmt: skip
     """Upload a folder to the Hub: weights, config, tokenizer, chat template, recipe, report, plots and card.
 
     Arguments, result and errors are those of `hf.hub.push_folder`; a compressed folder is checked against its own table first.
-    `model.push_to_hub` does the same for a compressed model in memory.
+    `model.push_to_hub` does the same for a compressed model in memory. `results` is a file of `evaluate`, whose scores of this
+    folder then stand in the card too; ConfigError if it holds none of these weights.
     """
     folder = Path(folder)
+    scores = [] if results is None else scores_of(Results.read(Path(results)), fingerprint_of(str(folder)))
     if (folder / "config.json").is_file() and not is_adapter(folder):
         quantization = getattr(_read_config(folder), "quantization_config", None)
         if isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD:
             inspect_folder(folder)
     return push_folder(
-        folder, repo_id, private=private, force=force, overwrite=overwrite, base=base, token=token, commit_message=commit_message
-    )
+        folder, repo_id, private=private, force=force, overwrite=overwrite, base=base, token=token, commit_message=commit_message,
+        scores=scores,
+    )  # fmt: skip
 
 
 def inspect_folder(folder: str | Path) -> dict[str, Any]:
@@ -728,6 +732,7 @@ def open_for_scoring(model: str | Path, dtype: str = "auto") -> tuple[PreTrained
     base = base_folder(folder)
     config = _read_config(base)
     usual = torch.bfloat16 if config.dtype in (None, torch.float32) else config.dtype
+    TensorSource.in_folder(base)  # before transformers looks for weights, in a folder of ONNX say
     loaded = verify.load_model(folder, dtype=wanted or usual).eval()
     if not is_causal_lm(loaded):
         raise UnsupportedModel(f"model {name!r} is a {type(loaded).__name__}: perplexity needs a causal language model")
@@ -736,6 +741,17 @@ def open_for_scoring(model: str | Path, dtype: str = "auto") -> tuple[PreTrained
         raise ConfigError(f"model {name!r} has no tokenizer in its folder, which scoring text needs")
     files = [*TensorSource.in_folder(base).files, *(folder.glob("adapter_model.safetensors") if base != folder else ())]
     return loaded, tokenizer, sum(path.stat().st_size for path in files)
+
+
+def fingerprint_of(path: str) -> str:
+    """SHA-256 of a model's weight files and config, of those below an adapter too."""
+    if path.endswith(".gguf"):
+        return hash_files([Path(path)])
+    folder = local_folder(path)
+    folders = dict.fromkeys((base_folder(folder), folder))
+    return hash_files(
+        [file for one in folders for file in (*sorted(one.glob("*.safetensors")), *sorted(one.glob("*config.json")))]
+    )
 
 
 def is_adapter(folder: Path) -> bool:

@@ -3,6 +3,7 @@
 Run as a module, this file is the fresh process that loading time and peak memory are measured in.
 """
 
+import copy
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -21,9 +22,18 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .api import base_folder, count_parameters, inspect_folder, local_folder, open_for_scoring, versions
+from .api import (
+    base_folder,
+    build_skeleton,
+    count_parameters,
+    fingerprint_of,
+    inspect_folder,
+    local_folder,
+    open_for_scoring,
+    versions,
+)
 from .calibration import read_texts, tokenize
 from .checkpoint import QUANT_METHOD, REPORT_NAME, check_same_run, disk_errors, hash_files
 from .config import check_device, check_dtype
@@ -32,7 +42,7 @@ from .harness import load_tasks, run_tasks
 from .report import Report, peak_memory_bytes, return_freed_memory
 from .results import ModelResult, Results, compare
 from .scoring import Windows, per_word, score, score_beside
-from .speed import SpeedConfig, alternate, generation, ratios, summary
+from .speed import SpeedConfig, alternate, check_positions, generation, ratios, summary
 
 #: Called with what is being done, finished and all units.
 Progress = Callable[[str, int, int], None]
@@ -144,7 +154,7 @@ def measure(
         kept = results.named(name)
         if kept is None:
             rest.append(path)
-        elif path not in ready and _fingerprint(path) != kept.fingerprint:
+        elif path not in ready and fingerprint_of(path) != kept.fingerprint:
             raise OutputError(f"--output {str(output)!r} holds {name} with other weights: choose another --output or delete it")
     beside = None
     if base is not None and rest:
@@ -337,6 +347,8 @@ def _timed(opened: Loaded, base: Loaded | None, work: _Work) -> tuple[dict[str, 
     config = work.protocol.speed
     assert config is not None, "asked for"
     models = {opened.name: opened.model} if base is None else {base.name: base.model, opened.name: opened.model}
+    for name, model in models.items():
+        check_positions(model, repr(name), config)
     turns = alternate(
         models, prompt(opened.model, config.prompt_tokens), config,
         lambda done, total: work.progress(f"{opened.name} turns", done, total),
@@ -349,6 +361,13 @@ def prompt(model: PreTrainedModel, length: int) -> Tensor:
     """Random token ids `[1, length]`, the same for every model with that vocabulary."""
     size = model.config.get_text_config().vocab_size
     return torch.randint(size, (1, length), generator=torch.Generator().manual_seed(0))
+
+
+def _unquantized(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Of the dense model that a quantized one stands for."""
+    dense = copy.deepcopy(config)
+    del dense.quantization_config
+    return dense
 
 
 def _described(opened: Loaded) -> ModelResult:
@@ -364,11 +383,13 @@ def _described(opened: Loaded) -> ModelResult:
     )
     if opened.path is None:
         return found
-    found.fingerprint = _fingerprint(opened.path)
+    found.fingerprint = fingerprint_of(opened.path)
     if opened.path.endswith(".gguf"):
         return found
     folder = base_folder(local_folder(opened.path))
     quantization = json.loads((folder / "config.json").read_text()).get("quantization_config", {})
+    if quantization and quantization.get("quant_method") != QUANT_METHOD:  # packed tensors, each of many weights
+        found.num_parameters = count_parameters(build_skeleton(_unquantized(opened.model.config), torch.float32))
     if quantization.get("quant_method") == QUANT_METHOD:
         inspected = inspect_folder(folder)
         found.num_parameters, found.body_bits_per_weight = inspected["num_parameters"], inspected["body_bits_per_weight"]
@@ -382,17 +403,6 @@ def _described(opened: Loaded) -> ModelResult:
             "is_verified": report.is_verified,
         }
     return found
-
-
-def _fingerprint(path: str) -> str:
-    """SHA-256 of a model's weight files and config, of those below an adapter too."""
-    if path.endswith(".gguf"):
-        return hash_files([Path(path)])
-    folder = local_folder(path)
-    folders = dict.fromkeys((base_folder(folder), folder))
-    return hash_files(
-        [file for one in folders for file in (*sorted(one.glob("*.safetensors")), *sorted(one.glob("*config.json")))]
-    )
 
 
 def _memory(path: str, work: _Work) -> dict[str, Any]:

@@ -360,7 +360,7 @@ def compare(
 
 def _print_tasks(results: Results) -> None:
     table = Table(title=f"lm-evaluation-harness {results.versions['lm_eval']}")
-    for column in ("model", "task", "metric", "value", "- base", "same answer", "rows"):
+    for column in ("model", "task", "metric", "value", "- base", "same choice", "lost, gained", "rows"):
         table.add_column(column, justify="left" if column in ("model", "task", "metric") else "right", overflow="fold")
     for model in results.models:
         for task, result in model.tasks.items():
@@ -368,8 +368,10 @@ def _print_tasks(results: Results) -> None:
             for metric, found in result["metrics"].items():
                 change = None if beside is None else beside["metrics"].get(metric)
                 agreement = "" if beside is None or beside["agreement"] is None else f"{100 * beside['agreement']:.1f} %"
-                cells = (with_error(found["value"], found["stderr"]), "" if change is None else with_error(**change, sign="+"))
-                table.add_row(model.name, task, metric, *cells, agreement, str(result["num_items"]))
+                differs = "" if change is None else with_error(change["difference"], change["stderr"], sign="+")
+                moved = "" if change is None or "agreement" not in change else f"{change['num_lost']}, {change['num_gained']}"
+                value = with_error(found["value"], found["stderr"])
+                table.add_row(model.name, task, metric, value, differs, agreement, moved, str(result["num_items"]))
     out().print(table)
 
 
@@ -537,6 +539,10 @@ def push(
         str | None, typer.Option(help="Where the model of an adapter is, if it was trained on a folder.", metavar="USER/NAME")
     ] = None,
     message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    results: Annotated[
+        Path | None,
+        typer.Option(help="File of `evaluate --output`, whose scores of this folder join the card.", metavar="FILE.json"),
+    ] = None,
 ) -> None:
     """Upload a verified folder to the Hub; interrupted, the same command goes on.
 
@@ -544,7 +550,7 @@ def push(
     """
     with _errors():
         address = api.push(
-            folder, repo_id, private=not public, force=force, overwrite=overwrite, base=base, commit_message=message
+            folder, repo_id, private=not public, force=force, overwrite=overwrite, base=base, commit_message=message, results=results
         )  # fmt: skip
     out().print(address, highlight=False, soft_wrap=True)
 

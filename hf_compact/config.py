@@ -8,6 +8,7 @@ import dataclasses
 import re
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -21,8 +22,10 @@ from .errors import ConfigError
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 #: YAML 1.1 reads a number without a point, like 2e-3, as text.
 _YAML_FLOAT = re.compile(r"[+-]?\d+[eE][+-]?\d+")
-#: Where a recipe whose file is missing may lie: where the repository has them, and those that come with the library.
-_RECIPE_FOLDERS = (Path("configs", "recipes"), Path(__file__).parent / "candidates")
+#: Recipes that come with the library and have a name.
+_RECIPES = Path(__file__).parent / "recipes"
+#: Where a recipe whose file is missing may lie too: those of the planner.
+_CANDIDATES = Path(__file__).parent / "candidates"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,17 +216,21 @@ class Recipe:
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "Recipe":
-        """Read a recipe file.
+        """Read a recipe file, or one that comes with the library, by its name.
 
         Raises:
             ConfigError: the file is missing, is not YAML, or breaks a rule of `from_dict`.
+
+        >>> Recipe.from_yaml("prune-20").stages[0].method
+        'pruning'
         """
+        named = _RECIPES / f"{Path(path).name.removesuffix('.yaml')}.yaml"
+        is_name = not Path(path).exists() and str(path) == named.stem and named.is_file()
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = (named if is_name else Path(path)).read_text(encoding="utf-8")
         except FileNotFoundError as error:
-            name = Path(path).name.removesuffix(".yaml") + ".yaml"
-            found = [folder / name for folder in _RECIPE_FOLDERS if (folder / name).is_file()]
-            hint = f": did you mean {found[0]}?" if found else ""
+            other = _CANDIDATES / named.name
+            hint = f": did you mean {named.stem if named.is_file() else other}?" if named.is_file() or other.is_file() else ""
             raise ConfigError(f"recipe must be a YAML file, got {str(path)!r}, which does not exist{hint}") from error
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"recipe {str(path)!r} cannot be read: {error}") from error
@@ -300,6 +307,27 @@ def _describe(option: Any) -> str:
 def _plain(config: Any) -> dict[str, Any]:
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def without_places(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe as a mapping, with the names alone of the files that its stages read.
+
+    >>> without_places({"stages": [{"method": "tensor_network", "profile": "/home/me/profile.json"}]})
+    {'stages': [{'method': 'tensor_network', 'profile': 'profile.json'}]}
+    """
+    stages = [{**stage, "profile": Path(stage["profile"]).name} if stage.get("profile") else stage for stage in recipe["stages"]]
+    return {**recipe, "stages": stages}
+
+
+def check_types(config: Any, where: str) -> None:
+    """Bring the fields of a config that code makes to the types of their hints, as a file's are.
+
+    Raises:
+        ConfigError: a field is of another type.
+    """
+    hints = typing.get_type_hints(type(config))
+    for one in dataclasses.fields(config):
+        object.__setattr__(config, one.name, typed(getattr(config, one.name), hints[one.name], f"{where}.{one.name}"))
 
 
 def check_dtype(dtype: str, field_name: str = "dtype") -> str:

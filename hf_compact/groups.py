@@ -183,7 +183,7 @@ def block_groups(model: PreTrainedModel, arch: Architecture, block: str) -> Iter
 
 
 def hidden_groups(model: PreTrainedModel, arch: Architecture) -> GroupSet:
-    """The dimensions of the residual stream: what writes them, what reads them, and the gains of the norms between.
+    """The dimensions of the residual stream: what writes them, what reads them (any head), and the gains of the norms between.
 
     Raises:
         UnsupportedModel: the family has other norms than RMSNorms of the residual stream.
@@ -198,9 +198,10 @@ def hidden_groups(model: PreTrainedModel, arch: Architecture) -> GroupSet:
         make = row_slices if role in ("o", "down") else column_slices
         parts += make(model.get_submodule(name), index)
     parts += [Slice(model.get_submodule(name), "weight", 0, index) for name in norms(model)]
-    head = model.get_output_embeddings()
-    if head is not None and head.weight is not model.get_input_embeddings().weight:
-        parts += column_slices(head, index)
+    for name, module in model.named_modules():  # heads: of the vocabulary, unless they are the embedding, of classes, of answers
+        is_head = isinstance(module, nn.Linear) and name not in arch.roles and module.in_features == len(index)
+        if is_head and module.weight is not model.get_input_embeddings().weight:
+            parts += column_slices(module, index)
     return GroupSet("", HIDDEN, (*parts, Slice(model.get_input_embeddings(), "weight", 1, index)), len(index))
 
 
@@ -284,6 +285,9 @@ def settle_(model: PreTrainedModel, arch: Architecture) -> dict[str, Any]:
 
     Returns:
         The modules table of dense Linears whose shape it cannot say: empty if the model is now an ordinary one.
+
+    Raises:
+        UnsupportedModel: as `stock_of`.
     """
     config = _config(model)
     shapes: dict[str, dict[str, tuple[int, int]]] = {block: {} for block in arch.blocks}
@@ -301,14 +305,30 @@ def settle_(model: PreTrainedModel, arch: Architecture) -> dict[str, Any]:
             config.num_attention_heads, num_kv = heads.pop()
             if hasattr(config, "num_key_value_heads"):
                 config.num_key_value_heads = num_kv
-    with torch.device("meta"):
-        stock = type(model)(model.config)
+    stock = stock_of(model, arch)
     return {
         name: linear_spec(model, name, stock)
         for name in arch.roles
         if isinstance(model.get_submodule(name), nn.Linear | Conv1D)
         and shape_of(model.get_submodule(name)) != shape_of(stock.get_submodule(name))
     }
+
+
+def stock_of(model: PreTrainedModel, arch: Architecture) -> PreTrainedModel:
+    """What the class makes of the config alone, on meta.
+
+    Raises:
+        UnsupportedModel: it needs more than that, or makes other modules than the model has.
+    """
+    try:
+        with torch.device("meta"):
+            stock = type(model)(model.config)
+    except TypeError as error:
+        raise UnsupportedModel(f"a {type(model).__name__} is not made from its config alone: {error}") from error
+    missing = arch.roles.keys() - dict(stock.named_modules()).keys()
+    if missing:
+        raise UnsupportedModel(f"{min(missing)} is no module of a {type(model).__name__} as its config makes it")
+    return stock
 
 
 def says_heads(arch: Architecture) -> bool:

@@ -163,6 +163,8 @@ def offline_configs(names: Sequence[str], task_data: Path) -> dict[str, dict[str
         path = task_data / f"{name}.jsonl"
         if not path.is_file():
             raise ConfigError(f"task_data must hold {name}.jsonl, {str(task_data)!r} has no such file")
+        if not path.stat().st_size:
+            raise ConfigError(f"task_data must hold rows in {name}.jsonl, that of {str(task_data)!r} is empty")
         splits = _splits(stock[name])
         scored = splits["test_split"] or splits["validation_split"]
         files = {scored: str(path.absolute())}

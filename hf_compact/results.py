@@ -152,29 +152,26 @@ def compare_items(items: Mapping[str, Sequence[Any]], base: Mapping[str, Sequenc
         base: the same rows in the same order.
 
     Returns:
-        `metrics`: metric -> `difference` of the means and its `stderr`, row by row; `agreement`: share of the rows with the
-        same choice, or where nothing is chosen, both right or both wrong (without `acc`, the same first metric), None where rows
-        have no number of their own; `num_lost` and `num_gained`: rows that only the base, or only the model, has right (`acc`,
-        where the task has it); with choices also `kl` (`KL(base || model)` of the distribution over them, nats per row) and its
+        `metrics`: metric -> `difference` of the means and its `stderr`, row by row, and where rows are right or wrong by it,
+        `num_lost` and `num_gained`, rows that only the base, or only the model, has right, and `agreement`, the share of all
+        others; `agreement` of the task: share of the rows with the same likeliest choice, or where nothing is chosen, both right
+        or both wrong (without `acc`, the same first metric), None where rows have no number of their own; with choices also `kl` (`KL(base || model)` of the distribution over them, nats per row) and its
         `kl_stderr`.
 
     >>> found = compare_items({"acc": [1.0, 0.0, 0.0]}, {"acc": [1.0, 1.0, 0.0]})
-    >>> round(found["agreement"], 3), found["num_lost"], found["num_gained"]
+    >>> round(found["agreement"], 3), found["metrics"]["acc"]["num_lost"], found["metrics"]["acc"]["num_gained"]
     (0.667, 1, 0)
     """
     metrics = {}
     for name, values in items.items():
         if name in base and name not in ("hash", "choice", "choices"):
             difference, stderr = paired_difference(_numbers(values), _numbers(base[name]))
-            metrics[name] = {"difference": difference, "stderr": stderr}
+            metrics[name] = {"difference": difference, "stderr": stderr, **_changed(values, base[name])}
     found: dict[str, Any] = {"metrics": metrics, "agreement": None}
     judged = next((name for name in ("choice", "acc", *metrics) if name in items and name in base), None)
     if judged is not None:
         pairs = list(zip(items[judged], base[judged], strict=True))
         found["agreement"] = sum(a == b for a, b in pairs) / len(pairs)
-    if "acc" in items and "acc" in base:
-        rows = list(zip(items["acc"], base["acc"], strict=True))
-        found |= {"num_lost": sum(a < b for a, b in rows), "num_gained": sum(a > b for a, b in rows)}
     if "choices" in items and "choices" in base:
         divergences = [
             kl_divergence(_numbers(p).log_softmax(-1), _numbers(q).log_softmax(-1))
@@ -182,6 +179,14 @@ def compare_items(items: Mapping[str, Sequence[Any]], base: Mapping[str, Sequenc
         ]
         found["kl"], found["kl_stderr"] = mean_and_error(torch.stack(divergences))
     return found
+
+
+def _changed(values: Sequence[Any], base: Sequence[Any]) -> dict[str, Any]:
+    """Rows that only one of two models has right; nothing where they are not right or wrong."""
+    if not set(values) | set(base) <= {0, 1}:
+        return {}
+    lost, gained = (sum(a < b for a, b in zip(*pair, strict=True)) for pair in ((values, base), (base, values)))
+    return {"num_lost": lost, "num_gained": gained, "agreement": 1 - (lost + gained) / max(len(values), 1)}
 
 
 def _numbers(values: Sequence[float | None]) -> torch.Tensor:

@@ -48,14 +48,17 @@ class SpeedConfig:
 
 
 class _Clock(BaseStreamer):
-    """Notes when every token arrives on the host."""
+    """Notes when every token arrives on the host, and the energy counter at the first one."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.joules = device, None
         self.times: list[float] = []
 
     def put(self, value: Tensor) -> None:
         """The prompt comes first, then the tokens one by one."""
         self.times.append(time.perf_counter())
+        if len(self.times) == 2:
+            self.joules = energy_joules(self.device)
 
     def end(self) -> None:
         """Nothing is left to do."""
@@ -72,17 +75,16 @@ def generation(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> dict[str
 
     Returns:
         Seconds: `prefill` (one forward pass over the prompt, the cache filled), `first_token` (from the call of `generate` to
-        the first token), `decode` (per token after the first); `joules`, of the whole turn per new token, where the machine
-        counts them.
+        the first token), `decode` (per token after the first); `joules`, per token after the first too, where the machine counts
+        them.
     """
     ids = ids.to(model.device)
     only_last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    joules = energy_joules(model.device)
     started = time.perf_counter()
     model(input_ids=ids, use_cache=True, **only_last)
     _wait(model.device)
     prefill = time.perf_counter() - started
-    clock = _Clock()
+    clock = _Clock(model.device)
     started = time.perf_counter()
     model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False,
@@ -90,8 +92,8 @@ def generation(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> dict[str
     )  # fmt: skip
     _, first, *_, last = clock.times
     found = {"prefill": prefill, "first_token": first - started, "decode": (last - first) / (new_tokens - 1)}
-    if joules is not None and (after := energy_joules(model.device)) is not None and after >= joules:
-        found["joules"] = (after - joules) / new_tokens
+    if clock.joules is not None and (after := energy_joules(model.device)) is not None and after >= clock.joules:
+        found["joules"] = (after - clock.joules) / (new_tokens - 1)
     return found
 
 
@@ -173,7 +175,8 @@ def energy_joules(device: torch.device, root: Path = POWERCAP) -> float | None:
             return None
         try:
             pynvml.nvmlInit()
-            handle = pynvml.nvmlDeviceGetHandleByIndex(device.index or 0)
+            uuid = torch.cuda.get_device_properties(device).uuid  # numbers are torch's own, of the devices that it sees
+            handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
             return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
         except pynvml.NVMLError:
             return None
@@ -181,7 +184,7 @@ def energy_joules(device: torch.device, root: Path = POWERCAP) -> float | None:
         counters = [
             int((folder / "energy_uj").read_text())
             for folder in sorted(root.glob("intel-rapl:[0-9]*"))
-            if ":" not in folder.name[11:]
+            if (folder / "name").read_text().startswith("package")  # not what is part of one, or what they are part of
         ]
     except (OSError, ValueError):
         return None

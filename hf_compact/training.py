@@ -14,13 +14,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 
 from . import distributed
 from .checkpoint import QUANT_METHOD, TensorSource
-from .errors import ConfigError, FormatError
+from .errors import ConfigError, FormatError, UnsupportedModel
 
 
 class CompactCallback(TrainerCallback):
@@ -34,8 +36,14 @@ class CompactCallback(TrainerCallback):
     # What a plain loop calls.
 
     def prepare(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Change the model in place, once, before the optimizer is made."""
+        """Change the model in place, once, before the optimizer is made.
+
+        Raises:
+            CompactError: it is no model of transformers, or not one that the method can change.
+        """
         if not self.is_prepared:
+            if not isinstance(model, PreTrainedModel | PeftModel):
+                raise ConfigError(f"{type(self).__name__} needs a model of transformers, got a {type(model).__name__}")
             self.swap_(model)
             self.is_prepared, self._model = True, weakref.ref(model)
             record_(model, self.modules(model))
@@ -132,6 +140,13 @@ def refuse_sharding(args: TrainingArguments, name: str) -> None:
     kind = "FSDP" if is_fsdp else "DeepSpeed ZeRO-3" if zero is not None and zero.is_zero3() else None
     if kind:
         raise ConfigError(f"{name} needs whole parameters on every rank and does not work under {kind}: use DDP or ZeRO-1/2")
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    """Raise UnsupportedModel where adapters of PEFT stand beside Linears, whose weights are then not all that they compute."""
+    found = next((name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)), None)
+    if found is not None:
+        raise UnsupportedModel(f"{found} has an adapter of PEFT: take the model that merge_and_unload() gives, or unload() it")
 
 
 def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, name: str) -> None:

@@ -111,11 +111,20 @@ def test_tokens_arrive_one_by_one():
     assert all(value > 0 for value in found.values())
 
 
+def test_energy_of_a_token_is_that_of_decoding(monkeypatch):
+    """The prompt is read twice before, which is no part of it."""
+    states = iter([10.0, 16.0])
+    monkeypatch.setattr(speed, "energy_joules", lambda device: next(states))
+    assert speed.generation(tiny_model("llama"), torch.arange(3, 11)[None], 4)["joules"] == 2.0
+
+
 def test_energy_is_the_packages_sum(tmp_path):
     cpu = torch.device("cpu")
     assert speed.energy_joules(cpu, tmp_path) is None
-    for name, value in (("intel-rapl:0", "3000000"), ("intel-rapl:0:0", "7"), ("intel-rapl:1", "1500000")):
+    names = {"intel-rapl:0": "package-0", "intel-rapl:0:0": "core", "intel-rapl:1": "package-1", "intel-rapl:2": "psys"}
+    for (name, of), value in zip(names.items(), ("3000000", "7", "1500000", "9000000"), strict=True):
         (tmp_path / name).mkdir()
+        (tmp_path / name / "name").write_text(of + "\n")
         (tmp_path / name / "energy_uj").write_text(value + "\n")
     assert speed.energy_joules(cpu, tmp_path) == 4.5
     (tmp_path / "intel-rapl:1" / "energy_uj").write_text("none")
@@ -205,13 +214,23 @@ def test_rows_of_tasks_are_compared_pair_by_pair():
         "choices": [[-0.5, -0.9]] * 3 + [[-2.0, -0.1]],
     }
     found = compare_items(items, base)
-    assert found["metrics"] == {"acc": {"difference": 0.0, "stderr": pytest.approx(math.sqrt(2 / 3) / 2)}}
-    assert (found["agreement"], found["num_lost"], found["num_gained"]) == (0.5, 1, 1)
+    error = pytest.approx(math.sqrt(2 / 3) / 2)
+    assert found["metrics"] == {"acc": {"difference": 0.0, "stderr": error, "num_lost": 1, "num_gained": 1, "agreement": 0.5}}
+    assert found["agreement"] == 0.5
     p, q = (torch.tensor(row).log_softmax(0) for row in ([-2.0, -0.1], [-0.5, -0.9]))
     assert found["kl"] == pytest.approx((p.exp() * (p - q)).sum().item() / 4, rel=1e-5)
     models = [ModelResult(name=n, fingerprint="", dtype="", file_bytes=1, num_parameters=1, tasks={"t": {"items": i}}) for n, i in (("m", items), ("b", {**base, "hash": ["x"] * 4}))]  # fmt: skip
     with pytest.raises(ConfigError, match="m and b were not given the same rows of t"):
         compare(*models)
+
+
+def test_each_metric_has_the_rows_that_it_judges():
+    """Raw likelihood may choose alike where likelihood per byte does not."""
+    choices = {"hash": ["a", "b", "c"], "acc": [1.0, 0.0, 0.0], "choice": [0, 0, 0]}
+    found = compare_items(choices | {"acc_norm": [0.0, 0.0, 1.0]}, choices | {"acc_norm": [1.0, 1.0, 1.0]})
+    assert found["agreement"] == found["metrics"]["acc"]["agreement"] == 1
+    assert found["metrics"]["acc_norm"]["agreement"] == pytest.approx(1 / 3)
+    assert (found["metrics"]["acc_norm"]["num_lost"], found["metrics"]["acc_norm"]["num_gained"]) == (2, 0)
 
 
 def test_rows_without_a_number_agree_on_nothing():
@@ -231,7 +250,7 @@ def test_an_adapter_stands_on_its_base(small, dense_folder, tmp_path):
     assert found.body_bits_per_weight == below["body_bits_per_weight"]
     assert found.file_bytes > below["file_bytes"]
     (base / "model.safetensors").write_bytes((dense_folder / "model.safetensors").read_bytes())
-    assert benchmark._fingerprint(path) != found.fingerprint
+    assert benchmark.fingerprint_of(path) != found.fingerprint
 
 
 def test_shown_rows_are_part_of_the_protocol(tmp_path):

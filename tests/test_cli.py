@@ -353,10 +353,12 @@ def test_a_recipe_that_is_not_text(dense_folder, tmp_path):
 
 
 def test_a_recipe_by_its_bare_name(dense_folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    message = "recipe must be a YAML file, got 'prune-20', which does not exist: did you mean configs/recipes/prune-20.yaml?"
-    assert_one_line(run("compress", dense_folder, "--recipe", "prune-20", "--output", tmp_path / "small"), message)
-    assert_one_line(run("plan", dense_folder, "--recipe", "prune-20"), message)
+    monkeypatch.chdir(tmp_path)
+    done = run("plan", dense_folder, "--recipe", "codebook-4bit")
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout == run("plan", dense_folder, "--recipe", ROOT / "configs" / "recipes" / "codebook-4bit.yaml").stdout
+    message = "recipe must be a YAML file, got 'recipes/prune-20', which does not exist: did you mean prune-20?"
+    assert_one_line(run("compress", dense_folder, "--recipe", "recipes/prune-20", "--output", tmp_path / "small"), message)
     assert not (tmp_path / "small").exists()
 
 

@@ -58,6 +58,8 @@ FULL = Recipe(
     auto_map=True,
 )
 
+RECIPES = sorted((Path(__file__).parents[1] / "configs" / "recipes").glob("*.yaml"))
+
 
 @pytest.mark.parametrize(("values", "message"), REFUSED.values(), ids=REFUSED)
 def test_refused(values, message):
@@ -124,13 +126,22 @@ def test_file_is_missing(tmp_path):
         Recipe.from_yaml(tmp_path / "none.yaml")
 
 
-@pytest.mark.parametrize("name", ["small-1.5", "small-1.5.yaml", "recipes/small-1.5"])
-def test_a_missing_file_is_named_where_it_lies(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_that_comes_along_has_a_name(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folder = Path("configs", "recipes")
-    folder.mkdir(parents=True)
-    (folder / "small-1.5.yaml").touch()
-    with pytest.raises(ConfigError, match=rf"got '{name}', which does not exist: did you mean {folder}/small-1\.5\.yaml\?"):
+    assert Recipe.from_yaml(path.stem) == Recipe.from_yaml(path)
+
+
+def test_a_file_of_that_name_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("prune-20").write_text("stages: [{method: codebook, bits: 8}]")
+    assert Recipe.from_yaml("prune-20").stages[0].bits == 8
+
+
+@pytest.mark.parametrize("name", ["prune-20.yaml", "recipes/prune-20"])
+def test_a_missing_file_is_named_as_what_comes_along(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=rf"got '{name}', which does not exist: did you mean prune-20\?"):
         Recipe.from_yaml(name)
     with pytest.raises(ConfigError, match=r"got 'entropy', which does not exist: did you mean .*candidates/entropy\.yaml\?"):
         Recipe.from_yaml("entropy")

@@ -52,6 +52,16 @@ def test_training_leaves_a_packed_model(name, tmp_path, monkeypatch):
     assert torch.isfinite(model(torch.tensor([[5, 6, 7]])).logits).all()
 
 
+def test_a_loop_of_ones_own_takes_all_its_steps(tmp_path, monkeypatch, capsys):
+    """However little text there is: the rows come again."""
+    (tmp_path / "short.txt").write_text("So short a text. " * 8)
+    run("accelerate_loop", tmp_path / "out", monkeypatch, "--text", str(tmp_path / "short.txt"))
+    assert "step 8: loss" in capsys.readouterr().out
+    (tmp_path / "none.txt").write_text("too short")
+    with pytest.raises(SystemExit, match=r"--text must hold at least --length tokens \(32\), got 9"):
+        run("accelerate_loop", tmp_path / "other", monkeypatch, "--text", str(tmp_path / "none.txt"))
+
+
 def test_without_trl_the_script_says_what_it_needs(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
     with pytest.raises(SystemExit, match="this example needs the package trl: pip install trl"):
@@ -84,8 +94,13 @@ def test_recovery_leaves_a_model_and_an_adapter(tmp_path, monkeypatch, capsys):
 def test_evaluation_prints_both_models(tmp_path, monkeypatch, capsys):
     run("evaluate_models", tmp_path / "out", monkeypatch)
     lines = [line for line in capsys.readouterr().out.splitlines() if "perplexity" in line]
-    assert len(lines) == 2
-    assert "(1.0000 of the dense one)" in lines[0]
+    assert [line.split(":")[0] for line in lines] == ["tiny", "out", "× dense"]
+    results = hf_compact.Results.read(tmp_path / "out.results.json")
+    assert f"{results.models[1].perplexity['test.txt']['perplexity']:.3f}" in lines[1]
+    assert f"{results.models[1].comparison['speed']['decode']:.2f} times as fast" in lines[2]
+    with pytest.raises(SystemExit):
+        run("evaluate_models", tmp_path / "again", monkeypatch, "--steps", "3")
+    assert "--steps changes nothing here" in capsys.readouterr().err
 
 
 @pytest.mark.cli

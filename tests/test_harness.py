@@ -182,6 +182,9 @@ def test_what_cannot_work_is_said_before_a_model_is_opened(task_data, tmp_path, 
     write_tasks(tmp_path, piqa=[{"query": "a", "choices": ["b", "c"], "gold": 0}])
     with pytest.raises(ConfigError, match=r"stock task piqa cannot use its rows \(piqa.jsonl\): 'goal' is undefined"):
         harness.load_tasks(["piqa"], tmp_path)
+    (tmp_path / "piqa.jsonl").write_text("")
+    with pytest.raises(ConfigError, match=r"task_data must hold rows in piqa.jsonl, that of .* is empty"):
+        harness.load_tasks(["piqa"], tmp_path)
     (tmp_path / "piqa.jsonl").write_text("{no json\n")
     with pytest.raises(ConfigError, match=r"stock task piqa cannot use its rows \(piqa.jsonl\): JSON parse error"):
         harness.load_tasks(["piqa"], tmp_path)

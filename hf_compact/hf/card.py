@@ -1,15 +1,17 @@
 """The model card and the plot of a compressed folder, made from the measured report."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..checkpoint import QUANT_METHOD, REPORT_NAME, write_plot, write_text
+from ..errors import ConfigError
 from ..footprint import Comparison
 from ..report import Report, format_bytes
+from ..results import Results
 
 #: What stands for the name of the model until it is published.
 PLACEHOLDER = "path/to/this/folder"
@@ -35,6 +37,15 @@ _USE_GGUF = f"""A file for llama.cpp, here by `pip install llama-cpp-python hugg
 from llama_cpp import Llama
 
 model = Llama.from_pretrained("{PLACEHOLDER}", filename="*.gguf")
+```"""
+_USE_ONNX = f"""A graph for ONNX Runtime, here by `pip install onnxruntime huggingface_hub`:
+
+```python
+import onnxruntime
+from huggingface_hub import snapshot_download
+
+session = onnxruntime.InferenceSession(snapshot_download("{PLACEHOLDER}") + "/model.onnx")
+print([one.name for one in session.get_inputs()])
 ```"""
 _USE_ADAPTER = f"""```python
 import hf_compact  # registers the formats with transformers and PEFT
@@ -98,7 +109,9 @@ def short_card(name: str, folder: Path) -> str:
     """
     path = folder / "config.json"
     library, use, methods = "peft", _USE_ADAPTER, []
-    if path.is_file():
+    if any(folder.glob("*.onnx")):
+        library, use = "onnx", _USE_ONNX
+    elif path.is_file():
         config = json.loads(path.read_text(encoding="utf-8"))
         quantization = config.get("quantization_config") or {}
         is_ours = quantization.get("quant_method") == QUANT_METHOD
@@ -134,16 +147,46 @@ def _results(report: Report) -> list[EvalResult] | None:
     perplexity = (report.verification or {}).get("perplexity")
     if perplexity is None:
         return None
-    return [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type="text",
-            dataset_name=f"held-out end of {', '.join(report.calibration['sources'])}",
-            metric_type="perplexity",
-            metric_name="perplexity per token",
-            metric_value=perplexity,
-        )
-    ]
+    dataset = f"held-out end of {', '.join(report.calibration['sources'])}"
+    return [_score("text", dataset, "perplexity", "perplexity per token", perplexity)]
+
+
+def scores_of(results: Results, fingerprint: str) -> list[EvalResult]:
+    """What a run of `evaluate` has measured of the model with these weights, as `model-index` takes it.
+
+    Raises:
+        ConfigError: it has measured others.
+    """
+    model = next((model for model in results.models if model.fingerprint == fingerprint), None)
+    if model is None:
+        raise ConfigError("results hold no model with these weights: run evaluate on this folder")
+    windows, found = results.protocol["windows"], []
+    for text, score in model.perplexity.items():
+        name = f"{text}, {windows['num_windows']} windows of {windows['window_length']} tokens"
+        found.append(_score("text", name, "perplexity", "perplexity per token", score["perplexity"], text))
+    for task, entry in model.tasks.items():
+        name = f"{task}, {entry['num_items']} rows, {entry['num_fewshot'] or 0} shown"
+        for metric, values in entry["metrics"].items():
+            stated = metric if values["stderr"] is None else f"{metric} ± {values['stderr']:.4f}"
+            found.append(_score(task, name, metric, stated, values["value"]))
+    return [score for score in found if score.metric_value is not None]
+
+
+def _score(kind: str, dataset: str, metric: str, name: str, value: float | None, config: str | None = None) -> EvalResult:
+    return EvalResult(
+        task_type="text-generation", dataset_type=kind, dataset_name=dataset, dataset_config=config, metric_type=metric,
+        metric_name=name, metric_value=value,
+    )  # fmt: skip
+
+
+def with_scores(text: str, scores: Sequence[EvalResult], name: str) -> str:
+    """A card whose `model-index` holds these scores too."""
+    if not scores:
+        return text
+    card = ModelCard(text)
+    card.data.model_name = card.data.model_name or name
+    card.data.eval_results = [*(card.data.eval_results or []), *scores]
+    return str(card)
 
 
 def plot_layers(report: Report, path: Path) -> None:

@@ -7,7 +7,7 @@ goes on by running it again. The token is read by `huggingface_hub` and seen by 
 import json
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -16,39 +16,47 @@ from typing import Any
 
 import torch
 from httpx2 import HTTPError
-from huggingface_hub import HfApi, ModelCard, ModelInfo, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelInfo, get_token, snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from yaml import YAMLError
 
 from .. import verify
 from ..checkpoint import REPORT_NAME, Journal, TensorSource, hash_files, hash_model, write_text
+from ..config import without_places
 from ..errors import FormatError, OutputError, UnsupportedModel, VerificationError
 from ..report import Report
-from .card import PLACEHOLDER, short_card, write_card
+from .card import PLACEHOLDER, short_card, with_scores, write_card
 
 logger = logging.getLogger(__name__)
 #: What this library and transformers write into a model's folder; anything else, a token in a text file say, stays at home.
 _SENT = (
-    "*.safetensors", "*.safetensors.index.json", "*.gguf", "config.json", "generation_config.json", "adapter_config.json",
+    "*.safetensors", "*.safetensors.index.json", "*.gguf", "*.onnx", "*.onnx.data", "config.json", "generation_config.json", "adapter_config.json",
     "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model", "*.spm",
     "chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json", "recipe.json",
     "compression_report.json", "recovery.json", "layers.png", "removed.png", "README.md", "modeling_hf_compact.py",
     "modeling_low_rank.py",
 )  # fmt: skip
 _CHAT_TEMPLATES = "additional_chat_templates"
-_WEIGHTS = ["*.safetensors", "*.safetensors.index.json", "*.gguf"]
+_WEIGHTS = ["*.safetensors", "*.safetensors.index.json", "*.gguf", "*.onnx", "*.onnx.data"]
 _ADAPTER_REPORT = "recovery.json"
 _PROBE_TOKENS = 32
 #: What a config says without an effect on the numbers of the model.
 _NO_SETTINGS = {"auto_map", "transformers_version"}
 
 
-def push_folder(
+def push_folder(  # noqa: PLR0913 - by keyword
     folder: Path, repo_id: str, *, private: bool = True, force: bool = False, overwrite: bool = False, base: str | None = None,
-    token: str | None = None, commit_message: str | None = None,
+    token: str | None = None, commit_message: str | None = None, scores: Sequence[EvalResult] = (),
 ) -> str:  # fmt: skip
     """Upload a folder as a model repository; interrupted, the same call goes on.
 
@@ -64,6 +72,7 @@ def push_folder(
         base: Hub id of the model that an adapter stands on; None is the one its config names, which must not be a folder then.
         token: with the right to write; None is the one of `HF_TOKEN` or `hf auth login`.
         commit_message: of the commit.
+        scores: for the card, beside what it holds.
 
     Returns:
         The address of the commit.
@@ -87,7 +96,7 @@ def push_folder(
     _check_base(folder, base)
     hub = HfApi(token=token)
     with tempfile.TemporaryDirectory() as scratch, _hub_errors(repo_id):
-        staged = _stage(folder, Path(scratch), repo_id, base)
+        staged = _stage(folder, Path(scratch), repo_id, base, scores)
         _check_card(staged / "README.md")
         info = _existing(hub, repo_id)
         if info is None:
@@ -108,13 +117,13 @@ def push_model(  # noqa: PLR0913 - by keyword
 ) -> str:  # fmt: skip
     """Upload a compressed model in memory, as its `push_to_hub` does.
 
-    A model that still is what it was loaded as is sent as that folder, tokenizer, report and card included. Any other is
-    saved, reloaded in a fresh process and compared before a byte is sent.
+    A model that still is what it was loaded as, from a folder or from the Hub, is sent as that folder, tokenizer, report and card
+    included. Any other is saved, reloaded in a fresh process and compared before a byte is sent.
 
     Args:
         model: compressed by this library; it has this function as `model.push_to_hub(repo_id, ...)`.
         repo_id: as for `push_folder`, and so the other arguments that it has.
-        tokenizer: to upload with it; None is that of the folder it was loaded from.
+        tokenizer: to upload with it; None is that of the folder, or of the repository, it was loaded from.
         report: what `compress` returned for this model; the card is made from it. Its perplexity is left out where the
             model has been changed since it was scored.
         private: as for `push_folder`.
@@ -138,7 +147,7 @@ def push_model(  # noqa: PLR0913 - by keyword
         raise UnsupportedModel(
             f"a {type(model).__name__} takes {model.main_input_name}, and push_to_hub verifies on token ids: push its folder"
         )
-    origin = Path(model.config.name_or_path) if model.config.name_or_path else None
+    origin = _origin(model)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         model.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -146,7 +155,9 @@ def push_model(  # noqa: PLR0913 - by keyword
             return push_folder(origin, repo_id, **settings)
         if origin is not None and tokenizer is None and (origin / "tokenizer_config.json").is_file():
             tokenizer = AutoTokenizer.from_pretrained(origin)
-        if tokenizer is not None:
+        if tokenizer is None:
+            logger.warning("sent without a tokenizer: none is given, and none is known where the model comes from")
+        else:
             tokenizer.save_pretrained(folder)
         verification = _verify(model, folder)
         file_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
@@ -157,6 +168,20 @@ def push_model(  # noqa: PLR0913 - by keyword
             write_text(folder / "recipe.json", json.dumps(report.recipe, indent=2) + "\n")
             write_card(report, folder)
         return push_folder(folder, repo_id, force=report is None, **settings)
+
+
+def _origin(model: PreTrainedModel) -> Path | None:
+    """The folder that a model was loaded from, or the local copy of its repository at that commit; None if there is neither."""
+    name = model.config.name_or_path
+    if not name:
+        return None
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        validate_repo_id(name)
+        return Path(snapshot_download(name, revision=getattr(model.config, "_commit_hash", None), allow_patterns=list(_SENT)))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError):
+        return None
 
 
 def _unverified(folder: Path) -> str | None:
@@ -171,6 +196,8 @@ def _unverified(folder: Path) -> str | None:
         if any(folder.glob("*.gguf")):
             return f"has no {REPORT_NAME}"
         raise FormatError(f"{folder} has no config.json: push sends folders of compress, recover or export")
+    if any(folder.glob("*.onnx")):
+        return f"has no {REPORT_NAME}"
     files = TensorSource.in_folder(folder).files
     if not (folder / REPORT_NAME).is_file():
         return f"has no {REPORT_NAME}"
@@ -228,7 +255,7 @@ def _check_base(folder: Path, base: str | None) -> None:
         raise OutputError(f"{folder} stands on {named!r}, which nobody else has: push that first, and name it (--base user/name)")
 
 
-def _stage(folder: Path, scratch: Path, repo_id: str, base: str | None) -> Path:
+def _stage(folder: Path, scratch: Path, repo_id: str, base: str | None, scores: Sequence[EvalResult]) -> Path:
     """A folder of links to what is sent, a card that names the repository, and reports without paths of this machine."""
     staged = scratch / "staged"
     staged.mkdir()
@@ -240,15 +267,20 @@ def _stage(folder: Path, scratch: Path, repo_id: str, base: str | None) -> Path:
         link = staged / path.relative_to(folder)
         link.parent.mkdir(exist_ok=True)
         link.symlink_to(path.resolve())
-    for name in (REPORT_NAME, _ADAPTER_REPORT):
+    for name in (REPORT_NAME, _ADAPTER_REPORT, "recipe.json"):
         if (staged / name).exists():
-            values = _without_places(json.loads((folder / name).read_text(encoding="utf-8")))
-            (staged / name).unlink()
-            write_text(staged / name, json.dumps(values, indent=2) + "\n")
+            values = json.loads((folder / name).read_text(encoding="utf-8"))
+            if (public := _without_places(values)) != values:
+                (staged / name).unlink()
+                write_text(staged / name, json.dumps(public, indent=2) + "\n")
     card = staged / "README.md"
-    text = card.read_text(encoding="utf-8") if card.exists() else short_card(repo_id.rpartition("/")[2], folder)
+    name = repo_id.rpartition("/")[2]
+    try:
+        text = card.read_text(encoding="utf-8") if card.exists() else short_card(name, folder)
+    except UnicodeDecodeError as error:
+        raise OutputError(f"the card README.md of {folder} is not UTF-8: {error}") from error
     card.unlink(missing_ok=True)
-    write_text(card, (text if base is None else _on_base(text, base)).replace(PLACEHOLDER, repo_id))
+    write_text(card, with_scores(text if base is None else _on_base(text, base), scores, name).replace(PLACEHOLDER, repo_id))
     if base is not None:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")) | {"base_model_name_or_path": base}
         (staged / "adapter_config.json").unlink()
@@ -269,7 +301,11 @@ def _on_base(text: str, base: str) -> str:
 
 
 def _without_places(values: dict[str, Any]) -> dict[str, Any]:
-    """A report that says which models it is about, and not where they lie on this machine."""
+    """A report, or a recipe, that says which files it is about, and not where they lie on this machine."""
+    if "recipe" in values:
+        values = values | {"recipe": without_places(values["recipe"])}
+    if "stages" in values:
+        values = without_places(values)
     named = {key: values[key] for key in ("model", "teacher", "output") if isinstance(values.get(key), str)}
     return values | {key: Path(name).name for key, name in named.items() if Path(name).is_absolute() or Path(name).exists()}
 
@@ -277,7 +313,7 @@ def _without_places(values: dict[str, Any]) -> dict[str, Any]:
 def _check_card(card: Path) -> None:
     try:
         ModelCard.load(card).validate(repo_type="model")
-    except ValueError as error:
+    except (ValueError, YAMLError) as error:  # text that is not UTF-8 is a ValueError
         raise OutputError(f"the Hub does not accept the card README.md: {' '.join(str(error).split())}") from error
 
 

@@ -24,7 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..arch import as_linear, describe
 from ..capture import Method, compress_outside_
 from ..checkpoint import DTYPES, FORMAT_VERSION, QUANT_METHOD, TensorSource, rebuild_, share_buffers_, tie_parts_
-from ..config import MethodConfig, Recipe
+from ..config import MethodConfig, Recipe, without_places
 from ..errors import ConfigError, FormatError, UnsupportedModel
 from ..methods import LAYERS, METHODS
 from ..select import select_stages
@@ -72,7 +72,7 @@ class CompactConfig(QuantizationConfigMixin):
             raise FormatError(f"quantization_config.modules must map module names to their settings, got {str(modules)[:80]}")
         self.modules = {name: dict(spec) for name, spec in modules.items()}
         plain = [stage.to_dict() if isinstance(stage, MethodConfig) else dict(stage) for stage in stages]
-        self.stages = Recipe.from_dict({"stages": plain}).to_dict()["stages"] if plain else []
+        self.stages = without_places(Recipe.from_dict({"stages": plain}).to_dict())["stages"] if plain else []
         if not self.modules and not self.stages:
             raise ConfigError("quantization_config needs modules (a compressed model) or stages (to compress while loading)")
 

@@ -4,6 +4,8 @@ python scripts/examples/accelerate_loop.py --model my-model --text text.txt --ou
 accelerate launch scripts/examples/accelerate_loop.py ...
 """
 
+from itertools import chain, islice, repeat
+
 import torch
 from accelerate import Accelerator
 from setting import Setting
@@ -18,9 +20,8 @@ model = callback.prepare(setting.model())  # 1: before the optimizer is made
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.01)
 wrapped, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(setting.rows(), batch_size=4))
 wrapped.train()
-for step, batch in enumerate(loader):
-    if step == setting.options.steps:
-        break
+batches = chain.from_iterable(repeat(loader))  # again and again: each of several processes has its part of the rows
+for step, batch in enumerate(islice(batches, setting.options.steps)):
     callback.begin_step(model, step)  # 2: how strongly to round
     callback.set_decay_(optimizer, step)  # 3: weight decay ends half way
     loss = wrapped(**batch).loss

@@ -19,7 +19,7 @@ from transformers import (
 
 from hf_compact import CompacterConfig
 
-setting = Setting(__doc__)
+setting = Setting(__doc__, without=("--text", "--length"))
 tokenizer = setting.tokenizer
 if setting.options.quick:
     rows = Dataset.from_dict({"sentence": ["12345", "abcde"] * 32, "label": [0, 1] * 32})

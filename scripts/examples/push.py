@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_compact
 
-setting = Setting(__doc__, "--repo")
+setting = Setting(__doc__, "--repo", without=("--steps",))
 recipe = {
     "stages": [{"method": "codebook", "bits": 4}],
     "calibration": {"num_sequences": 64, "sequence_length": setting.options.length},

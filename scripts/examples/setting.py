@@ -3,6 +3,7 @@
 import argparse
 import atexit
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -23,8 +24,8 @@ from hf_compact.calibration import builtin_text, read_texts
 class Setting:
     """The command line of an example, and what follows from it."""
 
-    def __init__(self, doc: str, *options: str) -> None:
-        """Parse --model, --text, --output, --steps, --quick, and the further options by name."""
+    def __init__(self, doc: str, *options: str, without: tuple[str, ...] = ()) -> None:
+        """Parse --model, --text, --output, --steps, --length, --quick, and the further options by name; those `without` are none."""
         parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="dense: Hub id or folder")
         parser.add_argument("--text", type=Path, nargs="+", help="UTF-8 text to train on; default: Python's documentation")
@@ -35,6 +36,9 @@ class Setting:
         for option in options:
             parser.add_argument(option)
         self.options = parser.parse_args()
+        given = [word for word in sys.argv[1:] if word.partition("=")[0] in without]
+        if given:
+            parser.error(f"{given[0]} changes nothing here")
         self.scratch = Path(tempfile.mkdtemp())
         atexit.register(shutil.rmtree, self.scratch, ignore_errors=True)
         self.folder = self.options.model
@@ -58,6 +62,8 @@ class Setting:
         count = 4 * self.options.steps
         ids = self.tokenizer(self.text[: 8 * count * self.options.length], return_tensors="pt").input_ids[0]
         pieces = ids[: len(ids) // self.options.length * self.options.length].view(-1, self.options.length)
+        if not len(pieces):
+            raise SystemExit(f"--text must hold at least --length tokens ({self.options.length}), got {len(ids)}")
         return [{"input_ids": piece, "labels": piece} for piece in pieces[:count]]
 
     def arguments(self, **changes) -> TrainingArguments:

@@ -73,7 +73,7 @@ def test_table_has_values_errors_and_paired_differences(both):
     cells = [cell.strip() for cell in lines[3].split("|")]
     assert cells[1:4] == ["<4 bit> & small", "1.0", "8.00"]
     assert cells[4] == "13.464 (× 1.1052 ± 0.0638)"
-    assert cells[5] == "0.5000 ± 0.1000 (-0.2500 ± 0.2500, 75.0 % same)"
+    assert cells[5] == "0.5000 ± 0.1000 (-0.2500 ± 0.2500, 75.0 % alike)"
     assert cells[7:10] == ["0.5000", "100.0 (× 0.50)", "10.0 (× 2.00)"]
     assert cells[11:14] == ["300 (200 before loading)", "1.5", "12"]
     assert [cell.strip() for cell in lines[2].split("|")][5] == "0.7500 ± 0.1000"
@@ -160,7 +160,7 @@ def test_page_needs_nothing_else(both):
     assert "url(http" not in text
     assert page.texts["h1"] == ["A & B"]
     assert "<4 bit> & small" in page.texts["td"]
-    assert "-0.2500 ± 0.2500, 75.0 % same" in page.texts["small"]
+    assert "-0.2500 ± 0.2500, 75.0 % alike" in page.texts["small"]
     assert len(re.findall("<svg", text)) == 2
     assert {"perplexity on wiki", "mean of the tasks", "piqa, acc", "sst2, acc"} <= set(page.texts["text"])
     assert compare.page(both, "A & B") == text
@@ -188,7 +188,7 @@ def test_what_was_not_compared_is_left_out(both):
         found.tasks["piqa"]["items"] = {"hash": found.tasks["piqa"]["items"]["hash"]}
     both.models[1].comparison = paired(both.models[1], both.models[0]) | {"speed": None}
     table = compare.markdown(both)
-    assert (table.count("% same"), table.count("not finite")) == (1, 0)  # of sst2
+    assert (table.count("% alike"), table.count("not finite")) == (1, 0)  # of sst2
 
 
 def test_what_is_not_finite_is_said_and_not_drawn(both):
@@ -202,7 +202,7 @@ def test_what_is_not_finite_is_said_and_not_drawn(both):
     task["metrics"]["perplexity"]["value"] = task["items"]["perplexity"][0] = None
     both.models[1].comparison = paired(both.models[1], both.models[0]) | {"speed": None}
     both = Results.from_dict(both.to_dict())
-    assert "| not finite (not finite, 75.0 % same) |" in compare.markdown(both)
+    assert "| not finite (not finite) |" in compare.markdown(both)
     assert "pareto" not in compare.pictures(both)
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import hf_compact
+from hf_compact import CompactConfig, Protocol, Windows
 from hf_compact.calibration import from_batches
 from hf_compact.checkpoint import REPORT_NAME, hash_model
 from hf_compact.errors import ConfigError, FormatError, OutputError, UnsupportedModel, VerificationError
@@ -100,6 +101,59 @@ def test_what_is_pushed_is_what_a_stranger_loads(finished, hub, tmp_path):
     written = [done.stdout.encode(), done.stderr.encode(), *hub.bodies, *(path.read_bytes() for path in home)]
     assert len(home) > 5
     assert not any(WRITER.encode() in text for text in written)
+
+
+def test_files_that_a_recipe_reads_stay_without_their_place(folder, hub):
+    recipe = {"stages": [{"method": "tensor_network", "allocation": "profile", "profile": "/home/me/profile.json"}]}
+    report = json.loads((folder / REPORT_NAME).read_text())
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    (folder / REPORT_NAME).write_text(json.dumps(report | {"recipe": recipe}))
+    hub_module.push_folder(folder, "me/small")
+    files = hub.repositories["me/small"].files
+    for name in ("recipe.json", REPORT_NAME):
+        assert b'"profile": "profile.json"' in files[name], name
+        assert b"/home/me" not in files[name], name
+    assert CompactConfig(**recipe).to_dict()["stages"][0]["profile"] == "profile.json"
+
+
+@pytest.mark.parametrize(
+    "text", [b"---\ntags: [a\n---\n", b"---\nlicense: caf\xe9\n---\n"], ids=["no_yaml", "no_utf8"]
+)  # fmt: skip
+def test_a_card_that_nobody_can_read(text, folder, hub):
+    (folder / "README.md").write_bytes(text)
+    with pytest.raises(OutputError, match=r"the card README\.md"):
+        hub_module.push_folder(folder, "me/small")
+    assert not hub.repositories
+
+
+def test_scores_of_these_weights_join_the_card(folder, hub, text_file, tmp_path):
+    protocol = Protocol(windows=Windows(window_length=64, num_windows=2))
+    hf_compact.measure([folder], [text_file], protocol, output=tmp_path / "results.json")
+    hf_compact.push(folder, "me/small", results=tmp_path / "results.json")
+    card = hub.repositories["me/small"].files["README.md"].decode()
+    assert check_card(card) is None
+    (entry,) = yaml.safe_load(card.split("---")[1])["model-index"]
+    names = [result["dataset"]["name"] for result in entry["results"]]
+    assert names == [f"held-out end of {text_file.name}", f"{text_file.name}, 2 windows of 64 tokens"]
+    score = hf_compact.Results.read(tmp_path / "results.json").models[0].perplexity[text_file.name]["perplexity"]
+    assert entry["results"][1]["metrics"][0]["value"] == score
+    save_file(load_file(folder / "model-00002-of-00004.safetensors"), folder / "model-00002-of-00004.safetensors", {"a": "b"})
+    with pytest.raises(ConfigError, match="results hold no model with these weights"):
+        hf_compact.push(folder, "me/other", results=tmp_path / "results.json", force=True)
+
+
+def test_an_export_to_onnx_is_sent_where_it_is_forced(folder, hub, tmp_path):
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(folder / name, tmp_path)
+    for name in ("model.onnx", "model.onnx.data"):
+        (tmp_path / name).write_bytes(b"a graph")
+    with pytest.raises(VerificationError, match=r"has no compression_report\.json: verify it, or force the push"):
+        hub_module.push_folder(tmp_path, "me/small")
+    hub_module.push_folder(tmp_path, "me/small", force=True)
+    files = hub.repositories["me/small"].files
+    assert {"model.onnx", "model.onnx.data", "tokenizer.json"} <= files.keys()
+    assert b"library_name: onnx" in files["README.md"]
+    assert b"onnxruntime" in files["README.md"]
 
 
 @pytest.mark.parametrize("status", [500, 503, 0], ids=["500", "503", "connection_closed"])
@@ -312,6 +366,22 @@ class TestModelsInMemory:
         model.push_to_hub("me/small")
         assert set(hub.repositories["me/small"].files) > SENT
         assert b'from_pretrained("me/small")' in hub.repositories["me/small"].files["README.md"]
+
+    def test_a_model_from_the_hub_is_its_repository(self, folder, hub, monkeypatch, tmp_path):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        hub_module.push_folder(folder, "me/small")
+        model = AutoModelForCausalLM.from_pretrained("me/small")
+        model.push_to_hub("me/again")
+        assert hub.repositories["me/again"].files.keys() == hub.repositories["me/small"].files.keys()
+        model.model.norm.weight.data.mul_(2)
+        model.push_to_hub("me/changed")
+        assert {"tokenizer.json", "chat_template.jinja"} <= hub.repositories["me/changed"].files.keys()
+
+    def test_nobody_hears_of_a_missing_tokenizer_too_late(self, hub, caplog):
+        model = tiny_model("llama")
+        hf_compact.compress(model, RECIPE | {"stages": [{**RECIPE["stages"][0], "rounding": "nearest"}]}, calibration=from_batches([tiny_inputs("llama")]))  # fmt: skip
+        model.push_to_hub("me/small")
+        assert "sent without a tokenizer" in caplog.text
 
     def test_a_changed_model_is_verified_anew(self, folder, hub, monkeypatch):
         model = AutoModelForCausalLM.from_pretrained(folder)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ... import sensitivity
 from ...arch import Architecture, as_linear, dense_shape
-from ...errors import NumericalError, UnsupportedModel
+from ...errors import ConfigError, NumericalError, UnsupportedModel
 from ...functional.gram import centered, output_energy
 from ...groups import GroupSet, block_groups, drop_layers_
 from .config import PruningConfig
@@ -51,11 +51,28 @@ def prepare(
     model: PreTrainedModel, arch: Architecture, names: Sequence[str], batches: Sequence[Mapping[str, Tensor]],
     config: PruningConfig, progress: Callable[[int, int], None],
 ) -> FisherGuide | None:  # fmt: skip
-    """Gradients of the dense model, for score taylor."""
+    """Gradients of the dense model, for score taylor.
+
+    Raises:
+        ConfigError: a part of the blocks would get a bias that the config gives to all or none.
+    """
+    _check_biases(model, arch, names, config)
     readers = [name for name in names if arch.roles[name] in ("o", "down")]
     if config.score != "taylor" or not readers:
         return None
     return FisherGuide(sensitivity.measure(model, arch, readers, batches, TAYLOR_TOKENS, 0, progress, is_full=True).outputs)
+
+
+def _check_biases(model: PreTrainedModel, arch: Architecture, names: Collection[str], config: PruningConfig) -> None:
+    cut = {"down": config.channel_sparsity > 0, "o": config.head_sparsity > 0}
+    for role, is_cut in cut.items():
+        readers = [name for name, found in arch.roles.items() if found == role]
+        left = [name for name in readers if name not in names]
+        bare = any(model.get_submodule(name).bias is None for name in readers)
+        if is_cut and config.compensation == "bias" and bare and 0 < len(left) < len(readers):
+            raise ConfigError(
+                f"pruning.include must hold all blocks with compensation bias, which this family has in all or none, got none of {left[0]}"
+            )
 
 
 def shorten(

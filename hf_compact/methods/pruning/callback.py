@@ -12,7 +12,7 @@ import copy
 import inspect
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,11 @@ from ...checkpoint import disk_errors, write_shard, write_text
 from ...errors import ConfigError, FormatError, NumericalError, UnsupportedModel
 from ...footprint import Comparison, count
 from ...functional.gram import centered
-from ...groups import HIDDEN, GroupSet, cut_zeros_, find_groups
+from ...groups import HIDDEN, GroupSet, cut_zeros_, find_groups, says_heads, stock_of
 from ...reorder import Slice
 from ...scoring import is_causal_lm
 from ...speed import SpeedConfig, check_positions, compare_by_turns
-from ...training import CompactCallback, check_same_on_all_ranks
+from ...training import CompactCallback, check_same_on_all_ranks, refuse_adapters
 from .config import HessoConfig
 from .cric import FILE_NAME, Correction
 from .functional import refit, saliency, select_by_residual
@@ -58,24 +58,28 @@ class HessoCallback(CompactCallback):
         settings: fields of `HessoConfig`, in the place of those of `config`.
 
     Raises:
-        ConfigError: there are batches, and nothing reads them; or none, and `compensation` needs them.
+        ConfigError: there are batches, and nothing reads them, or they are no batches; or none, and `compensation` needs them.
 
     >>> HessoCallback(target=0.4, warm_up_steps=20).config.last_step
     120
     """
 
     def __init__(
-        self, config: HessoConfig | None = None, batches: Sequence[Mapping[str, Tensor]] = (), speed: SpeedConfig | None = None,
+        self, config: HessoConfig | None = None, batches: Iterable[Mapping[str, Tensor]] = (), speed: SpeedConfig | None = None,
         **settings: Any,
     ) -> None:  # fmt: skip
         """Keep the settings."""
         super().__init__()
-        self.config, self.batches, self.speed = replace(config or HessoConfig(), **settings), batches, speed
+        self.config, self.batches, self.speed = replace(config or HessoConfig(), **settings), list(batches), speed
+        wrong = next((batch for batch in self.batches if not isinstance(batch, Mapping)), None)
+        if wrong is not None:
+            raise ConfigError(f"hesso: batches must hold model inputs by name, got a {type(wrong).__name__}")
         is_refitted = self.config.compensation == "refit"
-        if batches and not (self.config.output or is_refitted):
+        if self.batches and not (self.config.output or is_refitted):
             raise ConfigError("hesso.output must be above 0 with batches, which fill the energies that it weighs, got 0")
-        if is_refitted and not batches:
+        if is_refitted and not self.batches:
             raise ConfigError("hesso.compensation refit needs batches to fit to, got none")
+        self.kinds: tuple[str, ...] = self.config.kinds
         self.sets: list[GroupSet] = []
         self.counts: dict[str, int] = {}
         self.before: dict[nn.Parameter, Tensor] = {}
@@ -92,15 +96,27 @@ class HessoCallback(CompactCallback):
         """Find the groups, and how many of each kind a block loses.
 
         Raises:
-            ConfigError: the floors forbid the target, or the model has too few positions for what is timed.
+            ConfigError: the floors forbid the target, or the model has too few positions for what is timed, or only heads are to
+                go, everywhere as many, where the config cannot say it.
             NothingMatched: the model has no groups.
-            UnsupportedModel: its family is not known, or it is to be timed and does not generate.
+            UnsupportedModel: its family is not known, it has adapters, its class cannot make a smaller one, or it is to be timed and
+                does not generate.
         """
+        refuse_adapters(model)
         if self.speed is not None:
             if not is_causal_lm(model):
                 raise UnsupportedModel(f"speed must be None for a {type(model).__name__}: it times causal language models")
             check_positions(model, f"the {type(model).__name__}", self.speed)
-        self.sets = find_groups(model, self.config.kinds)
+        arch = describe(model)
+        stock_of(model, arch)  # which is needed when all is done
+        if self.config.is_uniform and not says_heads(arch):
+            self.kinds = tuple(kind for kind in self.config.kinds if kind in ("channels", HIDDEN))
+            if not self.kinds:
+                raise ConfigError(
+                    f"hesso.is_uniform must be false with kinds {', '.join(self.config.kinds)} in a {type(model).__name__}, "
+                    "whose config cannot say how many there are"
+                )
+        self.sets = find_groups(model, self.kinds)
         self.counts = group_counts(model, self.sets, self.config)
         for group_set in self.sets:
             reader = group_set.slices[-1].module
@@ -212,7 +228,7 @@ class HessoCallback(CompactCallback):
         # Ranks on one machine would disturb each other; the first one writes the report.
         dense = _copied(model) if self.speed is not None and distributed.rank() == 0 else None
         before = count(model)
-        self.table = cut_zeros_(model, self.config.kinds, self.config.is_uniform, self.config.channel_multiple)
+        self.table = cut_zeros_(model, self.kinds, self.config.is_uniform, self.config.channel_multiple)
         self.comparison = Comparison(before=before, after=count(model))
         if dense is not None:
             with evaluating(model):
@@ -503,29 +519,24 @@ def group_counts(model: PreTrainedModel, sets: list[GroupSet], config: HessoConf
             return sum(p.numel() for p in parts if p.dim() > 1)
         return sum(p.numel() * (p.element_size() if config.unit == "bytes" else 1) for p in parts)
 
-    _check_sizes(sets, firsts, config)
-    counts = {}
-    heads = 0.0
-    for kind, first in firsts.items():
-        if kind != "channels":
-            counts[kind] = _rounded(first, min(config.target * first.num_groups, most_removed(first, config)))
-            if kind == HIDDEN:
-                counts[kind] = first.num_groups - _multiple(first.num_groups - counts[kind], config.channel_multiple)
-            heads += counts[kind] * _group_cost(first, cost) * sum(s.kind == kind for s in sets)
-    if "channels" in firsts:
-        first, number = firsts["channels"], sum(s.kind == "channels" for s in sets)
-        arch = describe(model)
-        blocks = {id(p): p for block in arch.blocks for p in model.get_submodule(block).parameters()}
+    _check_sizes(sets, firsts)
+    blocks = {id(p): p for block in describe(model).blocks for p in model.get_submodule(block).parameters()}
+    due = config.target * cost(blocks.values())
+    costs = {kind: _group_cost(first, cost) * sum(s.kind == kind for s in sets) for kind, first in firsts.items()}
+    counts: dict[str, int] = {}
+    for kind in sorted(firsts, key=lambda kind: kind == "channels"):  # which make up the rest
+        first, is_share = firsts[kind], kind == HIDDEN or (kind != "channels" and "channels" in firsts)
         wanted = config.target * first.num_groups
-        if config.unit != "groups":
-            wanted = (config.target * cost(blocks.values()) - heads) / (number * _group_cost(first, cost))
-        kept = _multiple(first.num_groups - max(0, round(wanted)), config.channel_multiple)
-        counts["channels"] = max(0, first.num_groups - kept)
-        if kept <= 0 or counts["channels"] > most_removed(first, config):
-            raise ConfigError(
-                f"hesso.target {config.target} of {config.unit} needs {round(wanted)} of {first.num_groups} channels of every block, "
-                f"and hesso.min_kept {config.min_kept} forbids it: lower one of them or add kinds"
-            )
+        if config.unit != "groups" and not is_share:
+            wanted = (due - sum(costs[other] * number for other, number in counts.items())) / costs[kind]
+        if kind == "channels":
+            counts[kind] = _channel_count(first, wanted, config)
+            continue
+        if "channels" not in firsts:
+            _check_floor(first, wanted, config)
+        counts[kind] = _rounded(first, min(wanted, most_removed(first, config)))
+        if kind == HIDDEN:
+            counts[kind] = first.num_groups - _multiple(first.num_groups - counts[kind], config.channel_multiple)
     if not any(counts.values()):
         raise ConfigError(
             f"hesso.target {config.target} is less than one group of a block: raise it or lower hesso.channel_multiple"
@@ -533,17 +544,31 @@ def group_counts(model: PreTrainedModel, sets: list[GroupSet], config: HessoConf
     return counts
 
 
-def _check_sizes(sets: list[GroupSet], firsts: dict[str, GroupSet], config: HessoConfig) -> None:
-    for kind, first in firsts.items():
+def _channel_count(first: GroupSet, wanted: float, config: HessoConfig) -> int:
+    kept = _multiple(first.num_groups - max(0, round(wanted)), config.channel_multiple)
+    count = max(0, first.num_groups - kept)
+    if kept <= 0 or count > most_removed(first, config):
+        raise ConfigError(
+            f"hesso.target {config.target} of {config.unit} needs {round(wanted)} of {first.num_groups} channels of every block, "
+            f"and hesso.min_kept {config.min_kept} forbids it: lower one of them or add kinds"
+        )
+    return count
+
+
+def _check_sizes(sets: list[GroupSet], kinds: Iterable[str]) -> None:
+    for kind in kinds:
         sizes = sorted({group_set.num_groups for group_set in sets if group_set.kind == kind})
         if len(sizes) > 1:
             raise ConfigError(f"hesso needs blocks of one size, and their numbers of {kind} are {sizes}")
-        most = most_removed(first, config)
-        if "channels" not in firsts and config.target * first.num_groups >= most + first.num_pools:
-            raise ConfigError(
-                f"hesso.target {config.target} takes more of {first.num_groups} {kind} than hesso.min_kept {config.min_kept} allows, "
-                f"{most}, and there are no channels to make up for it: lower one of them or add kinds"
-            )
+
+
+def _check_floor(first: GroupSet, wanted: float, config: HessoConfig) -> None:
+    most = most_removed(first, config)
+    if wanted >= most + first.num_pools:
+        raise ConfigError(
+            f"hesso.target {config.target} of {config.unit} takes {wanted:.1f} of {first.num_groups} {first.kind} and "
+            f"hesso.min_kept {config.min_kept} allows {most}, and there are no channels to make up for it: lower one of them or add kinds"
+        )
 
 
 def most_removed(group_set: GroupSet, config: HessoConfig) -> int:

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from ...config import MethodConfig
+from ...config import MethodConfig, check_types
 from ...errors import ConfigError
 
 SCORES = ("magnitude", "wanda_sp", "flap", "taylor", "obs", "random")
@@ -84,14 +84,15 @@ class HessoConfig:
     """Removed share of all that the blocks hold, in `unit`."""
     unit: Literal["parameters", "bytes", "macs", "groups"] = "parameters"
     """What the target counts: parameters of the blocks, their bytes, multiply-adds per token of their Linears, or the groups of
-    each kind. Key-value heads lose the target's share of their number, rounded down; channels make up the rest."""
+    each kind. Beside channels, heads lose the target's share of their number, rounded down, and channels make up the rest."""
     kinds: tuple[str, ...] = ("channels", "kv_heads")
     """Groups that may go: channels, kv_heads, query_heads; or hidden alone, dimensions of the residual stream, of which then the
     target's share goes."""
     warm_up_steps: int = 0
     """Plain training before the first groups are chosen."""
     pruning_steps: int = 100
-    """In which all chosen groups are brought to zero; training goes on afterwards."""
+    """In which all chosen groups are brought to zero; training goes on afterwards. Weights that are bfloat16 themselves (not those
+    of `bf16=True`) round the first of more than 250 steps of a period away, and shrink in those that are left."""
     periods: int = 10
     """Parts of them; at the start of each the next share of the groups is chosen. With `cric` there is one."""
     output: float = 1.0
@@ -124,18 +125,18 @@ class HessoConfig:
     damp: float = 0.01
     """`refit` only: ridge of the gram matrices, as a fraction of their mean diagonal."""
     is_uniform: bool = True
-    """Every block loses the same number, so that the result is an ordinary model; otherwise groups of a kind compete."""
+    """Every block loses the same number, so that the result is an ordinary model: heads stay in families whose config cannot say
+    fewer of the same width. Otherwise groups of a kind compete."""
     channel_multiple: int = 8
     """Numbers of channels, or of hidden dimensions, that stay are multiples of it; rounded up."""
     min_kept: float = 0.2
     """Share of the groups of a block that stays whatever their scores; one at least."""
 
     def __post_init__(self) -> None:
-        """Check ranges."""
+        """Check types and ranges."""
+        check_types(self, "hesso")
         if not 0 < self.target <= 0.95:
             raise ConfigError(f"hesso.target must be in (0, 0.95], got {self.target}")
-        if self.unit not in ("parameters", "bytes", "macs", "groups"):
-            raise ConfigError(f"hesso.unit must be one of parameters, bytes, macs, groups, got {self.unit}")
         if self.kinds != ("hidden",) and (not self.kinds or not set(self.kinds) <= {"channels", "kv_heads", "query_heads"}):
             raise ConfigError(f"hesso.kinds must be of channels, kv_heads, query_heads, or hidden alone, got {list(self.kinds)}")
         if {"kv_heads", "query_heads"} <= set(self.kinds):
@@ -154,8 +155,6 @@ class HessoConfig:
             raise ConfigError(f"hesso.min_kept must be in [0, 1), got {self.min_kept}")
 
     def _check_compensation(self) -> None:
-        if self.compensation not in ("none", "refit"):
-            raise ConfigError(f"hesso.compensation must be none or refit, got {self.compensation}")
         if self.compensation == "refit" and (self.cric or self.kinds == ("hidden",)):
             raise ConfigError(
                 "hesso.compensation must be none with cric, and for the kind hidden, which nothing alone reads, got refit"

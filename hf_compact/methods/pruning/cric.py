@@ -28,14 +28,17 @@ class Correction:
     """What the cycles have found out. Vectors run over the groups of all sets, one set after the other.
 
     Args:
-        model: its trained parameters are what each cycle ends with.
+        model: its trained parameters, and what groups lie in, are what each cycle ends with.
         sets: the groups.
     """
 
     def __init__(self, model: PreTrainedModel, sets: list[GroupSet]) -> None:
         """Copy the weights to the CPU."""
         self.sizes = [group_set.num_groups for group_set in sets]
-        self.reference = {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
+        shrunk = {id(part.parameter) for group_set in sets for part in group_set.slices}
+        self.reference = {
+            name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad or id(p) in shrunk
+        }
         number = sum(self.sizes)
         self.num_samples = 0
         self.scores = torch.zeros(number, dtype=torch.float64)

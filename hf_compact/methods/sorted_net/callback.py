@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, TrainerControl, TrainerState, Training
 
 from ...errors import ConfigError
 from ...functional.divergence import kl_divergence
-from ...training import CompactCallback
+from ...training import CompactCallback, refuse_adapters
 from .apply import FIELD, SubModel, narrowed, sort_units_, sub_model
 from .config import SortedNetConfig
 
@@ -53,8 +53,9 @@ class SortedNetCallback(CompactCallback):
 
         Raises:
             ConfigError: it was sorted for other sub-models.
-            UnsupportedModel: it has more than one stack of blocks, or its family is not known.
+            UnsupportedModel: it has more than one stack of blocks or adapters, or its family is not known.
         """
+        refuse_adapters(model)
         if getattr(model.config, FIELD, None) is None:
             sort_units_(model, self.batches, self.config.kinds, self.config.channel_multiple)
         found = getattr(model.config, FIELD)

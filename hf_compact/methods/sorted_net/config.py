@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from ...config import check_types
 from ...errors import ConfigError
 
 
@@ -35,15 +36,14 @@ class SortedNetConfig:
     """Optimizer steps of the training, for a delay in a loop of your own; the Trainer knows its own number."""
 
     def __post_init__(self) -> None:
-        """Check ranges."""
+        """Check types and ranges."""
+        check_types(self, "sorted_net")
         for name in ("widths", "depths"):
             for value in getattr(self, name):
                 if not 0 < value <= 1:
                     raise ConfigError(f"sorted_net.{name} must be in (0, 1], got {value}")
         if not self.widths or not self.depths or not self.sub_models:
             raise ConfigError("sorted_net.widths and depths must name at least one sub-model that is not the whole")
-        if self.loss not in ("labels", "whole"):
-            raise ConfigError(f"sorted_net.loss must be one of labels, whole, got {self.loss}")
         if self.num_sampled < 1 or self.channel_multiple < 1:
             raise ConfigError("sorted_net.num_sampled and channel_multiple must be at least 1")
         if not 0 <= self.delay < 1:

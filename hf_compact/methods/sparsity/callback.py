@@ -22,7 +22,7 @@ from ...arch import as_linear, dense_shape, describe
 from ...errors import ConfigError
 from ...functional.packing import pack_bits, unpack_bits
 from ...select import replace_modules, select_names
-from ...training import CompactCallback, check_same_on_all_ranks
+from ...training import CompactCallback, check_same_on_all_ranks, refuse_adapters
 from .apply import METHOD, check_pattern
 from .config import MaskTraining, SparsityConfig
 from .functional import lowest_mask, scheduled_sparsity
@@ -31,6 +31,8 @@ from .layer import MaskedLinear, SparseLinear
 logger = logging.getLogger(__name__)
 
 _BUFFER = "mask_bits"
+#: Steps between two masks, and how many there are in short runs, where the settings say nothing.
+INTERVAL, NUM_MASKS = 50, 10
 
 
 class MaskCallback(CompactCallback):
@@ -40,6 +42,9 @@ class MaskCallback(CompactCallback):
         config: how many weights go, and of which Linears; by default half of those in all blocks.
         training: the schedule.
         settings: fields of `MaskTraining`, in the place of those of `training`.
+
+    Raises:
+        ConfigError: a setting that needs a pattern is given without one.
 
     >>> MaskCallback(SparsityConfig(pattern="2:4"), backward="own").training.backward
     'own'
@@ -51,6 +56,10 @@ class MaskCallback(CompactCallback):
         """Keep the settings."""
         super().__init__()
         self.config, self.training = config or SparsityConfig(), replace(training or MaskTraining(), **settings)
+        if self.config.n_m is None and (self.training.backward == "own" or self.training.decay):
+            raise ConfigError(
+                "training.backward own and decay need sparsity.pattern, which is null: weights that are masked stay zero"
+            )
         self.num_steps = self.training.num_steps
         self.dense: dict[str, nn.Linear | Conv1D] = {}
         self.masks: dict[str, Tensor] = {}
@@ -61,8 +70,9 @@ class MaskCallback(CompactCallback):
 
         Raises:
             NothingMatched: a glob matches no Linear.
-            UnsupportedModel: the pattern does not fit a Linear.
+            UnsupportedModel: the pattern does not fit a Linear, or the model has adapters.
         """
+        refuse_adapters(model)
         roles = describe(model).roles
         names = select_names(roles, self.config.include, self.config.exclude)
         self.dense = {name: model.get_submodule(name) for name in names}
@@ -105,9 +115,10 @@ class MaskCallback(CompactCallback):
         if self.config.n_m is not None:
             return
         first, last = self.update_steps
-        is_due = first <= step <= last and (step - first) % self.training.interval == 0
+        interval = self.training.interval or min(INTERVAL, max(1, (last - first) // NUM_MASKS))
+        is_due = first <= step <= last and (step - first) % interval == 0
         if is_due:
-            share = scheduled_sparsity(step, first, last, self.training.interval, self.config.sparsity)
+            share = scheduled_sparsity(step, first, last, interval, self.config.sparsity)
             for name, module in self.dense.items():
                 mask = lowest_mask(module.weight.abs().flatten()[None], share).view(module.weight.shape)
                 self.masks[name] = mask

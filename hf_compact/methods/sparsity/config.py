@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from ...config import MethodConfig
+from ...config import MethodConfig, check_types
 from ...errors import ConfigError
 
 
@@ -67,8 +67,8 @@ class MaskTraining:
     """Share of the steps after which the first weights go; with a pattern, after which it holds."""
     end_share: float = 0.6
     """Share of the steps after which the sparsity is reached; without a pattern."""
-    interval: int = 50
-    """Steps between two masks, each of higher sparsity; without a pattern."""
+    interval: int | None = None
+    """Steps between two masks, each of higher sparsity; without a pattern. Null: 50, or a tenth of the way where that is less."""
     backward: Literal["same", "own"] = "same"
     """With a pattern: the gradient of the inputs is that of the forward product, or comes through weights that have the
     pattern along the outputs (BDWP), so that this product is sparse too."""
@@ -80,16 +80,13 @@ class MaskTraining:
     """Optimizer steps of the training, for a loop of your own; the Trainer knows its own number."""
 
     def __post_init__(self) -> None:
-        """Check ranges."""
+        """Check types and ranges."""
+        check_types(self, "training")
         if not 0 <= self.start_share <= self.end_share <= 1:
             raise ConfigError(
                 f"training.start_share and end_share must be 0 <= start <= end <= 1, got {self.start_share} and {self.end_share}"
             )
-        if self.interval < 1 or not 0 <= self.decay < math.inf:
+        if (self.interval is not None and self.interval < 1) or not 0 <= self.decay < math.inf:
             raise ConfigError("training.interval must be at least 1 and decay at least 0")
-        if self.backward not in ("same", "own"):
-            raise ConfigError(f"training.backward must be one of same, own, got {self.backward}")
-        if self.storage not in ("bitmap", "dense"):
-            raise ConfigError(f"training.storage must be one of bitmap, dense, got {self.storage}")
         if self.num_steps is not None and self.num_steps < 1:
             raise ConfigError(f"training.num_steps must be at least 1, got {self.num_steps}")

@@ -230,6 +230,9 @@ def test_flap_gives_llama_a_bias_and_others_an_error(tmp_path):
         assert torch.equal(again(**tiny_inputs("llama"))[0], model(**tiny_inputs("llama"))[0])
     with pytest.raises(UnsupportedModel, match=r"can have none: set pruning\.compensation to refit"):
         prune(tiny_model("qwen2"), compensation="bias")
+    message = r"pruning\.include must hold all blocks with compensation bias, .* got none of model\.layers\.0\.mlp\.down_proj"
+    with pytest.raises(ConfigError, match=message):
+        prune(tiny_model("llama"), compensation="bias", include=["model.layers.1.*"])
 
 
 def test_the_layers_that_do_least_go_first():

@@ -91,6 +91,20 @@ def train(model, callback, folder, resume=None, **settings) -> None:
     Trainer(model, args, train_dataset=data, callbacks=[callback]).train(resume_from_checkpoint=resume)
 
 
+def test_what_is_frozen_is_put_back_too():
+    """A trial shrinks every weight of a group, whoever trains it."""
+    model = tiny_model("llama_untied")
+    for block in model.model.layers:
+        block.mlp.down_proj.requires_grad_(False)
+    sets = find_groups(model, ("channels",))
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    correction = Correction(model, sets)
+    for group_set in sets:
+        group_set.scale_(torch.arange(4), 0)
+    correction.end_cycle(model, 1)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
 class Watched(HessoCallback):
     """Keeps the states of the last step."""
 

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
 
 import hf_compact
 from hf_compact import (
@@ -25,7 +27,7 @@ from hf_compact.calibration import from_batches
 from hf_compact.capture import input_moments
 from hf_compact.errors import ConfigError, FormatError, UnsupportedModel
 from hf_compact.functional.gram import centered, output_energy
-from hf_compact.groups import find_groups
+from hf_compact.groups import cut_zeros_, find_groups
 from hf_compact.methods.pruning import callback as callback_module
 from hf_compact.methods.pruning.callback import KEPT, PRUNED, SHRINKING
 from hf_compact.methods.pruning.functional import lowest, unit_energy
@@ -402,7 +404,7 @@ def test_a_refit_leaves_less_error_than_none():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"compensation": "bias"}, "compensation must be none or refit, got bias"),
+        ({"compensation": "bias"}, "compensation must be one of none, refit, got 'bias'"),
         ({"compensation": "refit"}, "compensation refit needs batches to fit to, got none"),
         ({"compensation": "refit", "cric": True}, "compensation must be none with cric"),
         ({"compensation": "refit", "kinds": ("hidden",)}, "and for the kind hidden, which nothing alone reads"),
@@ -447,7 +449,9 @@ def test_what_cannot_be_timed_is_refused_before_training():
     ("settings", "message"),
     [
         ({"target": 1.0}, r"target must be in \(0, 0.95\], got 1.0"),
-        ({"unit": "watts"}, "unit must be one of parameters, bytes, macs, groups, got watts"),
+        ({"unit": "watts"}, "unit must be one of parameters, bytes, macs, groups, got 'watts'"),
+        ({"warm_up_steps": 0.1}, "hesso.warm_up_steps must be a whole number, got 0.1"),
+        ({"pruning_steps": 10.5}, "hesso.pruning_steps must be a whole number, got 10.5"),
         ({"kinds": ("layers",)}, "kinds must be of channels, kv_heads, query_heads"),
         ({"kinds": ("kv_heads", "query_heads")}, "not both: they share query heads"),
         ({"warm_up_steps": -1}, "warm_up_steps must be at least 0"),
@@ -499,17 +503,94 @@ def test_padding_adds_no_energy(family, settings, is_positional):
 
 def test_settings_beside_a_config_count():
     assert HessoCallback(HessoConfig(target=0.4), periods=2).config == HessoConfig(target=0.4, periods=2)
-    assert MaskCallback(training=MaskTraining(interval=3), decay=0.1).training == MaskTraining(interval=3, decay=0.1)
+    masks = MaskCallback(SparsityConfig(pattern="2:4"), MaskTraining(interval=3), decay=0.1)
+    assert masks.training == MaskTraining(interval=3, decay=0.1)
+    assert HessoCallback(kinds=["hidden"]).config == HessoConfig(kinds=("hidden",))
     both = SortedNetCallback(SortedNetConfig(seed=3), delay=0.1)
     assert both.config == SortedNetConfig(seed=3, delay=0.1)
+
+
+@pytest.mark.parametrize(("kind", "unit"), [("kv_heads", "parameters"), ("query_heads", "macs"), ("query_heads", "bytes")])
+def test_heads_alone_meet_the_target_to_one_group(kind, unit):
+    """They are no share of their number then, as attention is a part of a block."""
+    model = tiny_model("llama", num_attention_heads=16, num_key_value_heads=8, head_dim=8)
+    blocks = model.model.layers[0]
+
+    def size() -> int:
+        return sum(p.numel() for p in blocks.parameters() if unit != "macs" or p.dim() > 1)
+
+    before, callback = size(), HessoCallback(target=0.3, unit=unit, kinds=(kind,))
+    callback.prepare(model)
+    first = callback.sets[0]
+    first.scale_(
+        torch.arange(first.num_groups).view(first.num_pools, -1)[:, : callback.counts[kind] // first.num_pools].flatten(), 0
+    )
+    one = first.num_pools * float(first.sizes()[-1]) / before
+    cut_zeros_(model, (kind,), is_uniform=False)
+    assert 0.3 - one < 1 - size() / before <= 0.3
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "opt", "bert"])
+def test_equal_blocks_are_an_ordinary_model(family):
+    """Heads stay where the config of the family cannot say how many there are."""
+    callback = HessoCallback(**SETTINGS)
+    callback.prepare(tiny_model(family))
+    assert set(callback.counts) == {"channels"}
+    with pytest.raises(ConfigError, match=r"hesso\.is_uniform must be false with kinds kv_heads in a \w+"):
+        HessoCallback(kinds=("kv_heads",)).prepare(tiny_model(family))
+    callback = HessoCallback(**SETTINGS, is_uniform=False)
+    callback.prepare(tiny_model(family))
+    assert set(callback.counts) == {"channels", "kv_heads"}
+
+
+class WithMore(LlamaForCausalLM):
+    def __init__(self, config, more=None):
+        if more is None:
+            raise TypeError("more is missing")
+        super().__init__(config)
+
+
+def test_what_could_not_be_cut_in_the_end_is_refused_before(tmp_path):
+    model = tiny_model("llama")
+    with pytest.raises(UnsupportedModel, match="a WithMore is not made from its config alone: more is missing"):
+        HessoCallback(**SETTINGS).prepare(WithMore(model.config, more=1))
+    for adapted in (get_peft_model(tiny_model("llama"), LoraConfig()), tiny_model("llama")):
+        if not isinstance(adapted, PeftModel):
+            adapted.add_adapter(LoraConfig(target_modules=["q_proj"]))
+        for callback in (HessoCallback(**SETTINGS), MaskCallback(), SortedNetCallback()):
+            with pytest.raises(UnsupportedModel, match=r"q_proj has an adapter of PEFT: take the model that merge_and_unload"):
+                callback.prepare(adapted)
+    with pytest.raises(ConfigError, match="HessoCallback needs a model of transformers, got a Linear"):
+        HessoCallback(**SETTINGS).prepare(torch.nn.Linear(2, 2))
+    with pytest.raises(ConfigError, match="batches must hold model inputs by name, got a Tensor"):
+        HessoCallback(batches=iter([torch.zeros(2, 2)]))
+
+
+@pytest.mark.parametrize("name", ["LlamaForSequenceClassification", "MistralForQuestionAnswering", "Qwen2ForTokenClassification"])
+def test_other_heads_follow_a_narrower_stream(name, tmp_path):
+    base = tiny_model({"L": "llama", "M": "mistral", "Q": "qwen2"}[name[0]])
+    model = getattr(transformers, name)(base.config).eval()
+    (found,) = find_groups(model, ("hidden",))
+    found.scale_(torch.arange(0, 32, 4), 0)
+    with torch.no_grad():
+        expected = model(**tiny_inputs("llama"))[0]
+        assert cut_zeros_(model, ("hidden",)) == {}
+        torch.testing.assert_close(model(**tiny_inputs("llama"))[0], expected, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        again = type(model).from_pretrained(tmp_path)(**tiny_inputs("llama"))[0]
+    torch.testing.assert_close(again, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_targets_that_cannot_be_met(tmp_path):
     with pytest.raises(ConfigError, match=r"needs \d+ of 72 channels of every block, and hesso\.min_kept 0\.2 forbids it"):
         HessoCallback(target=0.8, kinds=("channels",)).prepare(tiny_model("llama"))
     with pytest.raises(ConfigError, match="is less than one group of a block"):
-        HessoCallback(target=0.3, kinds=("kv_heads",)).prepare(tiny_model("llama"))
-    with pytest.raises(ConfigError, match=r"takes more of 32 hidden than hesso\.min_kept 0\.5 allows, 16"):
+        HessoCallback(target=0.1, kinds=("kv_heads",)).prepare(tiny_model("llama"))
+    message = r"hesso\.target 0\.6 of parameters takes \d\.\d of 2 kv_heads and hesso\.min_kept 0\.2 allows 1, and there are no channels"
+    with pytest.raises(ConfigError, match=message):
+        HessoCallback(target=0.6, kinds=("kv_heads",)).prepare(tiny_model("llama"))
+    with pytest.raises(ConfigError, match=r"takes 28\.8 of 32 hidden and hesso\.min_kept 0\.5 allows 16"):
         HessoCallback(target=0.9, kinds=("hidden",), min_kept=0.5).prepare(tiny_model("llama"))
     model = tiny_model("llama")
     find_groups(model, ("channels",))[1].cut_(model, torch.arange(8))
@@ -525,7 +606,8 @@ def test_what_one_shot_has_pruned_is_pruned_on(family, tmp_path):
     stage = {"method": "pruning", "head_sparsity": 0.5 if family == "gpt2" else 0.0}
     hf_compact.compress(model, {"stages": [stage]}, calibration=from_batches([tiny_inputs(family)]))
     channels, heads = (find_groups(model)[i].num_groups for i in (0, 1))
-    train(model, HessoCallback(**SETTINGS | {"target": 0.5, "channel_multiple": 1}), tmp_path, save_strategy="no")
+    settings = {"target": 0.5, "channel_multiple": 1, "is_uniform": family != "gpt2"}  # whose config cannot say fewer heads
+    train(model, HessoCallback(**SETTINGS | settings), tmp_path, save_strategy="no")
     assert [found.num_groups for found in find_groups(model, ("kv_heads",))] == [heads // 2] * 3
     assert find_groups(model)[0].num_groups < channels
     model.eval().save_pretrained(tmp_path / "out")

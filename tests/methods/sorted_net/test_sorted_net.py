@@ -160,7 +160,7 @@ def test_what_cannot_work_is_named():
     [
         ({"depths": (0.0,)}, r"depths must be in \(0, 1\], got 0.0"),
         ({"widths": (1.0,), "depths": (1.0,)}, "must name at least one sub-model"),
-        ({"loss": "none"}, "loss must be one of labels, whole, got none"),
+        ({"loss": "none"}, "loss must be one of labels, whole, got 'none'"),
         ({"num_sampled": 0}, "num_sampled and channel_multiple must be at least 1"),
         ({"delay": 1.0}, r"delay must be in \[0, 1\), got 1.0"),
         ({"kinds": ("layers",)}, "kinds must be of channels, kv_heads"),

@@ -1,5 +1,6 @@
 """Masks in a stock Trainer: the schedule is exact, a stopped run ends alike, ranks agree, files hold what stays."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,20 @@ def test_a_stopped_run_ends_with_the_same_weights(config, tmp_path):
     first, second = model.state_dict(), again.state_dict()
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("num_steps", [30, 80, 120])
+def test_a_short_run_is_gradual_too(num_steps):
+    """Without an interval there are at least ten masks on the way."""
+    model, callback = tiny_model("llama"), MaskCallback(SparsityConfig(sparsity=0.6), num_steps=num_steps)
+    callback.prepare(model)
+    weight, shares = model.model.layers[0].mlp.up_proj.weight, []
+    for step in range(1, num_steps + 1):
+        callback.step(model, step, 1e-3)
+        shares.append(float((weight == 0).float().mean()))
+    assert len(set(shares)) > 10
+    assert max(b - a for a, b in itertools.pairwise(shares)) < 0.2
+    assert shares[-1] == pytest.approx(0.6, abs=1e-3)
 
 
 def test_what_cannot_work_is_named():

@@ -177,8 +177,8 @@ def test_the_file_has_the_bytes_that_the_report_says(dense_folder, tmp_path):
         (MaskTraining, {"end_share": 1.5}, "must be 0 <= start <= end <= 1, got 0.1 and 1.5"),
         (MaskTraining, {"interval": 0}, "interval must be at least 1"),
         (MaskTraining, {"decay": float("nan")}, "decay at least 0"),
-        (MaskTraining, {"backward": "none"}, "backward must be one of same, own, got none"),
-        (MaskTraining, {"storage": "zip"}, "storage must be one of bitmap, dense, got zip"),
+        (MaskTraining, {"backward": "none"}, "backward must be one of same, own, got 'none'"),
+        (MaskTraining, {"storage": "zip"}, "storage must be one of bitmap, dense, got 'zip'"),
         (MaskTraining, {"num_steps": 0}, "num_steps must be at least 1, got 0"),
     ],
 )
