@@ -2,9 +2,11 @@ r"""The path of a new user, every command as the README has it, from a clean clo
 
     python -m evaluation.new_user --model SmolLM2-135M-Instruct.Q4_1.gguf --text wiki.valid.raw --task-data rows
 
-The clone, its environment and all that the commands make are in a folder of their own (`--work`, made anew). `my-model` is the
+The clone, its environment and all that the commands make are in a folder of their own (`--work`), where a run that was stopped goes on
+with the next command; delete it to begin anew. `my-model` is the
 dense model as a folder, `text.txt` the text, `recipe.yaml` what the README shows; the Hub is the one of the tests, on loopback, where
-a token in the environment takes the place of `hf auth login`. Task rows come from a folder where they are given (`--task-data`). A
+a token in the environment takes the place of `hf auth login`. Task rows come from a folder where they are given (`--task-data`), and
+times are taken in float32 where the processor computes bfloat16 in software, as the README advises. A
 command that fails ends the measurement with the tail of its log. The last step asks lm-evaluation-harness itself for the tasks
 that `hf-compact evaluate` scored.
 """
@@ -24,6 +26,7 @@ import yaml
 from evaluation.steps import RESULTS, ROOT, bar, bar_table, commit, machine
 from hf_compact import api, harness
 from hf_compact.checkpoint import write_text
+from hf_compact.products import has_fast_bfloat16
 from tests.fake_hub import environment, serve
 
 MINUTES = 30
@@ -76,23 +79,18 @@ def differences(ours: Path, theirs: Path) -> tuple[int, int]:
 
 
 def walk(options: argparse.Namespace) -> dict:
-    """Every step; seconds and command of each, and the comparison with the harness."""
-    shutil.rmtree(options.work, ignore_errors=True)
-    options.work.mkdir(parents=True)
-    clone = options.work.absolute() / "hf_compact"
-    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+    """Every step; seconds, command and commit of each, and the comparison with the harness."""
+    clone, kept = options.work.absolute() / "hf_compact", options.work / "steps.json"
+    if not kept.exists():
+        prepare(clone, options)
+        write_text(kept, "[]\n")
     readme = (clone / "README.md").read_text(encoding="utf-8")
-    opened = api.open_dense(options.model, "float32", is_whole=True)  # some CPUs train bfloat16 in software
-    opened.model.save_pretrained(clone / "my-model")
-    opened.load_tokenizer().save_pretrained(clone / "my-model")
-    shutil.copyfile(options.text, clone / "text.txt")
-    (clone / "recipe.yaml").write_text(block(readme, "Use it in your own code", "yaml", None))
+    steps = json.loads(kept.read_text())
     rows = [] if options.task_data is None else ["--task-data", str(options.task_data.absolute())]
-    steps = []
     with serve() as hub:
         variables = os.environ | environment(hub, str(options.work.absolute() / "home"))
         variables["PATH"] = f"{clone / '.venv' / 'bin'}{os.pathsep}{variables['PATH']}"
-        for name, place in STEPS.items():
+        for name, place in list(STEPS.items())[len(steps) :]:
             command: str | list[str] = block(readme, *place)
             shown = command
             if place[1] == "python":
@@ -100,14 +98,29 @@ def walk(options: argparse.Namespace) -> dict:
                 script.write_text(command)
                 command, shown = ["python", script.name], f"the snippet below “{place[0]}”"
             elif "--tasks" in command:
-                command += " " + " ".join([*rows, "--output", "tasks.json"])
-            steps.append(
-                {"step": name, "command": shown, "seconds": run(command, clone, options.work / f"{name}.log", variables)}
-            )
+                command += " " + " ".join(
+                    [*rows, "--output", "tasks.json", *([] if has_fast_bfloat16() else ["--dtype", "float32"])]
+                )
+            seconds = run(command, clone, options.work / f"{name}.log", variables)
+            steps.append({"step": name, "command": shown, "seconds": seconds, "commit": commit()})
+            write_text(kept, json.dumps(steps) + "\n")
             print(f"{steps[-1]['seconds']:7.1f} s  {shown.splitlines()[0]}", flush=True)
         scored = block(readme, *STEPS["evaluate on tasks, with times"])
         found = compared(scored, clone, options, variables)
     return {"steps": steps, "num_metrics": found[0], "num_different": found[1]}
+
+
+def prepare(clone: Path, options: argparse.Namespace) -> None:
+    """A clone, and beside its files the user's own."""
+    shutil.rmtree(options.work, ignore_errors=True)
+    options.work.mkdir(parents=True)
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+    readme = (clone / "README.md").read_text(encoding="utf-8")
+    opened = api.open_dense(options.model, "float32", is_whole=True)  # some CPUs train bfloat16 in software
+    opened.model.save_pretrained(clone / "my-model")
+    opened.load_tokenizer().save_pretrained(clone / "my-model")
+    shutil.copyfile(options.text, clone / "text.txt")
+    (clone / "recipe.yaml").write_text(block(readme, "Use it in your own code", "yaml", None))
 
 
 def compared(command: str, clone: Path, options: argparse.Namespace, variables: dict[str, str]) -> tuple[int, int]:
@@ -119,7 +132,16 @@ def compared(command: str, clone: Path, options: argparse.Namespace, variables: 
         for name, config in harness.offline_configs(tasks, options.task_data).items():
             (options.work / f"{name}.yaml").write_text(yaml.safe_dump(config))
         names = [str((options.work / f"{name}.yaml").absolute()) for name in tasks]
-    asked = ["--model", "hf", "--model_args", "pretrained=my-model,dtype=float32", "--device", "cpu", "--tasks", *names]
+    asked = [
+        "--model",
+        "hf",
+        "--model_args",
+        f"pretrained=my-model,dtype={'bfloat16' if has_fast_bfloat16() else 'float32'}",
+        "--device",
+        "cpu",
+        "--tasks",
+        *names,
+    ]
     asked += ["--limit", words[words.index("--limit") + 1], "--batch_size", "1"]
     run(["lm_eval", "run", *asked, "--output_path", "direct.json"], clone, options.work / "lm_eval.log", variables)
     return differences(clone / "tasks.json", next(clone.glob("direct_*.json")))
@@ -131,7 +153,7 @@ def main() -> int:
     parser.add_argument("--model", required=True, help="dense: folder, Hub id or .gguf file")
     parser.add_argument("--text", required=True, type=Path, help="the user's text: to calibrate, train and score")
     parser.add_argument("--task-data", type=Path, help="folder with the rows of tasks; default: from the Hub")
-    parser.add_argument("--work", type=Path, default=Path("runs/new-user"), help="folder of the clone; deleted before")
+    parser.add_argument("--work", type=Path, default=Path("runs/new-user"), help="folder of the clone and of what is made there")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the table")
     options = parser.parse_args()
     found = walk(options)
