@@ -23,7 +23,7 @@ from pathlib import Path
 
 import yaml
 
-from evaluation.steps import RESULTS, ROOT, bar, bar_table, commit, machine
+from evaluation.steps import RESULTS, ROOT, bar, bar_table, machine
 from hf_compact import api, harness
 from hf_compact.checkpoint import write_text
 from hf_compact.products import has_fast_bfloat16
@@ -79,7 +79,7 @@ def differences(ours: Path, theirs: Path) -> tuple[int, int]:
 
 
 def walk(options: argparse.Namespace) -> dict:
-    """Every step; seconds, command and commit of each, and the comparison with the harness."""
+    """Every step with its seconds and command, the commit of the clone, and the comparison with the harness."""
     clone, kept = options.work.absolute() / "hf_compact", options.work / "steps.json"
     if not kept.exists():
         prepare(clone, options)
@@ -102,12 +102,13 @@ def walk(options: argparse.Namespace) -> dict:
                     [*rows, "--output", "tasks.json", *([] if has_fast_bfloat16() else ["--dtype", "float32"])]
                 )
             seconds = run(command, clone, options.work / f"{name}.log", variables)
-            steps.append({"step": name, "command": shown, "seconds": seconds, "commit": commit()})
+            steps.append({"step": name, "command": shown, "seconds": seconds})
             write_text(kept, json.dumps(steps) + "\n")
             print(f"{steps[-1]['seconds']:7.1f} s  {shown.splitlines()[0]}", flush=True)
         scored = block(readme, *STEPS["evaluate on tasks, with times"])
         found = compared(scored, clone, options, variables)
-    return {"steps": steps, "num_metrics": found[0], "num_different": found[1]}
+    at = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=clone, capture_output=True, text=True, check=True).stdout
+    return {"steps": steps, "commit": at.strip(), "num_metrics": found[0], "num_different": found[1]}
 
 
 def prepare(clone: Path, options: argparse.Namespace) -> None:
@@ -158,7 +159,7 @@ def main() -> int:
     options = parser.parse_args()
     found = walk(options)
     seconds = sum(step["seconds"] for step in found["steps"])
-    source = {"commit": commit(), "machine": machine()}
+    source = {"commit": found["commit"], "machine": machine()}
     command = f"python -m evaluation.new_user --model {Path(options.model).name} --text {options.text.name}"
     command += " --task-data rows" if options.task_data else ""
     same = found["num_different"]
