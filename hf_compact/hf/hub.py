@@ -269,8 +269,12 @@ def _stage(folder: Path, scratch: Path, repo_id: str, base: str | None, scores: 
         link.symlink_to(path.resolve())
     for name in (REPORT_NAME, _ADAPTER_REPORT, "recipe.json"):
         if (staged / name).exists():
-            values = json.loads((folder / name).read_text(encoding="utf-8"))
-            if (public := _without_places(values)) != values:
+            try:
+                values = json.loads((folder / name).read_text(encoding="utf-8"))
+                public = _without_places(values)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise FormatError(f"{folder / name} is damaged: {type(error).__name__}: {error}") from error
+            if public != values:
                 (staged / name).unlink()
                 write_text(staged / name, json.dumps(public, indent=2) + "\n")
     card = staged / "README.md"

@@ -116,6 +116,14 @@ def test_files_that_a_recipe_reads_stay_without_their_place(folder, hub):
     assert CompactConfig(**recipe).to_dict()["stages"][0]["profile"] == "profile.json"
 
 
+@pytest.mark.parametrize("text", ["{no json", "[]", '{"stages": 4}'])
+def test_a_damaged_recipe_is_named(text, folder, hub):
+    (folder / "recipe.json").write_text(text)
+    with pytest.raises(FormatError, match=r"recipe\.json is damaged: "):
+        hub_module.push_folder(folder, "me/small")
+    assert not hub.repositories
+
+
 @pytest.mark.parametrize(
     "text", [b"---\ntags: [a\n---\n", b"---\nlicense: \xe9\n---\n"], ids=["no_yaml", "no_utf8"]
 )  # fmt: skip
