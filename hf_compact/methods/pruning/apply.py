@@ -141,7 +141,7 @@ def cut_block(
     """
     lost: dict[str, float] = {}
     paths = {id(model.get_submodule(name)): name for name in arch.targets(block)}
-    for group_set in block_groups(model, arch, block):
+    for group_set in list(block_groups(model, arch, block)):  # before a cut, after which the widths are others
         reader = group_set.slices[-1].module
         name = paths[id(reader)]
         count = num_removed(group_set, config)

@@ -144,6 +144,15 @@ def test_every_score_makes_an_ordinary_model(score):
     assert all(0 <= layer.relative_error < 1 for layer in report.layers)
 
 
+def test_a_third_of_the_heads_goes():
+    """Nine heads on three, as SmolLM2 has: what is left does not divide by what there was."""
+    model = tiny_model("llama", hidden_size=36, num_attention_heads=9, num_key_value_heads=3)
+    prune(model, head_sparsity=0.34)
+    assert (model.config.num_key_value_heads, model.config.num_attention_heads) == (2, 6)
+    assert model.model.layers[0].self_attn.q_proj.weight.shape == (24, 36)
+    assert model(**tiny_inputs("llama")).logits.isfinite().all()
+
+
 def test_the_refit_loses_least():
     errors = {}
     for score, compensation in (("random", "none"), ("wanda_sp", "none"), ("wanda_sp", "refit"), ("obs", "refit")):
