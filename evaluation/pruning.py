@@ -25,6 +25,7 @@ import transformers
 import yaml
 from transformers import Trainer, TrainingArguments
 
+from evaluation import planted
 from evaluation import steps as stepwise
 from evaluation.steps import RESULTS, bar, machine, taken
 from hf_compact import DistillationCallback, HessoCallback, SpeedConfig, api, evaluate
@@ -274,6 +275,12 @@ def overhead(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def cric() -> dict[str, Any]:
+    """What becomes of planted channels that score low and cannot be spared, with CRIC and without."""
+    started = time.perf_counter()
+    return {**planted.survivors(), "seeds": list(planted.SEEDS), "command_seconds": time.perf_counter() - started}
+
+
 def steps(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
     """Every step by name, in the order they need each other."""
     found: dict[str, Callable[[], dict[str, Any]]] = {
@@ -291,6 +298,7 @@ def steps(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]
         }  # fmt: skip
     found["speed"] = lambda: speed(options)
     found["overhead"] = lambda: overhead(options)
+    found["cric"] = cric
     return found
 
 
@@ -321,6 +329,13 @@ def bars(found: dict[str, Any]) -> list[dict[str, Any]]:
         row = found["overhead"]
         share = row["callback_seconds"] / row["step_seconds"]
         add("time of the callback, share of a training step", f"<= {OVERHEAD}", share, share <= OVERHEAD, row)
+    if "cric" in found:
+        row = found["cric"]
+        worst = max(error for errors in row["with"] for error in errors)
+        claim = f"planted channels, {len(row['seeds'])} seeds: cross-entropy behind their tokens, nats, the worst"
+        add(f"{claim} with CRIC", f"< {planted.SURVIVED}", worst, worst < planted.SURVIVED, row)
+        least = min(error for errors in row["without"] for error in errors)
+        add(f"{claim.replace('the worst', 'the best')} without it", f"> {planted.DIED}", least, least > planted.DIED, row)
     return result
 
 

@@ -6,89 +6,21 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
+from evaluation import planted
+from evaluation.planted import DIED, PLANTED, SETTINGS, SURVIVED, errors, rows, train
 from hf_compact import HessoCallback, HessoConfig
 from hf_compact.errors import ConfigError, FormatError
 from hf_compact.groups import find_groups
 from hf_compact.methods.pruning.callback import KEPT, SHRINKING
 from hf_compact.methods.pruning.cric import FILE_NAME, Correction
 from tests.conftest import tiny_model
-from tests.methods.pruning.test_hesso import PAPER
-
-#: (layer, channel, token it answers to, token that must follow, residual dimension it reads, that it writes)
-PLANTED = ((0, 7, 300, 310, 28, 29), (2, 50, 301, 311, 30, 31))
-SETTINGS = {"target": 0.2, "unit": "groups", "kinds": ("channels",), "channel_multiple": 1, "warm_up_steps": 1, "pruning_steps": 4,
-            "periods": 1, "cric_cycles": 3, "cric_steps": 4, **PAPER}  # fmt: skip
-
-
-def rows(number: int = 24, seed: int = 0) -> torch.Tensor:
-    """Words that follow each other by rule, and after some the planted tokens and what must follow them."""
-    generator = torch.Generator().manual_seed(seed)
-    words = torch.randint(3, 200, (number, 4), generator=generator)
-    parts = [words, (words * 7) % 197 + 3]
-    for _, _, token, answer, _, _ in PLANTED:
-        parts += [torch.full((number, 4), token), torch.full((number, 4), answer)]
-    return torch.stack(parts, 2).flatten(1)
-
-
-@torch.no_grad()
-def plant_(model) -> None:
-    """Small weights that read a loud dimension and write one that the head hears well: their task is solved beyond doubt."""
-    for layer, channel, token, answer, reads, writes in PLANTED:
-        model.model.embed_tokens.weight[:, [reads, writes]] = 0
-        model.model.embed_tokens.weight[:, reads] = -3.0
-        model.model.embed_tokens.weight[token, reads] = 3.0
-        model.lm_head.weight[:, [reads, writes]] = 0
-        model.lm_head.weight[answer, writes] = 30.0
-        for number, block in enumerate(model.model.layers):
-            block.self_attn.o_proj.weight[[reads, writes]] = 0
-            block.mlp.down_proj.weight[[reads, writes]] = 0
-            for reader in (
-                block.self_attn.q_proj,
-                block.self_attn.k_proj,
-                block.self_attn.v_proj,
-                block.mlp.gate_proj,
-                block.mlp.up_proj,
-            ):
-                reader.weight[:, [reads, writes]] = 0
-            if number == layer:
-                block.post_attention_layernorm.weight[reads] = 20.0
-        mlp = model.model.layers[layer].mlp
-        mlp.gate_proj.weight[channel] = mlp.up_proj.weight[channel] = 0
-        mlp.down_proj.weight[:, channel] = 0
-        mlp.gate_proj.weight[channel, reads] = mlp.up_proj.weight[channel, reads] = 0.2
-        mlp.down_proj.weight[writes, channel] = 0.2
 
 
 @pytest.fixture(scope="module")
 def trained():
-    model = tiny_model("llama_untied")
-    plant_(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
-    for step in range(30):
-        ids = rows(8, seed=step)
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    model = planted.model()
     assert all(error < 1e-3 for error in errors(model))
     return model
-
-
-@torch.no_grad()
-def errors(model) -> list[float]:
-    """Cross-entropy behind each of the planted tokens."""
-    ids = rows(seed=100)
-    logits = model.eval()(input_ids=ids).logits[:, :-1]
-    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-    return [float(losses[ids[:, :-1] == token].mean()) for _, _, token, *_ in PLANTED]
-
-
-def train(model, callback, folder, resume=None, **settings) -> None:
-    args = TrainingArguments(
-        str(folder), per_device_train_batch_size=4, learning_rate=3e-4, max_steps=callback.config.last_step, report_to=[], use_cpu=True,
-        disable_tqdm=True, save_steps=3, max_grad_norm=0.0, **settings,
-    )  # fmt: skip
-    data = [{"input_ids": row, "labels": row} for row in rows()]
-    Trainer(model, args, train_dataset=data, callbacks=[callback]).train(resume_from_checkpoint=resume)
 
 
 def test_what_is_frozen_is_put_back_too():
@@ -122,9 +54,9 @@ def test_what_cannot_be_spared_survives_with_cric_only(trained, tmp_path, is_uni
         found[cric] = [int(callback.last[layer][channel]) for layer, channel, *_ in PLANTED], errors(model)
         assert sum(int((states != KEPT).sum()) for states in callback.last) == 3 * callback.counts["channels"]
     assert found[False][0] == [SHRINKING, SHRINKING]
-    assert min(found[False][1]) > 1
+    assert min(found[False][1]) > DIED
     assert found[True][0] == [KEPT, KEPT]
-    assert max(found[True][1]) < 0.05
+    assert max(found[True][1]) < SURVIVED
 
 
 def test_cycles_put_the_weights_back_and_try_what_they_choose(trained):
