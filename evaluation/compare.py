@@ -283,6 +283,7 @@ def _bars(models: Sequence[ModelResult], tasks: Sequence[str]) -> Figure:
         )
         axes.set_title(f"{task}, {metric}", fontsize=10)
         axes.grid(axis="x", alpha=0.3)
+        axes.locator_params(axis="x", nbins=4)
         if number == 0:
             axes.set_yticks(range(len(models)), [model.name for model in models])
             axes.invert_yaxis()

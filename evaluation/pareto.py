@@ -71,9 +71,10 @@ def draw_front(
         color = f"C{number}"
         axes.plot([size for _, size, _ in points], [score for *_, score in points], "os^D"[number % 4], label=group, color=color)
         for name, size, score in points:
-            axes.annotate(name, (size, score), fontsize=6, xytext=(4, 3), textcoords="offset points")
+            axes.annotate(name, (size, score), fontsize=7, xytext=(4, 3), textcoords="offset points")
         best = [(size, sign * score) for size, score in front([(size, sign * score) for _, size, score in points])]
         axes.plot([size for size, _ in best], [score for _, score in best], "-", alpha=0.4, color=color)
+    axes.margins(x=0.18)  # for the name of the largest
     axes.set_xscale("log")
     axes.set_yscale("linear" if is_more_better else "log")
     for axis in [axes.xaxis] if is_more_better else [axes.xaxis, axes.yaxis]:
