@@ -15,7 +15,7 @@ from .methods.distillation import DistillationCallback
 from .methods.entropy import EntropyConfig
 from .methods.nested import NestedConfig
 from .methods.one_bit_adam import OneBitAdam, OneBitAdamCallback, OneBitAdamConfig
-from .methods.pruning import HessoCallback, HessoConfig, PruningConfig
+from .methods.pruning import HessoCallback, HessoConfig, PruningConfig, drop_experts_
 from .methods.sorted_net import SortedNetCallback, SortedNetConfig, extract, sort_units_
 from .methods.sparsity import MaskCallback, MaskTraining, SparsityConfig
 from .methods.tensor_network import TensorNetworkCallback, TensorNetworkConfig
@@ -62,6 +62,7 @@ __all__ = [
     "__version__",
     "compare",
     "compress",
+    "drop_experts_",
     "evaluate",
     "export",
     "extract",

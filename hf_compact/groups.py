@@ -5,7 +5,8 @@ helper, `Slice`, serves scoring, shrinking and cutting.
 
 Dimensions of the residual stream have to be asked for. An RMSNorm divides by the mean square over all of them, so cutting `d` to
 `d'` multiplies its gain by `sqrt(d / d')` and its epsilon by `d / d'`, which is exact; a LayerNorm also takes off a mean, and
-models with one are refused. Experts in one fused tensor are not offered, nor dimensions inside a rotary head.
+models with one are refused. Dimensions inside a rotary head are not offered; whole experts have a function of their own, as
+zeros do not say that they are gone (`methods/pruning/experts.py`).
 """
 
 import math

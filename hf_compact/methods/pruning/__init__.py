@@ -4,6 +4,7 @@ from ...capture import Method
 from .apply import compress_embedding, compress_linear, cut_block, prepare, shorten
 from .callback import HessoCallback
 from .config import HessoConfig, PruningConfig
+from .experts import drop_experts_
 from .layer import PrunedLinear
 
 METHOD = Method(
@@ -17,4 +18,4 @@ METHOD = Method(
     shorten=shorten,
 )
 
-__all__ = ["METHOD", "HessoCallback", "HessoConfig", "PruningConfig"]
+__all__ = ["METHOD", "HessoCallback", "HessoConfig", "PruningConfig", "drop_experts_"]
