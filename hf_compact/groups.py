@@ -9,6 +9,7 @@ models with one are refused. Dimensions inside a rotary head are not offered; wh
 zeros do not say that they are gone (`methods/pruning/experts.py`).
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -127,6 +128,12 @@ class GroupSet:
             names = {module: name for name, module in model.named_modules()}
             owner = model.get_submodule(names[self.slices[0].module].rpartition(".")[0])
             _set_heads_(owner, len(kept) * self.num_rows, *self._heads(len(kept)))
+
+    def fields(self, num_kept: int) -> dict[str, int]:
+        """What the config says if every block keeps so many groups, where its class may have a rule for it."""
+        if self.kind == HIDDEN:
+            return {"hidden_size": num_kept}
+        return {"num_attention_heads": self._heads(num_kept)[0]} if self.num_rows else {}
 
     def _heads(self, num_kept: int) -> tuple[int, int]:
         """Query heads and key-value heads of an attention that keeps so many groups."""
@@ -251,7 +258,8 @@ def cut_zeros_(
     Args:
         model: changed in place; it stays of its class.
         kinds: which groups to look at.
-        is_uniform: whether all blocks keep as many groups as the one that needs most, so that the config can say it.
+        is_uniform: whether all blocks keep as many groups as the one that needs most, or as `sayable` adds, so that the config can
+            say it.
         multiple: the numbers of channels (and of hidden dimensions) that stay are multiples of it.
 
     Returns:
@@ -269,12 +277,45 @@ def cut_zeros_(
     }
     for kind in (*KINDS, HIDDEN):
         mine = {s: keep for s, keep in kept.items() if s.kind == kind}
-        most = max((len(keep) for keep in mine.values()), default=0)
+        if mine and (is_uniform or kind == HIDDEN):
+            most = sayable(model, next(iter(mine)), max(len(keep) for keep in mine.values()), multiple if kind == HIDDEN else 1)
+            mine = {s: _topped_up(s, keep, most) for s, keep in mine.items()}
         for group_set, keep in mine.items():
-            group_set.cut_(model, _topped_up(group_set, keep, most) if is_uniform else keep)
+            group_set.cut_(model, keep)
     if dropped:
         drop_layers_(model, dropped)
     return settle_(model, describe(model))
+
+
+def sayable(model: PreTrainedModel, group_set: GroupSet, number: int, step: int = 1) -> int:
+    """The least number of groups from `number` on, in steps, that the config can say of all blocks.
+
+    Some classes want a hidden size that the number of heads divides: a Llama of 4096 dimensions may have 16 heads, not 26.
+
+    Args:
+        model: whose config, as it is now, it is about.
+        group_set: the groups of one block.
+        number: that is to be kept at least.
+        step: of what is tried; of groups in each pool.
+    """
+    while number < group_set.num_groups and not _is_valid(_config(model), **group_set.fields(number)):
+        number += step * group_set.num_pools
+    return min(number, group_set.num_groups)
+
+
+def _is_valid(config: Any, **values: int) -> bool:
+    """Whether the class of a config takes these values beside its others."""
+    check = getattr(config, "validate_architecture", None)
+    if check is None or not values:
+        return True
+    other = copy.copy(config)
+    for name, value in values.items():
+        setattr(other, name, value)
+    try:
+        other.validate_architecture()
+    except ValueError:
+        return False
+    return True
 
 
 def settle_(model: PreTrainedModel, arch: Architecture) -> dict[str, Any]:
@@ -301,9 +342,9 @@ def settle_(model: PreTrainedModel, arch: Architecture) -> dict[str, Any]:
     if arch.family in _HEAD_DIM and all({"q", "v"} <= found.keys() for found in shapes.values()):
         width = head_width(model)
         heads = {(found["q"][0] // width, found["v"][0] // width) for found in shapes.values()}
-        if len(heads) == 1:
-            config.head_dim = width
-            config.num_attention_heads, num_kv = heads.pop()
+        num_heads, num_kv = next(iter(heads))
+        if len(heads) == 1 and _is_valid(config, num_attention_heads=num_heads):
+            config.head_dim, config.num_attention_heads = width, num_heads
             if hasattr(config, "num_key_value_heads"):
                 config.num_key_value_heads = num_kv
     stock = stock_of(model, arch)

@@ -7,7 +7,7 @@ import hf_compact
 from hf_compact.arch import describe
 from hf_compact.calibration import from_batches
 from hf_compact.errors import ConfigError, NothingMatched, UnsupportedModel
-from hf_compact.groups import KINDS, cut_zeros_, drop_layers_, find_groups
+from hf_compact.groups import KINDS, cut_zeros_, drop_layers_, find_groups, sayable, settle_
 from tests.conftest import FAMILIES, tiny_inputs, tiny_model
 
 GENERATES = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt2", "gpt_neox", "opt", "t5"]
@@ -188,3 +188,49 @@ def test_a_layer_of_zeros_keeps_a_group():
     assert cut_zeros_(model, ("channels", "kv_heads"), multiple=8) == {}
     assert (model.config.intermediate_size, model.config.num_key_value_heads) == (8, 1)
     torch.testing.assert_close(output(model, "llama"), before, rtol=0, atol=1e-5)
+
+
+#: Eight heads of four dimensions each, over a residual stream of 32.
+EIGHT = {"num_attention_heads": 8, "num_key_value_heads": 8}
+
+
+@pytest.mark.parametrize(("kind", "number", "step", "expected"), [
+    ("kv_heads", 7, 1, 8), ("kv_heads", 3, 1, 4), ("kv_heads", 4, 1, 4), ("hidden", 20, 2, 24), ("hidden", 25, 5, 32), ("channels", 7, 1, 7),
+])  # fmt: skip
+def test_a_llama_says_heads_that_divide_its_width(kind, number, step, expected):
+    model = tiny_model("llama", **EIGHT)
+    assert sayable(model, find_groups(model, (kind,))[0], number, step) == expected
+    other = tiny_model("qwen2", **EIGHT)
+    assert sayable(other, find_groups(other, (kind,))[0], number, step) == number
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_heads_that_the_config_cannot_say_are_in_the_table(family):
+    """A Llama of 32 dimensions has no seven heads for transformers, a Qwen2 has."""
+    model = tiny_model(family, **EIGHT)
+    for group_set in find_groups(model, ("kv_heads",)):
+        group_set.cut_(model, torch.arange(7))
+    table = settle_(model, describe(model))
+    assert model.config.num_attention_heads == (8 if family == "llama" else 7)
+    assert {name.rpartition(".")[2] for name in table} == (
+        {"q_proj", "k_proj", "v_proj", "o_proj"} if family == "llama" else set()
+    )
+    model.config.validate()
+
+
+def test_uniform_zeros_leave_what_the_config_can_say():
+    model = tiny_model("llama", **EIGHT)
+    for group_set in find_groups(model, ("kv_heads",)):
+        group_set.scale_(torch.arange(3), 0)
+    x = tiny_inputs("llama")
+    with torch.no_grad():
+        expected = model(**x).logits
+        assert cut_zeros_(model, ("kv_heads",)) == {}
+        assert model.config.num_attention_heads == 8  # five do not divide 32
+        torch.testing.assert_close(model(**x).logits, expected, rtol=0, atol=1e-5)
+        for group_set in find_groups(model, ("kv_heads",)):
+            group_set.scale_(torch.arange(5), 0)
+        expected = model(**x).logits
+        assert cut_zeros_(model, ("kv_heads",)) == {}
+        assert model.config.num_attention_heads == 4
+        torch.testing.assert_close(model(**x).logits, expected, rtol=0, atol=1e-5)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import Result
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import hf_compact
@@ -96,6 +97,23 @@ def test_the_allocation_reads_it(profiled, dense_folder, text_file, tmp_path):
     kept = [layer.compressed_bytes / (4 * layer.num_weights) for layer in report.body]
     assert sum(kept) / len(kept) == pytest.approx(0.5, abs=0.1)
     assert len(set(kept)) > 3
+
+
+@pytest.mark.parametrize("lost", [-1e-8, -1.0])
+def test_a_divergence_that_rounding_made_negative_is_none(lost, profiled, dense_folder, text_file, tmp_path):
+    table = json.loads(profiled[0].read_text())
+    name = next(iter(table["layers"]))
+    table["layers"][name]["curve"]["0.6"]["divergence"] = lost
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps(table))
+    stage = RECIPE["stages"][0] | {"keep_ratio": 0.5, "allocation": "profile", "profile": str(path)}
+    if lost == -1.0:
+        with pytest.raises(ConfigError, match=r"does not fit the model: .* needs ratios in \(0, 1\) with finite divergences"):
+            hf_compact.compress(dense_folder, RECIPE | {"stages": [stage]}, output=tmp_path / "out", calibration=[text_file])
+        return
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(dense_folder), AutoTokenizer.from_pretrained(dense_folder)
+    report = hf_compact.compress(model, RECIPE | {"stages": [stage]}, calibration=[text_file], tokenizer=tokenizer)
+    assert any(layer.name == name for layer in report.body)
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,12 @@ class CorrectedLinear(nn.Module):
         """The settings that rebuild the empty module, as stored in the modules table."""
         return {"rank": self.rank}
 
+    @property
+    def num_multiply_adds(self) -> int:
+        """Per token: those of the base, dense unless it says its own, and of the product."""
+        base = getattr(self.base, "num_multiply_adds", self.out_features * self.in_features)
+        return base + self.rank * (self.out_features + self.in_features)
+
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., in]` to `[..., out]`."""
         y = self.base(x) + self.up(self.down(x))

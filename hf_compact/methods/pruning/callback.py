@@ -29,7 +29,7 @@ from ...checkpoint import disk_errors, write_shard, write_text
 from ...errors import ConfigError, FormatError, NumericalError, UnsupportedModel
 from ...footprint import Comparison, count
 from ...functional.gram import centered
-from ...groups import HIDDEN, GroupSet, cut_zeros_, find_groups, says_heads, stock_of
+from ...groups import HIDDEN, GroupSet, cut_zeros_, find_groups, sayable, says_heads, stock_of
 from ...reorder import Slice
 from ...scoring import is_causal_lm
 from ...speed import SpeedConfig, check_positions, compare_by_turns
@@ -536,12 +536,26 @@ def group_counts(model: PreTrainedModel, sets: list[GroupSet], config: HessoConf
             _check_floor(first, wanted, config)
         counts[kind] = _rounded(first, min(wanted, most_removed(first, config)))
         if kind == HIDDEN:
-            counts[kind] = first.num_groups - _multiple(first.num_groups - counts[kind], config.channel_multiple)
+            kept = _multiple(first.num_groups - counts[kind], config.channel_multiple)
+            counts[kind] = first.num_groups - sayable(model, first, kept, config.channel_multiple)
+        elif config.is_uniform:
+            counts[kind] = _sayable_count(model, first, counts[kind], config, is_alone="channels" not in firsts)
     if not any(counts.values()):
         raise ConfigError(
             f"hesso.target {config.target} is less than one group of a block: raise it or lower hesso.channel_multiple"
         )
     return counts
+
+
+def _sayable_count(model: PreTrainedModel, first: GroupSet, count: int, config: HessoConfig, is_alone: bool) -> int:
+    kept = sayable(model, first, first.num_groups - count)
+    if is_alone and kept != first.num_groups - count:
+        raise ConfigError(
+            f"hesso.is_uniform must be false, or channels be among the kinds, with target {config.target}: the config of a "
+            f"{type(model).__name__} cannot say {first.num_groups - count} of {first.num_groups} {first.kind}, as its hidden size "
+            "has to be a multiple of the number of heads"
+        )
+    return first.num_groups - kept
 
 
 def _channel_count(first: GroupSet, wanted: float, config: HessoConfig) -> int:

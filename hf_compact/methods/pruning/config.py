@@ -126,9 +126,11 @@ class HessoConfig:
     """`refit` only: ridge of the gram matrices, as a fraction of their mean diagonal."""
     is_uniform: bool = True
     """Every block loses the same number, so that the result is an ordinary model: heads stay in families whose config cannot say
-    fewer of the same width. Otherwise groups of a kind compete."""
+    fewer of the same width, and a Llama loses as many as leave a number that divides its hidden size. Otherwise groups of a kind
+    compete."""
     channel_multiple: int = 8
-    """Numbers of channels, or of hidden dimensions, that stay are multiples of it; rounded up."""
+    """Numbers of channels, or of hidden dimensions, that stay are multiples of it; rounded up. A Llama's hidden dimensions are
+    multiples of its heads as well."""
     min_kept: float = 0.2
     """Share of the groups of a block that stays whatever their scores; one at least."""
 

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ _FISHER_TOKENS = 16384
 #: Roles of the Linears that read the residual stream (or the encoder's output), whose space adjacent blocks have in common.
 _BASIS_ROLES = ("q", "k", "v", "qkv", "gate", "up", "cross_q", "cross_k", "cross_v")
 _CORE = "core1"  # holds the basis
+_ROUNDING = 1e-6  # nats, of a divergence in float32
 
 
 @dataclass(frozen=True)
@@ -110,14 +111,13 @@ def prepare(
     errors are in the units of the loss: squared singular values weighted on both sides, or what a profile has measured.
 
     Raises:
-        ConfigError: the profile does not fit the model, or the budget is less than the least ranks take.
+        ConfigError: the profile does not fit the model, the budget is less than the least ranks take, or there is no block of a
+            protected number.
         NothingMatched: a glob of `protected` matches nothing, or no Linear has neighbours to share a basis with.
         NumericalError: gradients are not finite.
     """
     shapes = {name: dense_shape(model.get_submodule(name)) for name in names}
-    least = dict.fromkeys(names, 0.0)
-    if config.protected:
-        least |= dict.fromkeys(select_names(names, config.protected, field="protected"), config.protected_ratio)
+    least = _least(arch, names, config)
     if config.allocation == "uniform":
         return Guide(model, _uniform(shapes, least, config), {}, {})
     groups = find_groups(arch, names, config.basis_group) if config.basis_group > 1 else []
@@ -148,7 +148,11 @@ def prepare(
         tables = front(layers) if len(unit) > 1 else ([index] for index in range(len(layers[0])))
         options.append([_Option.alone(layers, table) for table in tables])
         if unit in stacks:
-            options[-1] += [shared for shared in stacks[unit].options() if shared.choice.num_bytes >= sum(floors)]
+            options[-1] += [
+                shared
+                for shared in stacks[unit].options()  # a member has the basis whole, whoever stores it
+                if all(shared.rank * sum(shapes[name]) >= floor for name, floor in zip(unit, floors, strict=True))
+            ]
     total = sum(shape.numel() for shape in shapes.values())
     _check_budget(options, total, config)
     table = allocate([[option.choice for option in each] for each in options], int(config.keep_ratio * total))
@@ -159,6 +163,20 @@ def prepare(
         if each[index].rank:
             bases |= dict.fromkeys(unit, _Shared(unit[0], stacks[unit].basis(each[index].rank)))
     return Guide(model, num_values, outputs, bases)
+
+
+def _least(arch: Architecture, names: Sequence[str], config: TensorNetworkConfig) -> dict[str, float]:
+    """The share of its parameters that a Linear keeps at least."""
+    found = set(select_names(names, config.protected, field="protected")) if config.protected else set()
+    for stack in arch.stacks:
+        for number in config.protected_blocks:
+            if not -len(stack) <= number < len(stack):
+                raise ConfigError(
+                    f"tensor_network.protected_blocks must be in [{-len(stack)}, {len(stack) - 1}] for the blocks of "
+                    f"{stack[0].rpartition('.')[0]}, got {number}"
+                )
+            found.update(arch.targets(stack[number]))
+    return {name: config.protected_ratio if name in found else 0.0 for name in names}
 
 
 def _check_budget(options: Sequence[Sequence[_Option]], total: int, config: TensorNetworkConfig) -> None:
@@ -201,9 +219,10 @@ def _uniform(shapes: Mapping[str, torch.Size], least: Mapping[str, float], confi
     left = config.keep_ratio * sum(sizes.values()) - sum(least[name] * sizes[name] for name in above)
     smallest = sum(min((values for _, values in _ranks(shapes[name], config)), default=0) for name in sizes if name not in above)
     if left < smallest or not rest:
+        protected = f"what {len(above)} protected Linears keep at protected_ratio {config.protected_ratio}, and " if above else ""
         raise ConfigError(
-            f"tensor_network.keep_ratio {config.keep_ratio} is less than what {len(above)} protected Linears keep "
-            f"at protected_ratio {config.protected_ratio}, and the least ranks of the others"
+            f"tensor_network.keep_ratio {config.keep_ratio} is less than {protected}the least ranks of "
+            f"{'the others' if above else 'all Linears'} (rank_multiple {config.rank_multiple})"
         )
     return {name: int((least[name] if name in above else left / rest) * size) for name, size in sizes.items()}
 
@@ -276,7 +295,8 @@ def _profiled_curves(shapes: Mapping[str, torch.Size], config: TensorNetworkConf
             if layers[name]["shape"] != [*shape]:
                 raise ValueError(f"{name} has the shape {layers[name]['shape']} there, {[*shape]} in the model")
         measured = {
-            name: {float(ratio): float(point["divergence"]) for ratio, point in layers[name]["curve"].items()} for name in shapes
+            name: {float(ratio): _measured(point["divergence"]) for ratio, point in layers[name]["curve"].items()}
+            for name in shapes
         }
         for name, curve in measured.items():
             if not curve or not all(0 < ratio < 1 and 0 <= lost < math.inf for ratio, lost in curve.items()):
@@ -289,6 +309,12 @@ def _profiled_curves(shapes: Mapping[str, torch.Size], config: TensorNetworkConf
         choices = [Choice(values, _interpolate(points, values / shape.numel())) for _, values in _ranks(shape, config)]
         curves[name] = [choice for choice in choices if choice.num_bytes >= points[0][0] * shape.numel()] or choices[-1:]
     return curves
+
+
+def _measured(divergence: Any) -> float:
+    """One that rounding has brought below zero is zero."""
+    value = float(divergence)
+    return 0.0 if -_ROUNDING < value < 0 else value
 
 
 def _interpolate(points: Sequence[tuple[float, float]], at: float) -> float:

@@ -22,7 +22,7 @@ from ...capture import input_moments
 from ...errors import ConfigError
 from ...functional.factor import spectrum, whitening_factor
 from ...select import replace_modules, select_names
-from ...training import CompactCallback
+from ...training import CompactCallback, refuse_adapters
 from .config import TensorNetworkTraining
 from .functional import balance, suffix_norms, truncate_energy
 from .layer import TensorTrainLinear
@@ -63,8 +63,9 @@ class TensorNetworkCallback(CompactCallback):
         """Freeze all but the factors (heal, unless the rest is trained; pivoted products become plain and balanced ones meanwhile), find the Linears (trp), or factor them at full rank (maestro).
 
         Raises:
-            ConfigError: a schedule does not fit the model.
+            ConfigError: a schedule does not fit the model, or all its Linears are frozen.
             NothingMatched: a glob matches no Linear.
+            UnsupportedModel: it has adapters (trp and maestro).
         """
         trains = [name for name, module in model.named_modules() if isinstance(module, TensorTrainLinear)]
         if self.training.schedule == "heal":
@@ -88,15 +89,25 @@ class TensorNetworkCallback(CompactCallback):
                 raise ConfigError(
                     f"training.schedule {self.training.schedule} cuts every train alone, {tied[0]} shares its basis"
                 )
-            self.names = select_names(trains, self.training.include, self.training.exclude)
+            self.names = self._trained(model, select_names(trains, self.training.include, self.training.exclude))
             return
+        refuse_adapters(model)
         roles = describe(model).roles
-        self.names = select_names(roles, self.training.include, self.training.exclude)
+        self.names = self._trained(model, select_names(roles, self.training.include, self.training.exclude))
         for name, (gram, _) in input_moments(model, self.names, self.batches).items():
             if (scale := gram.diagonal().mean()) > 0:  # in a metric of mean 1, so that the nuclear weight means the same
                 self.rights[name] = whitening_factor(gram / scale, _DAMP)
         if self.training.schedule == "maestro":
             replace_modules(model, self.names, lambda _, module: _full_train(as_linear(module)))
+
+    def _trained(self, model: nn.Module, names: list[str]) -> list[str]:
+        """Those that are not frozen: what the user holds still is neither truncated nor factored."""
+        found = [name for name in names if any(p.requires_grad for p in model.get_submodule(name).parameters() if p.dim() > 1)]
+        if not found:
+            raise ConfigError(
+                f"training.schedule {self.training.schedule} needs Linears that are trained, all {len(names)} are frozen"
+            )
+        return found
 
     def begin_step(self, model: PreTrainedModel, step: int) -> None:
         """Maestro: one layer is cut to one share of its rank."""
@@ -174,7 +185,8 @@ class TensorNetworkCallback(CompactCallback):
         if config is not None:
             prefix = f"{model.base_model_prefix}."
             for name in self.names:
-                key = next(k for k in (name, prefix + name, name.removeprefix(prefix)) if k in config.modules)
+                # adapters of PEFT put a prefix before a name, a bare encoder lacks one
+                key = next(k for k in config.modules if k == prefix + name or f".{name}".endswith(f".{k}"))
                 config.modules[key] = {"layer": "tensor_train_linear", **model.get_submodule(name).spec()}
 
     def _right(self, name: str, linear: nn.Linear) -> Tensor | None:

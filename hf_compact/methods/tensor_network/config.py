@@ -43,6 +43,9 @@ class TensorNetworkConfig(MethodConfig):
     cheaper, so it has to be `fisher`. 1: none does."""
     protected: tuple[str, ...] = ()
     """Whole-name globs of Linears that keep at least `protected_ratio` of their parameters."""
+    protected_blocks: tuple[int, ...] = ()
+    """Blocks by number whose Linears are protected as well, negative from the end: 0 and -1 are the first and the last of every
+    stack, whatever the depth."""
     protected_ratio: float = 0.8
     """See `protected`."""
     damp: float = 0.01

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...errors import UnsupportedModel
 from .functional import (
     check_factors,
     contract,
@@ -189,7 +190,17 @@ class TensorTrainLinear(nn.Module):
         self.in_order.copy_(columns)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map `[..., in]` to `[..., out]`."""
+        """Map `[..., in]` to `[..., out]`.
+
+        Raises:
+            UnsupportedModel: an adapter is on a core that other modules share, into which it could not be merged.
+        """
+        for name, source in self.ties.items():
+            if hasattr(self.get_submodule(name), "base_layer"):
+                raise UnsupportedModel(
+                    f"{name} is that of {source}, and an adapter on it would be merged into every Linear that shares it: "
+                    'leave shared cores out (target_modules="all-linear" with exclude_modules=["core1"])'
+                )
         if self._is_bare:
             if not self.is_pivoted and not self._is_rebuilt(x):
                 return F.linear(F.linear(x, self.core1.weight), self.core0.weight, self.bias)

@@ -37,6 +37,17 @@ def corrected(rank: int, gram: torch.Tensor | None) -> tuple[CorrectedLinear, nn
     return module, linear
 
 
+def test_operations_are_those_of_the_base_and_of_the_product():
+    module, _ = corrected(4, None)
+    assert module.num_multiply_adds == 32 * 48 + 4 * (32 + 48)
+    model = tiny_model("llama")
+    report = hf_compact.compress(
+        model, {"stages": [{"method": "correction", "rank": 4}, CODEBOOK]}, calibration=from_batches([tiny_inputs("llama")])
+    )
+    found = {layer.name: layer.operations_ratio for layer in report.layers if layer.operations_ratio is not None}
+    assert found["model.layers.0.mlp.up_proj"] == pytest.approx(1 + 4 * (32 + 72) / (32 * 72))
+
+
 @pytest.mark.parametrize("settings", [{"rank": 0}, {"damp": 2.0}], ids=str)
 def test_bad_settings_name_themselves(settings):
     with pytest.raises(ConfigError, match=f"correction.{next(iter(settings))} must be"):

@@ -153,6 +153,18 @@ def test_a_third_of_the_heads_goes():
     assert model(**tiny_inputs("llama")).logits.isfinite().all()
 
 
+def test_seven_heads_of_a_llama_need_this_library(tmp_path):
+    """Its config wants heads that divide the hidden size, and refuses others when it is written."""
+    model = tiny_model("llama", num_attention_heads=8, num_key_value_heads=8)
+    report = prune(model, head_sparsity=0.2)
+    assert not report.is_plain
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.model.layers[0].self_attn.q_proj.weight.shape == (28, 32)
+    with torch.no_grad():
+        assert torch.equal(loaded(**tiny_inputs("llama")).logits, model(**tiny_inputs("llama")).logits)
+
+
 def test_the_refit_loses_least():
     errors = {}
     for score, compensation in (("random", "none"), ("wanda_sp", "none"), ("wanda_sp", "refit"), ("obs", "refit")):

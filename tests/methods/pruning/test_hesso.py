@@ -519,7 +519,7 @@ def test_heads_alone_meet_the_target_to_one_group(kind, unit):
     def size() -> int:
         return sum(p.numel() for p in blocks.parameters() if unit != "macs" or p.dim() > 1)
 
-    before, callback = size(), HessoCallback(target=0.3, unit=unit, kinds=(kind,))
+    before, callback = size(), HessoCallback(target=0.3, unit=unit, kinds=(kind,), is_uniform=False)
     callback.prepare(model)
     first = callback.sets[0]
     first.scale_(
@@ -700,3 +700,25 @@ def test_two_ranks_prune_what_one_does_on_all_batches(broadcast, tmp_path):
     train(tiny_model("llama"), alone, tmp_path / "alone", gradient_accumulation_steps=4)
     for block, energy in alone.seen[2].items():
         torch.testing.assert_close(first[block], energy, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(("kinds", "heads", "left"), [
+    (("channels", "kv_heads"), 8, (32, 8)), (("channels", "query_heads"), 8, (32, 8)), (("hidden",), 6, (24, 6)),
+])  # fmt: skip
+def test_a_llama_keeps_heads_that_divide_its_width(kinds, heads, left, tmp_path):
+    """What transformers refuses to write or to read is not made: channels make up for heads that stay."""
+    model = tiny_model("llama", num_attention_heads=heads, num_key_value_heads=heads, hidden_size=32 if heads == 8 else 36)
+    before = block_parameters(model)
+    train(model, HessoCallback(**SETTINGS | {"kinds": kinds, "target": 0.34}), tmp_path, save_strategy="no")
+    model.save_pretrained(tmp_path / "smaller")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "smaller")
+    assert (loaded.config.hidden_size, loaded.config.num_attention_heads) == left
+    assert not hasattr(loaded.config, "quantization_config")
+    if "channels" in kinds:
+        assert 1 - block_parameters(loaded) / before == pytest.approx(0.34, abs=0.05)
+
+
+def test_heads_alone_that_the_config_cannot_say_are_refused():
+    model = tiny_model("llama", num_attention_heads=8, num_key_value_heads=8)
+    with pytest.raises(ConfigError, match=r"cannot say 5 of 8 kv_heads, as its hidden size has to be a multiple"):
+        HessoCallback(**SETTINGS | {"kinds": ("kv_heads",), "target": 0.4, "unit": "groups"}).prepare(model)

@@ -6,10 +6,12 @@ import sys
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 import hf_compact
+from hf_compact import TensorNetworkCallback
 from hf_compact.api import inspect_folder, plan
 from hf_compact.calibration import from_batches
 from hf_compact.errors import ConfigError, FormatError, NothingMatched, NumericalError, UnsupportedModel
@@ -155,6 +157,20 @@ def test_protected_linears_keep_their_share_and_globs_must_match():
             assert module.num_values >= 0.8 * module.in_features * module.out_features
     with pytest.raises(NothingMatched, match=r"protected glob 'h\.\*' matches none"):
         compressed("llama", UNIFORM | {"protected": ["h.*"]})
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "fisher"])
+def test_the_first_and_the_last_block_are_protected_by_number(allocation):
+    model, _ = compressed("llama", UNIFORM | {"allocation": allocation, "keep_ratio": 0.6, "protected_blocks": [0, -1]})
+    values = [0] * 3
+    for name, module in model.named_modules():
+        if isinstance(module, TensorTrainLinear) and name.startswith(("model.layers.0.", "model.layers.2.")):
+            assert module.num_values >= 0.75 * module.in_features * module.out_features  # of 0.8, ranks rounded down
+        if isinstance(module, TensorTrainLinear):
+            values[int(name.split(".")[2])] += module.num_values
+    assert values[1] < min(values[0], values[2])
+    with pytest.raises(ConfigError, match=r"protected_blocks must be in \[-3, 2\] for the blocks of model\.layers, got 3"):
+        compressed("llama", UNIFORM | {"allocation": allocation, "protected_blocks": [3]})
 
 
 def test_sensitive_linears_get_more():
@@ -438,3 +454,43 @@ def test_ranks_of_trains_are_multiples(multiple):
 def test_what_is_taken_apart_is_not_cut(stage):
     with pytest.raises(ConfigError, match=r"recipe.stages\[1\] cuts model.layers.0.* has compressed: cut first"):
         compressed("llama", stage, {"method": "pruning", "channel_sparsity": 0.25}, CODEBOOK)
+
+
+def test_factors_with_adapters_are_healed():
+    model, _ = compressed("llama", UNIFORM)
+    adapted = get_peft_model(model, LoraConfig(target_modules=r".*q_proj\.core0", r=2, init_lora_weights=False)).eval()
+    with torch.no_grad():
+        expected = adapted(**tiny_inputs("llama")).logits
+    callback = TensorNetworkCallback(schedule="heal")
+    callback.prepare(adapted)
+    callback.finalize(adapted)
+    with torch.no_grad():
+        torch.testing.assert_close(adapted.eval()(**tiny_inputs("llama")).logits, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("schedule", ["trp", "maestro"])
+def test_matrices_with_adapters_are_not_factored(schedule):
+    adapted = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"], r=2))
+    with pytest.raises(UnsupportedModel, match=r"q_proj has an adapter of PEFT"):
+        TensorNetworkCallback(schedule=schedule).prepare(adapted)
+
+
+@pytest.mark.parametrize("schedule", ["trp", "maestro"])
+def test_frozen_matrices_stay_as_they_are(schedule):
+    model = tiny_model("llama")
+    model.model.layers[0].requires_grad_(False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    callback = (
+        TensorNetworkCallback(schedule=schedule, interval=1, energy=0.5)
+        if schedule == "trp"
+        else TensorNetworkCallback(schedule=schedule)
+    )
+    callback.prepare(model)
+    callback.step(model, 1, 1e-3)
+    callback.finalize(model)
+    kinds = {name.split(".")[2] for name, module in model.named_modules() if isinstance(module, TensorTrainLinear)}
+    assert kinds == {"1", "2"}
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items() if ".layers.0." in name)
+    frozen = tiny_model("llama").requires_grad_(False)
+    with pytest.raises(ConfigError, match=rf"training\.schedule {schedule} needs Linears that are trained, all 21 are frozen"):
+        TensorNetworkCallback(schedule=schedule).prepare(frozen)

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -15,7 +16,7 @@ from hf_compact.api import inspect_folder
 from hf_compact.arch import describe
 from hf_compact.calibration import from_batches
 from hf_compact.checkpoint import TensorSource
-from hf_compact.errors import ConfigError, FormatError, NothingMatched
+from hf_compact.errors import ConfigError, FormatError, NothingMatched, UnsupportedModel
 from hf_compact.methods.tensor_network import TensorNetworkConfig, TensorTrainLinear
 from hf_compact.methods.tensor_network.allocation import Share, find_groups, prepare
 from hf_compact.methods.tensor_network.apply import compress_linear
@@ -52,6 +53,41 @@ def compressed(*stages: dict, family: str = "llama"):
 
 def borrowers(model: nn.Module) -> dict[str, TensorTrainLinear]:
     return {name: module for name, module in model.named_modules() if getattr(module, "ties", None)}
+
+
+@pytest.mark.parametrize("side", [0, 1], ids=["owner", "borrower"])
+def test_a_protected_linear_keeps_its_share_of_a_shared_basis(side):
+    """The basis counts whole for each that has it, and an unprotected neighbour's factor for none."""
+    names = [f"model.layers.{side}.mlp.{name}_proj" for name in ("gate", "up")]
+    stage = SHARED | {"protected": names, "protected_ratio": 0.7, "keep_ratio": 0.45}
+    model, _ = compressed(stage)
+    for name in names:
+        module = model.get_submodule(name)
+        if isinstance(module, TensorTrainLinear):
+            assert module.ranks[0] * (module.in_features + module.out_features) >= 0.7 * module.in_features * module.out_features
+    model, _ = compressed(stage | {"protected": []})
+    found = [model.get_submodule(name) for name in names]
+    assert any(
+        isinstance(m, TensorTrainLinear) and m.ranks[0] * (m.in_features + m.out_features) < 0.7 * m.in_features * m.out_features
+        for m in found
+    )
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["core0"]])
+def test_adapters_go_on_factors_that_are_not_shared(targets):
+    model, _ = compressed(SHARED)
+    assert borrowers(model)
+    adapted = get_peft_model(model, LoraConfig(target_modules=targets, r=2, init_lora_weights=False)).eval()
+    inputs = tiny_inputs("llama")
+    with torch.no_grad():
+        if targets == "all-linear":
+            with pytest.raises(
+                UnsupportedModel, match=r"core1 is that of .*core1, and an adapter on it would be merged into every"
+            ):
+                adapted(**inputs)
+            return
+        expected = adapted(**inputs).logits
+        torch.testing.assert_close(adapted.merge_and_unload()(**inputs).logits, expected, rtol=0, atol=1e-4)
 
 
 def test_groups_are_linears_of_one_kind_in_neighbours():
