@@ -607,7 +607,8 @@ def inspect_folder(folder: str | Path) -> dict[str, Any]:
     """What a compressed folder holds, read from safetensors headers and JSON files only.
 
     Returns:
-        `layers` (name, layer, settings, shape, bytes, bits per weight) and totals; `memory_bytes`, the weights as they are
+        `layers` (name, layer, settings, shape, bytes, bits per weight) and totals, which are shares of the dense model where the
+        folder has a report, else of one with the config's widths; `memory_bytes`, the weights as they are
         kept in memory, in the dtype of the file, once what is coded is decoded; `is_verified` from the report.
 
     Raises:
@@ -646,11 +647,12 @@ def inspect_folder(folder: str | Path) -> dict[str, Any]:
             }
         )
     file_bytes = sum(path.stat().st_size for path in source.files)
-    num_parameters = count_parameters(skeleton)
+    report = Report.read(folder / REPORT_NAME) if (folder / REPORT_NAME).exists() else None
+    # of the dense model, which a config of pruned widths does not know
+    num_parameters = count_parameters(skeleton) if report is None else report.num_parameters
     outside = {name for name in table if not any(name.startswith(b + ".") for b in describe(skeleton).blocks)}
     body = [layer for layer in layers if layer["name"] not in outside]
     weights = sum(torch.Size(layer["shape"]).numel() for layer in body)
-    report = folder / REPORT_NAME
     tied = {name for name, spec in table.items() if "tied_to" in spec}
     coded = {name: module for name, module in built.named_modules() if isinstance(module, CodedModule)}
     decoded = sum(module.decoded_bytes for name, module in coded.items() if name not in tied)
@@ -665,7 +667,7 @@ def inspect_folder(folder: str | Path) -> dict[str, Any]:
         "body_bits_per_weight": 8 * sum(layer["bytes"] for layer in body) / weights if weights else 0.0,
         "share_of_fp32": file_bytes / (4 * num_parameters),
         "share_of_bf16": file_bytes / (2 * num_parameters),
-        "is_verified": report.exists() and Report.read(report).is_verified,
+        "is_verified": report is not None and report.is_verified,
     }
 
 
@@ -1221,7 +1223,13 @@ def _compare(before: Footprint | None, dropped: Sequence[str], model: PreTrained
 
 def _settled(runner: BlockRunner) -> dict[str, Any]:
     """The modules table; the config takes over what it can say of cut Linears."""
-    table = runner.table | settle_(runner.model, runner.arch) if runner.cuts else runner.table
+    cut = settle_(runner.model, runner.arch) if runner.cuts else {}
+    if cut:
+        runner.report.notes.append(
+            f"{len(cut)} Linears, {next(iter(cut))} among them, have widths that the config of {runner.arch.family} cannot say: "
+            "the folder loads with hf_compact only"
+        )
+    table = runner.table | cut
     runner.report.is_plain = not table
     return table
 

@@ -514,7 +514,7 @@ def export(
         api.ExportKind,
         typer.Option(
             help="Dense; two Linears per low-rank layer; ternary layers as bitnet; packed int4 or int8 as compressed-tensors; "
-            "onnx in float32; a file for llama.cpp: gguf is the smallest that holds the layers as they are, or a type by name."
+            "onnx in float32; a file for llama.cpp: gguf is the first of tq2_0, q4_0, q4_1, q8_0 that holds the layers as they are, else f16, or a type by name."
         ),
     ] = "dense",
 ) -> None:

@@ -535,11 +535,7 @@ def group_counts(model: PreTrainedModel, sets: list[GroupSet], config: HessoConf
         if "channels" not in firsts:
             _check_floor(first, wanted, config)
         counts[kind] = _rounded(first, min(wanted, most_removed(first, config)))
-        if kind == HIDDEN:
-            kept = _multiple(first.num_groups - counts[kind], config.channel_multiple)
-            counts[kind] = first.num_groups - sayable(model, first, kept, config.channel_multiple)
-        elif config.is_uniform:
-            counts[kind] = _sayable_count(model, first, counts[kind], config, is_alone="channels" not in firsts)
+        counts[kind] = _sayable_count(model, first, counts[kind], config, is_alone="channels" not in firsts)
     if not any(counts.values()):
         raise ConfigError(
             f"hesso.target {config.target} is less than one group of a block: raise it or lower hesso.channel_multiple"
@@ -548,12 +544,26 @@ def group_counts(model: PreTrainedModel, sets: list[GroupSet], config: HessoConf
 
 
 def _sayable_count(model: PreTrainedModel, first: GroupSet, count: int, config: HessoConfig, is_alone: bool) -> int:
-    kept = sayable(model, first, first.num_groups - count)
-    if is_alone and kept != first.num_groups - count:
+    """As many heads or hidden dimensions of `count` as the config lets go."""
+    wanted = first.num_groups - count
+    if first.kind == HIDDEN:
+        wanted = _multiple(wanted, config.channel_multiple)
+        kept = sayable(model, first, wanted, config.channel_multiple)
+        if kept != wanted:
+            logger.warning(
+                "%d of %d hidden dimensions stay, for target %s %d would: the config of a %s wants a multiple of its heads, and "
+                "hesso.channel_multiple is %d",
+                kept, first.num_groups, config.target, wanted, type(model).__name__, config.channel_multiple,
+            )  # fmt: skip
+        return first.num_groups - kept
+    if not config.is_uniform:
+        return count
+    kept = sayable(model, first, wanted)
+    if is_alone and kept != wanted:
         raise ConfigError(
             f"hesso.is_uniform must be false, or channels be among the kinds, with target {config.target}: the config of a "
-            f"{type(model).__name__} cannot say {first.num_groups - count} of {first.num_groups} {first.kind}, as its hidden size "
-            "has to be a multiple of the number of heads"
+            f"{type(model).__name__} cannot say {wanted} of {first.num_groups} {first.kind}, as its hidden size has to be a multiple "
+            "of the number of heads"
         )
     return first.num_groups - kept
 

@@ -14,7 +14,7 @@ SCORES = ("magnitude", "wanda_sp", "flap", "taylor", "obs", "random")
 class PruningConfig(MethodConfig):
     """Removes MLP channels, key-value heads and layers, and refits what stays, in closed form.
 
-    Every block loses the same number, so that the result is an ordinary smaller model.
+    Every block loses the same number, so that the result is an ordinary smaller model where the config can say it.
 
     >>> PruningConfig(channel_sparsity=1.0)
     Traceback (most recent call last):
@@ -26,7 +26,8 @@ class PruningConfig(MethodConfig):
     channel_sparsity: float = 0.2
     """Removed MLP channels / all, in every block whose `down` is included."""
     head_sparsity: float = 0.0
-    """Removed key-value heads, with their query heads / all, rounded down; one stays. In blocks whose `o` is included."""
+    """Removed key-value heads, with their query heads / all, rounded down; one stays. In blocks whose `o` is included. The
+    model is no ordinary one where its config cannot say how many are left: a Llama's hidden size is a multiple of its heads."""
     num_layers: int = 0
     """Whole blocks to remove first: those that change the direction of the hidden state least."""
     score: Literal["magnitude", "wanda_sp", "flap", "taylor", "obs", "random"] = "obs"
@@ -36,7 +37,8 @@ class PruningConfig(MethodConfig):
     """What is done for the loss: nothing, the mean of what is removed goes into a bias, or the columns that stay are fitted
     to the output of all."""
     channel_multiple: int = 8
-    """Numbers of channels that stay are multiples of it; rounded up."""
+    """Numbers of channels that stay are multiples of it; rounded up. Formats with groups along the inputs want their size here: 32
+    for `q4_0` and for packed integers."""
     damp: float = 0.01
     """Ridge of the gram matrix as a fraction of its mean diagonal."""
     seed: int = 0

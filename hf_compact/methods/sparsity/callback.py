@@ -184,7 +184,8 @@ class MaskCallback(CompactCallback):
         found = sum(int((~mask).sum()) for mask in self.masks.values())
         if found < due:
             logger.warning(
-                "the model has %d zeros of %d that sparsity %s asks for: training ended early, or an earlier checkpoint came back",
+                "the model has %d zeros of %d that sparsity %s asks for: training ended early, an earlier checkpoint came back, or "
+                "zeros were cut out with whole groups, which count among those of a mask until they go",
                 found, due, self.config.sparsity,
             )  # fmt: skip
 

@@ -158,6 +158,10 @@ def test_seven_heads_of_a_llama_need_this_library(tmp_path):
     model = tiny_model("llama", num_attention_heads=8, num_key_value_heads=8)
     report = prune(model, head_sparsity=0.2)
     assert not report.is_plain
+    assert any(
+        "12 Linears" in note and "the config of llama cannot say: the folder loads with hf_compact only" in note
+        for note in report.notes
+    )
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.model.layers[0].self_attn.q_proj.weight.shape == (28, 32)
@@ -266,6 +270,18 @@ def test_the_layers_that_do_least_go_first():
     assert report.is_plain
     with pytest.raises(UnsupportedModel, match="num_layers must be at most 2 for this llama model, got 3"):
         prune(tiny_model("llama"), num_layers=3)
+
+
+def test_inspection_counts_the_dense_parameters_as_the_report_does(dense_folder, tmp_path, text_file):
+    stages = [
+        {"method": "pruning", "channel_sparsity": 0.4, "score": "magnitude", "compensation": "none"},
+        {"method": "codebook"},
+    ]
+    recipe = {"stages": stages, "calibration": {"num_sequences": 2, "sequence_length": 32}}
+    report = hf_compact.compress(dense_folder, recipe, output=tmp_path / "out", calibration=[text_file])
+    found = api.inspect_folder(tmp_path / "out")
+    assert found["num_parameters"] == report.num_parameters == AutoModelForCausalLM.from_pretrained(dense_folder).num_parameters()
+    assert found["file_bits_per_weight"] == report.file_bits_per_weight
 
 
 def test_a_plan_knows_the_sizes(dense_folder):

@@ -718,6 +718,12 @@ def test_a_llama_keeps_heads_that_divide_its_width(kinds, heads, left, tmp_path)
         assert 1 - block_parameters(loaded) / before == pytest.approx(0.34, abs=0.05)
 
 
+def test_hidden_dimensions_that_stay_for_the_config_are_told(caplog):
+    model = tiny_model("llama", num_attention_heads=6, num_key_value_heads=6, hidden_size=36)
+    HessoCallback(**SETTINGS | {"kinds": ("hidden",), "target": 0.45}).prepare(model)
+    assert "24 of 36 hidden dimensions stay, for target 0.45 20 would: the config of a LlamaForCausalLM wants" in caplog.text
+
+
 def test_heads_alone_that_the_config_cannot_say_are_refused():
     model = tiny_model("llama", num_attention_heads=8, num_key_value_heads=8)
     with pytest.raises(ConfigError, match=r"cannot say 5 of 8 kv_heads, as its hidden size has to be a multiple"):
