@@ -56,7 +56,8 @@ def merge(files: Iterable[tuple[str, Results]]) -> Results:
     settings: dict[str, tuple[str, Any]] = {}
     models: dict[str, tuple[str, ModelResult]] = {}
     merged: Results | None = None
-    for name, results in files:
+    for name, given in files:
+        results = dataclasses.replace(given, protocol={**given.protocol, "speed": _timing(given)})
         for column, value in _settings(results).items():
             other, earlier = settings.setdefault(column, (name, value))
             if earlier != value:
@@ -94,12 +95,18 @@ def _settings(results: Results) -> dict[str, Any]:
         task: {"lm_eval": version, "rows": protocol["task_data"].get(task), **{key: protocol[key] for key in TASK_SETTINGS}}
         for task in protocol["tasks"]
     }
-    speed = {} if protocol["speed"] is None else {"speed": {**protocol["speed"], "machine": results.machine}}
+    speed = {} if protocol["speed"] is None else {"speed": protocol["speed"]}
     shared = {
         "perplexity": {key: protocol[key] for key in TEXT_SETTINGS} if texts else None,
         "tasks": {"lm_eval": version, **{key: protocol[key] for key in TASK_SETTINGS}} if tasks else None,
     }  # the page states these once
     return texts | tasks | speed | {name: value for name, value in shared.items() if value is not None}
+
+
+def _timing(results: Results) -> dict[str, Any] | None:
+    """What was timed, in what dtype and where; as it was for a page that was made of several files."""
+    speed: dict[str, Any] | None = results.protocol["speed"]
+    return speed and {"dtype": results.protocol["dtype"], "machine": _place(results), **speed}
 
 
 def _place(results: Results) -> str:
@@ -230,10 +237,10 @@ def stated(results: Results) -> list[str]:
         lines.append(
             f"tasks: lm-evaluation-harness {results.versions.get('lm_eval')}, {rows} of each; ± is the standard error; small: paired difference to the base, rows right or wrong as there"
         )
-    if protocol["speed"]:
+    if timing := _timing(results):
         speed = protocol["speed"]
         lines.append(
-            f"speed: {speed['prompt_tokens']} tokens of prompt, {speed['new_tokens']} generated, median of {speed['repeats']} turns with the base; small: times as fast as it"
+            f"speed: {speed['prompt_tokens']} tokens of prompt, {speed['new_tokens']} generated, median of {speed['repeats']} turns with the base, {timing['dtype']} on {timing['machine']}; small: times as fast as it"
         )
     lines.append(f"{_place(results)}, " + ", ".join(f"{name} {version}" for name, version in results.versions.items()))
     elsewhere: dict[str, list[str]] = {}

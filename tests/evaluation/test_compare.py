@@ -1,5 +1,6 @@
 """The table of several results, and the page as a browser shows it."""
 
+import copy
 import json
 import re
 import shutil
@@ -100,11 +101,27 @@ def test_rows_of_another_machine_say_so(both):
     assert "- a processor, 1 of 2 cores, lm_eval 0.4.13" in lines
     assert "- an accelerator, 1 of 2 cores: third, fourth, held against the base there" in lines
     again = compare.markdown(compare.merge([("b", there), ("merged", compare.merge([("a", both), ("b", there)]))])).splitlines()
-    assert [line for line in again if "1 of 2 cores" in line] == [
+    assert [line for line in again if "1 of 2 cores" in line and not line.startswith("- speed")] == [
         "- an accelerator, 1 of 2 cores, lm_eval 0.4.13",
         "- a processor, 1 of 2 cores: dense, <4 bit> & small, held against the base there",
     ]
     assert not any("held against the base there" in line for line in compare.markdown(both).splitlines())
+
+
+def test_times_say_their_dtype_and_machine(both):
+    untimed = results(*both.models, speed=None, dtype="bfloat16")
+    timed = results(*(copy.deepcopy(model) for model in both.models), dtype="float32", texts={}, tasks=[])
+    for model_of in untimed.models:
+        model_of.speed = None
+    timed.machine = timed.machine | {"processor": "another"}
+    merged = compare.merge([("a", untimed), ("b", timed)])
+    (line,) = (line for line in compare.stated(merged) if line.startswith("speed"))
+    assert "float32 on another, 1 of 2 cores" in line
+    assert compare.stated(compare.merge([("merged", merged)])) == compare.stated(merged)
+    other = results(model("third", 1, [1.0, 1.0], "+"), dtype="bfloat16", texts={}, tasks=[])
+    other.machine = timed.machine
+    with pytest.raises(ConfigError, match="speed was not measured alike in b and c: dtype 'float32' and 'bfloat16'"):
+        compare.merge([("a", untimed), ("b", timed), ("c", other)])
 
 
 def test_the_first_file_tells_what_several_have_measured(both):
@@ -214,7 +231,7 @@ def test_command(both, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["compare", *arguments])
     assert compare.main() == 0
     assert outputs[1].read_text() == f"# Compressed models\n\n{compare.markdown(both)}"
-    assert Results.read(outputs[2]) == both
+    assert Results.read(outputs[2]) == compare.merge([("results.json", both)])
     (tmp_path / "results.json").write_text("{}")
     assert compare.main() == 2
     assert "error: results_version must be 1, got None" in capsys.readouterr().err
