@@ -649,7 +649,7 @@ def inspect_folder(folder: str | Path) -> dict[str, Any]:
     file_bytes = sum(path.stat().st_size for path in source.files)
     report = Report.read(folder / REPORT_NAME) if (folder / REPORT_NAME).exists() else None
     # of the dense model, which a config of pruned widths does not know
-    num_parameters = count_parameters(skeleton) if report is None else report.num_parameters
+    num_parameters = (report.num_parameters if report else 0) or count_parameters(skeleton)
     outside = {name for name in table if not any(name.startswith(b + ".") for b in describe(skeleton).blocks)}
     body = [layer for layer in layers if layer["name"] not in outside]
     weights = sum(torch.Size(layer["shape"]).numel() for layer in body)

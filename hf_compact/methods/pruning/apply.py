@@ -207,16 +207,29 @@ def _chosen(
             return select_by_residual(dense, gram, index, count, per_pool, config.damp)[0]
         except ValueError as error:
             raise NumericalError(f"{name}: {error}") from error
-    if config.score == "random":
-        seed = int.from_bytes(hashlib.sha256(f"{config.seed} {name}".encode()).digest()[:7])
-        scores = torch.rand(group_set.num_groups, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    elif config.score == "magnitude":
-        scores = group_set.totals(lambda part: part.parameter.float().square())
-    elif config.score == "taylor":
-        scores = loss_increase(dense, gram, index, outputs)
-    else:
-        scores = unit_energy(dense, gram, index)
-    return lowest(scores, count, per_pool)
+    return lowest(unit_scores(name, group_set, config.score, gram, outputs, config.seed), count, per_pool)
+
+
+def unit_scores(
+    name: str, group_set: GroupSet, score: str, gram: Tensor | None, outputs: Tensor | None, seed: int = 0
+) -> Tensor:  # fmt: skip
+    """`[num_groups]` float64: what each group is worth by itself; the lowest go.
+
+    Args:
+        name: of the Linear that reads the groups; with the seed it makes the draws of `random`.
+        group_set: the groups.
+        score: any but `obs`, which knows no group alone.
+        gram: `[in, in]` sum of x x^T at the reader, of the spread for `flap`; for `wanda_sp`, `flap` and `taylor`.
+        outputs: `[out, out]` gradients' second moments at the reader, for `taylor`.
+        seed: for `random`.
+    """
+    if score == "random":
+        drawn = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7])
+        return torch.rand(group_set.num_groups, generator=torch.Generator().manual_seed(drawn), dtype=torch.float64)
+    if score == "magnitude":
+        return group_set.totals(lambda part: part.parameter.float().square())
+    dense, index = as_linear(group_set.slices[-1].module).weight.detach().cpu().double(), group_set.slices[-1].index
+    return loss_increase(dense, gram, index, outputs) if score == "taylor" else unit_energy(dense, gram, index)
 
 
 def _bias_of(model: PreTrainedModel, name: str, group_set: GroupSet) -> Tensor:

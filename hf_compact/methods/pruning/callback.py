@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
-from ... import distributed
+from ... import distributed, sensitivity
 from ...arch import as_linear, dense_shape, describe
 from ...capture import evaluating, input_moments, without_cache
 from ...checkpoint import disk_errors, write_shard, write_text
@@ -34,6 +34,7 @@ from ...reorder import Slice
 from ...scoring import is_causal_lm
 from ...speed import SpeedConfig, check_positions, compare_by_turns
 from ...training import CompactCallback, check_same_on_all_ranks, refuse_adapters
+from .apply import TAYLOR_TOKENS, unit_scores
 from .config import HessoConfig
 from .cric import FILE_NAME, Correction
 from .functional import refit, saliency, select_by_residual
@@ -44,6 +45,10 @@ logger = logging.getLogger(__name__)
 KEPT, SHRINKING, PRUNED = 0, 1, 2
 #: Buffer `[in]` of a module that reads groups: sums of its squared inputs in training.
 _ENERGY = "pruning_energy"
+#: Beginning of buffers `[groups]` of such a module: scores that were taken before training.
+_ONE_SHOT = "pruning_one_shot"
+#: One-shot scores that look at inputs.
+ON_BATCHES = ("wanda_sp", "flap", "taylor")
 
 
 class HessoCallback(CompactCallback):
@@ -54,6 +59,7 @@ class HessoCallback(CompactCallback):
         batches: model inputs that the energies of `output` are taken from before training, as the one-shot score `wanda_sp` does:
             the first choice, of the weights as they are then, is by them alone, and batches of training count from then on. With
             compensation `refit` every choice is made on them: that many forward passes, and `in * in` float64 for every reader.
+            With `one_shot` its scores are taken on them.
         speed: what is timed at the end, dense and pruned by turns, for the report; it takes a copy of the model. None leaves it out.
         settings: fields of `HessoConfig`, in the place of those of `config`.
 
@@ -74,8 +80,10 @@ class HessoCallback(CompactCallback):
         wrong = next((batch for batch in self.batches if not isinstance(batch, Mapping)), None)
         if wrong is not None:
             raise ConfigError(f"hesso: batches must hold model inputs by name, got a {type(wrong).__name__}")
-        is_refitted = self.config.compensation == "refit"
-        if self.batches and not (self.config.output or is_refitted):
+        is_refitted, score = self.config.compensation == "refit", self.config.one_shot
+        if score and bool(self.batches) != (score in ON_BATCHES):
+            raise ConfigError(f"hesso.one_shot {score} {'needs batches' if score in ON_BATCHES else 'reads no batches'}")
+        if self.batches and not (self.config.output or is_refitted or score):
             raise ConfigError("hesso.output must be above 0 with batches, which fill the energies that it weighs, got 0")
         if is_refitted and not self.batches:
             raise ConfigError("hesso.compensation refit needs batches to fit to, got none")
@@ -122,7 +130,9 @@ class HessoCallback(CompactCallback):
             reader = group_set.slices[-1].module
             states = torch.zeros(group_set.num_groups, dtype=torch.uint8, device=reader.weight.device)
             reader.register_buffer(_name(group_set), states)
-        if self.config.output and self.config.compensation == "none":
+        if self.config.one_shot:
+            self._rank_(model, self.config.one_shot)
+        elif self.config.output and self.config.compensation == "none":
             self._attach_(model)
             if self.batches:
                 self._measure_(model)
@@ -179,7 +189,8 @@ class HessoCallback(CompactCallback):
         if self.correction is not None:
             self.correction.add_gradients(model, self.sets)
         is_scored = self.correction is not None or (self._position(step + 1) == 0 and not self.config.cric)
-        if is_scored and any(self.config.weights[1:]) and self.config.compensation == "none":
+        is_scored &= self.config.compensation == "none" and self.config.one_shot is None
+        if is_scored and any(self.config.weights[1:]):
             parameters = {part.parameter for group_set in self.sets for part in group_set.slices}
             self.before = {parameter: parameter.detach().clone() for parameter in parameters}
 
@@ -219,7 +230,8 @@ class HessoCallback(CompactCallback):
                 due,
             )
         for group_set in self.sets:
-            del group_set.slices[-1].module._buffers[_name(group_set)]
+            for name in (_name(group_set), _name(group_set, _ONE_SHOT)):
+                group_set.slices[-1].module._buffers.pop(name, None)
         for hook in self.hooks:
             hook.remove()
         for module in self._readers() if self.hooks else ():
@@ -258,6 +270,28 @@ class HessoCallback(CompactCallback):
         for module in self._readers():
             module.register_buffer(_ENERGY, torch.zeros(dense_shape(module)[1], device=module.weight.device))
             self.hooks.append(module.register_forward_pre_hook(self._add_energy))
+
+    @torch.no_grad()
+    def _rank_(self, model: PreTrainedModel, score: str) -> None:
+        """Keep a one-shot score of every group in a buffer, which a checkpoint brings along."""
+        arch = describe(model)
+        paths = {id(model.get_submodule(name)): name for block in arch.blocks for name in arch.targets(block)}
+        names = [paths[id(group_set.slices[-1].module)] for group_set in self.sets]
+        moments, outputs = input_moments(model, names, self.batches), dict[str, Tensor]()
+        if score == "taylor":
+            mine = [{key: value.to(model.device) for key, value in batch.items()} for batch in distributed.share(self.batches)]
+            with evaluating(model), without_cache(model):
+                outputs = sensitivity.measure(model, arch, names, mine, TAYLOR_TOKENS, 0, is_full=True).outputs
+        for group_set, name in zip(self.sets, names, strict=True):
+            gram, total = moments.get(name, (None, None))
+            spread = centered(gram, total) if score == "flap" else gram
+            found = unit_scores(name, group_set, score, spread, outputs.get(name)).float()
+            reader = group_set.slices[-1].module
+            reader.register_buffer(_name(group_set, _ONE_SHOT), found.to(reader.weight.device))
+        distributed.broadcast_([self._one_shot(group_set) for group_set in self.sets], 0)  # ranks may round to another order
+
+    def _one_shot(self, group_set: GroupSet) -> Tensor:
+        return group_set.slices[-1].module.get_buffer(_name(group_set, _ONE_SHOT))
 
     def _measure_(self, model: PreTrainedModel) -> None:
         """The energies of `batches`, dealt out to the ranks. A checkpoint that is resumed brings its own, which replace them."""
@@ -423,6 +457,8 @@ class HessoCallback(CompactCallback):
 
     def _scores(self) -> list[Tensor]:
         """Of every set; groups compete within their kind."""
+        if self.config.one_shot:
+            return [self._one_shot(group_set).double().cpu() for group_set in self.sets]
         found: dict[GroupSet, Tensor] = {}
         for kind in dict.fromkeys(group_set.kind for group_set in self.sets):
             mine = [group_set for group_set in self.sets if group_set.kind == kind]
@@ -625,5 +661,5 @@ def _is_read(part: Slice) -> bool:
     return part.parameter.dim() > 1 and part.dim == int(isinstance(part.module, nn.Linear))
 
 
-def _name(group_set: GroupSet) -> str:
-    return f"pruning_{group_set.kind}"
+def _name(group_set: GroupSet, prefix: str = "pruning") -> str:
+    return f"{prefix}_{group_set.kind}"

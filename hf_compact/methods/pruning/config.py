@@ -111,6 +111,9 @@ class HessoConfig:
     """Weight of the absolute product of both."""
     taylor_second: float = 0.0
     """Weight of half of its square."""
+    one_shot: Literal["magnitude", "wanda_sp", "flap", "taylor", "random"] | None = None
+    """A score of one-shot pruning that all groups are chosen by, taken once, of the weights before training, on `batches` (`magnitude`
+    and `random` need none). The scores above are not read then."""
     cric: bool = False
     """Whether groups are tried first: after the warm-up, cycles bring those with the lowest scores to zero and back, until all
     that would be chosen have been tried. What the loss grew by on the way joins the scores. A Trainer must not clip gradients."""
@@ -155,6 +158,11 @@ class HessoConfig:
         if not all(0 <= weight < math.inf for weight in self.weights) or not is_scored:
             raise ConfigError(f"hesso: weights of scores must be at least 0 and not all 0, got {list(self.weights)}")
         self._check_compensation()
+        if self.one_shot and (self.cric or self.compensation == "refit" or self.kinds == ("hidden",)):
+            raise ConfigError(
+                "hesso.one_shot must be null with cric, with compensation refit, and for the kind hidden, which nothing alone reads, "
+                f"got {self.one_shot}"
+            )
         if not 0 <= self.min_kept < 1:
             raise ConfigError(f"hesso.min_kept must be in [0, 1), got {self.min_kept}")
 

@@ -645,6 +645,13 @@ def _measure_worker(rank: int, folder: str) -> None:
     model = tiny_model("llama")
     HessoCallback(**SETTINGS, batches=BATCHES).prepare(model)
     save_file({name: b for name, b in model.named_buffers() if name.endswith("pruning_energy")}, f"{folder}/{rank}.safetensors")
+    save_file(_ranked("flap") | _ranked("taylor"), f"{folder}/one-shot-{rank}.safetensors")
+
+
+def _ranked(score: str) -> dict[str, torch.Tensor]:
+    model = tiny_model("llama")
+    HessoCallback(**SETTINGS, one_shot=score, batches=BATCHES).prepare(model)
+    return {f"{score} {name}": buffer for name, buffer in model.named_buffers() if "pruning_one_shot" in name}
 
 
 @pytest.mark.distributed
@@ -657,6 +664,11 @@ def test_two_ranks_share_the_batches(tmp_path):
     for name, energy in first.items():
         assert torch.equal(energy, second[name])
         torch.testing.assert_close(energy, model.get_buffer(name))
+    first, second = load_file(tmp_path / "one-shot-0.safetensors"), load_file(tmp_path / "one-shot-1.safetensors")
+    assert len(first) == 12
+    assert all(torch.equal(score, second[name]) for name, score in first.items())
+    for name, score in _ranked("flap").items():  # the labels that gradients are taken of are drawn rank by rank
+        torch.testing.assert_close(first[name], score)
 
 
 def _refit_worker(rank: int, folder: str) -> None:
@@ -728,3 +740,46 @@ def test_heads_alone_that_the_config_cannot_say_are_refused():
     model = tiny_model("llama", num_attention_heads=8, num_key_value_heads=8)
     with pytest.raises(ConfigError, match=r"cannot say 5 of 8 kv_heads, as its hidden size has to be a multiple"):
         HessoCallback(**SETTINGS | {"kinds": ("kv_heads",), "target": 0.4, "unit": "groups"}).prepare(model)
+
+
+@pytest.mark.parametrize("is_uniform", [True, False], ids=["uniform", "free"])
+@pytest.mark.parametrize("score", ["magnitude", "wanda_sp", "flap", "taylor", "random"])
+def test_groups_of_one_shot_go_in_training(score, is_uniform, tmp_path):
+    """What one-shot pruning cuts out of the dense model, of its first block at least, is what training brings to zero."""
+    model, dense = tiny_model("llama"), tiny_model("llama")
+    given = BATCHES if score in ("wanda_sp", "flap", "taylor") else []
+    settings = SETTINGS | {"kinds": ("channels",), "unit": "groups", "target": 0.25, "one_shot": score, "is_uniform": is_uniform}
+    callback = HessoCallback(**settings, batches=given)
+    watched = []
+    callback.restore_ = lambda model, restore=callback.restore_: (
+        watched.append([group_set.zero_groups().tolist() for group_set in callback.sets]), restore(model)
+    )  # fmt: skip
+    train(model, callback, tmp_path, save_strategy="no")
+    assert sum(map(len, watched[0])) == 3 * callback.counts["channels"]
+    assert not [name for name, _ in model.named_buffers() if "pruning" in name]
+    if not is_uniform:
+        return
+    stage = {"method": "pruning", "score": score, "compensation": "none", "channel_sparsity": 0.25, "channel_multiple": 4}
+    hf_compact.compress(dense, {"stages": [stage]}, calibration=from_batches(BATCHES))
+    kept = [number for number in range(72) if number not in watched[0][0]]
+    assert torch.equal(dense.model.layers[0].mlp.up_proj.weight, tiny_model("llama").model.layers[0].mlp.up_proj.weight[kept])
+
+
+def test_a_stopped_run_keeps_its_one_shot_scores(tmp_path):
+    settings = SETTINGS | {"one_shot": "taylor", "batches": BATCHES}
+    first, second = tiny_model("llama"), tiny_model("llama")
+    train(first, HessoCallback(**settings), tmp_path)
+    train(second, HessoCallback(**settings), tmp_path, resume=str(tmp_path / "checkpoint-3"))
+    assert all(torch.equal(value, second.state_dict()[name]) for name, value in first.state_dict().items())
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"one_shot": "flap"}, r"hesso\.one_shot flap needs batches"),
+    ({"one_shot": "random", "batches": BATCHES}, r"hesso\.one_shot random reads no batches"),
+    ({"one_shot": "random", "cric": True}, r"hesso\.one_shot must be null with cric, .*, got random"),
+    ({"one_shot": "magnitude", "kinds": ("hidden",)}, r"for the kind hidden, which nothing alone reads, got magnitude"),
+    ({"one_shot": "obs", "batches": BATCHES}, r"one_shot must be .*, got 'obs'"),
+])  # fmt: skip
+def test_one_shot_scores_that_do_not_fit_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        HessoCallback(**settings)
