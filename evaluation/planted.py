@@ -26,7 +26,7 @@ SETTINGS = {
 }  # fmt: skip
 SEEDS = (0, 1, 2)
 #: Cross-entropy behind a planted token, in nats, below which its channel has survived, and above which it has not: the trained
-#: model has less than 0.001, a guess among the words 6.
+#: model has less than 0.001, a guess 6.
 SURVIVED, DIED = 0.05, 1.0
 
 

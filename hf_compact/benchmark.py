@@ -395,7 +395,7 @@ def _described(opened: Loaded) -> ModelResult:
         found.num_parameters, found.body_bits_per_weight = inspected["num_parameters"], inspected["body_bits_per_weight"]
     if (folder / REPORT_NAME).exists():
         report = Report.read(folder / REPORT_NAME)
-        found.num_parameters = report.num_parameters
+        found.num_parameters = report.num_parameters or found.num_parameters
         found.compression = {
             "methods": [stage["method"] for stage in report.recipe["stages"]],
             "seconds": sum(report.seconds.values()),

@@ -258,7 +258,7 @@ def cut_zeros_(
     Args:
         model: changed in place; it stays of its class.
         kinds: which groups to look at.
-        is_uniform: whether all blocks keep as many groups as the one that needs most, or as `sayable` adds, so that the config can
+        is_uniform: whether all blocks keep as many groups as the one that needs most, or as `least_valid` adds, so that the config can
             say it.
         multiple: the numbers of channels (and of hidden dimensions) that stay are multiples of it.
 
@@ -268,17 +268,16 @@ def cut_zeros_(
     Raises:
         CompactError: as `find_groups`, `GroupSet.cut_`.
     """
-    sets = find_groups(model, kinds)
-    dropped = [s.block for s in sets if s.kind == "layers" and len(s.zero_groups())]
-    kept = {
-        s: _kept(s, multiple if s.kind in ("channels", HIDDEN) else 1)
-        for s in sets
-        if s.kind != "layers" and s.block not in dropped
-    }
-    for kind in (*KINDS, HIDDEN):
-        mine = {s: keep for s, keep in kept.items() if s.kind == kind}
+    found = [s.kind for s in find_groups(model, kinds)]
+    dropped = [s.block for s in find_groups(model, ("layers",)) if len(s.zero_groups())] if "layers" in found else []
+    for kind in (kind for kind in (*KINDS, HIDDEN) if kind in found and kind != "layers"):
+        if kind == HIDDEN:
+            settle_(model, describe(model))  # it has to go with the heads that are left
+        step = multiple if kind in ("channels", HIDDEN) else 1
+        # found anew: what was cut before has moved what comes behind
+        mine = {s: _kept(s, step) for s in find_groups(model, (kind,)) if s.block not in dropped}
         if mine and (is_uniform or kind == HIDDEN):
-            most = sayable(model, next(iter(mine)), max(len(keep) for keep in mine.values()), multiple if kind == HIDDEN else 1)
+            most = least_valid(model, next(iter(mine)), max(map(len, mine.values())), multiple if kind == HIDDEN else 1)
             mine = {s: _topped_up(s, keep, most) for s, keep in mine.items()}
         for group_set, keep in mine.items():
             group_set.cut_(model, keep)
@@ -287,7 +286,7 @@ def cut_zeros_(
     return settle_(model, describe(model))
 
 
-def sayable(model: PreTrainedModel, group_set: GroupSet, number: int, step: int = 1) -> int:
+def least_valid(model: PreTrainedModel, group_set: GroupSet, number: int, step: int = 1) -> int:
     """The least number of groups from `number` on, in steps, that the config can say of all blocks.
 
     Some classes want a hidden size that the number of heads divides: a Llama of 4096 dimensions may have 16 heads, not 26.
@@ -298,6 +297,8 @@ def sayable(model: PreTrainedModel, group_set: GroupSet, number: int, step: int 
         number: that is to be kept at least.
         step: of what is tried; of groups in each pool.
     """
+    if group_set.num_rows and model.config.model_type not in _HEAD_DIM:
+        return number  # of heads it says nothing anyway
     while number < group_set.num_groups and not _is_valid(_config(model), **group_set.fields(number)):
         number += step * group_set.num_pools
     return min(number, group_set.num_groups)

@@ -72,8 +72,7 @@ def profile_(
                     for ids, target, state in zip(probes, targets, states, strict=True)
                 ]
                 replace_modules(model, [name], lambda *_, dense=dense: dense)
-                mean = max(0.0, torch.stack(lost).mean().item())  # rounding may bring it below
-                curve[str(ratio)] = {"divergence": mean, "ranks": getattr(made, "ranks", None)}
+                curve[str(ratio)] = {"divergence": torch.stack(lost).mean().item(), "ranks": getattr(made, "ranks", None)}
             found["layers"][name] = {"role": arch.roles[name], "shape": [*dense_shape(dense)], "curve": curve}
             with disk_errors(path.parent):
                 write_text(path, json.dumps(found, indent=2) + "\n")

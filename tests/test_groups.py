@@ -7,7 +7,7 @@ import hf_compact
 from hf_compact.arch import describe
 from hf_compact.calibration import from_batches
 from hf_compact.errors import ConfigError, NothingMatched, UnsupportedModel
-from hf_compact.groups import KINDS, cut_zeros_, drop_layers_, find_groups, sayable, settle_
+from hf_compact.groups import KINDS, cut_zeros_, drop_layers_, find_groups, least_valid, settle_
 from tests.conftest import FAMILIES, tiny_inputs, tiny_model
 
 GENERATES = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt2", "gpt_neox", "opt", "t5"]
@@ -199,9 +199,9 @@ EIGHT = {"num_attention_heads": 8, "num_key_value_heads": 8}
 ])  # fmt: skip
 def test_a_llama_says_heads_that_divide_its_width(kind, number, step, expected):
     model = tiny_model("llama", **EIGHT)
-    assert sayable(model, find_groups(model, (kind,))[0], number, step) == expected
+    assert least_valid(model, find_groups(model, (kind,))[0], number, step) == expected
     other = tiny_model("qwen2", **EIGHT)
-    assert sayable(other, find_groups(other, (kind,))[0], number, step) == number
+    assert least_valid(other, find_groups(other, (kind,))[0], number, step) == number
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -234,3 +234,21 @@ def test_uniform_zeros_leave_what_the_config_can_say():
         assert cut_zeros_(model, ("kv_heads",)) == {}
         assert model.config.num_attention_heads == 4
         torch.testing.assert_close(model(**x).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_kinds_are_cut_one_after_the_other():
+    """Query heads stand elsewhere once key-value heads are gone, and the hidden size goes with the heads that are left."""
+    model = tiny_model("llama", num_attention_heads=8, num_key_value_heads=4)
+    x = tiny_inputs("llama")
+    for group_set in find_groups(model, ("kv_heads", "query_heads")):
+        group_set.scale_(torch.tensor([0, 1]) if group_set.kind == "kv_heads" else torch.tensor([4, 6]), 0)
+    with torch.no_grad():
+        expected = model(**x).logits
+        cut_zeros_(model)
+        torch.testing.assert_close(model(**x).logits, expected, rtol=0, atol=1e-5)
+    assert model.model.layers[0].self_attn.q_proj.weight.shape[0] == 2 * 4
+    other = tiny_model("llama", num_attention_heads=6, num_key_value_heads=6, hidden_size=36)
+    for group_set in find_groups(other, ("kv_heads", "hidden")):
+        group_set.scale_(torch.arange(2 if group_set.kind == "kv_heads" else 4), 0)
+    assert cut_zeros_(other, ("kv_heads", "hidden")) == {}
+    assert (other.config.hidden_size, other.config.num_attention_heads) == (32, 4)

@@ -29,7 +29,7 @@ from ...checkpoint import disk_errors, write_shard, write_text
 from ...errors import ConfigError, FormatError, NumericalError, UnsupportedModel
 from ...footprint import Comparison, count
 from ...functional.gram import centered
-from ...groups import HIDDEN, GroupSet, cut_zeros_, find_groups, sayable, says_heads, stock_of
+from ...groups import HIDDEN, GroupSet, cut_zeros_, find_groups, least_valid, says_heads, stock_of
 from ...reorder import Slice
 from ...scoring import is_causal_lm
 from ...speed import SpeedConfig, check_positions, compare_by_turns
@@ -571,7 +571,7 @@ def group_counts(model: PreTrainedModel, sets: list[GroupSet], config: HessoConf
         if "channels" not in firsts:
             _check_floor(first, wanted, config)
         counts[kind] = _rounded(first, min(wanted, most_removed(first, config)))
-        counts[kind] = _sayable_count(model, first, counts[kind], config, is_alone="channels" not in firsts)
+        counts[kind] = _valid_count(model, first, counts[kind], config, is_alone="channels" not in firsts)
     if not any(counts.values()):
         raise ConfigError(
             f"hesso.target {config.target} is less than one group of a block: raise it or lower hesso.channel_multiple"
@@ -579,12 +579,12 @@ def group_counts(model: PreTrainedModel, sets: list[GroupSet], config: HessoConf
     return counts
 
 
-def _sayable_count(model: PreTrainedModel, first: GroupSet, count: int, config: HessoConfig, is_alone: bool) -> int:
+def _valid_count(model: PreTrainedModel, first: GroupSet, count: int, config: HessoConfig, is_alone: bool) -> int:
     """As many heads or hidden dimensions of `count` as the config lets go."""
     wanted = first.num_groups - count
     if first.kind == HIDDEN:
-        wanted = _multiple(wanted, config.channel_multiple)
-        kept = sayable(model, first, wanted, config.channel_multiple)
+        wanted = min(_multiple(wanted, config.channel_multiple), first.num_groups)
+        kept = least_valid(model, first, wanted, config.channel_multiple)
         if kept != wanted:
             logger.warning(
                 "%d of %d hidden dimensions stay, for target %s %d would: the config of a %s wants a multiple of its heads, and "
@@ -594,7 +594,7 @@ def _sayable_count(model: PreTrainedModel, first: GroupSet, count: int, config: 
         return first.num_groups - kept
     if not config.is_uniform:
         return count
-    kept = sayable(model, first, wanted)
+    kept = least_valid(model, first, wanted)
     if is_alone and kept != wanted:
         raise ConfigError(
             f"hesso.is_uniform must be false, or channels be among the kinds, with target {config.target}: the config of a "

@@ -27,7 +27,7 @@ class PruningConfig(MethodConfig):
     """Removed MLP channels / all, in every block whose `down` is included."""
     head_sparsity: float = 0.0
     """Removed key-value heads, with their query heads / all, rounded down; one stays. In blocks whose `o` is included. The
-    model is no ordinary one where its config cannot say how many are left: a Llama's hidden size is a multiple of its heads."""
+    model is no ordinary one where its config cannot say how many are left: the hidden size of a Llama or Gemma 3 is a multiple of its heads."""
     num_layers: int = 0
     """Whole blocks to remove first: those that change the direction of the hidden state least."""
     score: Literal["magnitude", "wanda_sp", "flap", "taylor", "obs", "random"] = "obs"
@@ -131,7 +131,7 @@ class HessoConfig:
     """`refit` only: ridge of the gram matrices, as a fraction of their mean diagonal."""
     is_uniform: bool = True
     """Every block loses the same number, so that the result is an ordinary model: heads stay in families whose config cannot say
-    fewer of the same width, and a Llama loses as many as leave a number that divides its hidden size. Otherwise groups of a kind
+    fewer of the same width, and a Llama or Gemma 3 loses as many as leave a number that divides its hidden size. Otherwise groups of a kind
     compete."""
     channel_multiple: int = 8
     """Numbers of channels, or of hidden dimensions, that stay are multiples of it; rounded up. A Llama's hidden dimensions are

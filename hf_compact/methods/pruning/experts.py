@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ...capture import evaluating, without_cache
 from ...errors import ConfigError, NothingMatched, NumericalError, UnsupportedModel
 from ...groups import GroupSet
 from ...reorder import Slice
@@ -124,13 +125,11 @@ def _scores(
         model.get_submodule(f"{name}.experts").register_forward_pre_hook(lambda module, args, name=name: note(name, module, args))
         for name in sums
     ]
-    was_training = model.training
-    model.eval()
     try:
-        for batch in batches:
-            model(**{key: value.to(model.device) for key, value in batch.items()})
+        with evaluating(model), without_cache(model):
+            for batch in batches:
+                model(**{key: value.to(model.device) for key, value in batch.items()})
     finally:
-        model.train(was_training)
         for hook in hooks:
             hook.remove()
     if score == "frequency":

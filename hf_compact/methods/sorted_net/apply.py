@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ...arch import describe
 from ...capture import mean_input_squares
 from ...errors import ConfigError, UnsupportedModel
-from ...groups import GroupSet, drop_layers_, find_groups, sayable, says_heads, settle_
+from ...groups import GroupSet, drop_layers_, find_groups, least_valid, says_heads, settle_
 from ...reorder import Slice, permute_
 
 #: In `config.json`, where stock transformers ignores it: what is sorted.
@@ -97,7 +97,7 @@ def sub_model(model: PreTrainedModel, width: float, depth: float) -> SubModel:
         raise UnsupportedModel(f"sub-models need one stack of blocks, a {type(model).__name__} has {len(stacks)}")
     multiples = {"channels": found["channel_multiple"]}
     sets = find_groups(model, found["kinds"])
-    numbers = {s: sayable(model, s, _share(s.num_groups, width, multiples.get(s.kind, 1))) for s in sets}
+    numbers = {s: least_valid(model, s, _share(s.num_groups, width, multiples.get(s.kind, 1))) for s in sets}
     return SubModel(numbers, stacks[0][0].rpartition(".")[0], _share(len(stacks[0]), depth, 1))
 
 

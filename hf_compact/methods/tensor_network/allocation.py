@@ -168,14 +168,19 @@ def prepare(
 def _least(arch: Architecture, names: Sequence[str], config: TensorNetworkConfig) -> dict[str, float]:
     """The share of its parameters that a Linear keeps at least."""
     found = set(select_names(names, config.protected, field="protected")) if config.protected else set()
-    for stack in arch.stacks:
-        for number in config.protected_blocks:
+    for number in config.protected_blocks:
+        for stack in arch.stacks:
             if not -len(stack) <= number < len(stack):
                 raise ConfigError(
                     f"tensor_network.protected_blocks must be in [{-len(stack)}, {len(stack) - 1}] for the blocks of "
                     f"{stack[0].rpartition('.')[0]}, got {number}"
                 )
-            found.update(arch.targets(stack[number]))
+            mine = set(arch.targets(stack[number])) & set(names)
+            if not mine:
+                raise NothingMatched(
+                    f"tensor_network.protected_blocks {number}: no Linear of {stack[number]} is among those that are selected"
+                )
+            found.update(mine)
     return {name: config.protected_ratio if name in found else 0.0 for name in names}
 
 
@@ -222,7 +227,7 @@ def _uniform(shapes: Mapping[str, torch.Size], least: Mapping[str, float], confi
         protected = f"what {len(above)} protected Linears keep at protected_ratio {config.protected_ratio}, and " if above else ""
         raise ConfigError(
             f"tensor_network.keep_ratio {config.keep_ratio} is less than {protected}the least ranks of "
-            f"{'the others' if above else 'all Linears'} (rank_multiple {config.rank_multiple})"
+            f"the Linears that are left (rank_multiple {config.rank_multiple})"
         )
     return {name: int((least[name] if name in above else left / rest) * size) for name, size in sizes.items()}
 

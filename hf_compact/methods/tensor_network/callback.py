@@ -185,8 +185,9 @@ class TensorNetworkCallback(CompactCallback):
         if config is not None:
             prefix = f"{model.base_model_prefix}."
             for name in self.names:
-                # adapters of PEFT put a prefix before a name, a bare encoder lacks one
-                key = next(k for k in config.modules if k == prefix + name or f".{name}".endswith(f".{k}"))
+                # a bare encoder lacks the prefix of its model, adapters of PEFT put one of their own before it
+                ends = (name, prefix + name, *(k for k in config.modules if name.endswith(f".{k}")))
+                key = next(k for k in ends if k in config.modules)
                 config.modules[key] = {"layer": "tensor_train_linear", **model.get_submodule(name).spec()}
 
     def _right(self, name: str, linear: nn.Linear) -> Tensor | None:

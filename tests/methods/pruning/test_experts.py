@@ -10,7 +10,7 @@ import transformers
 
 from hf_compact import drop_experts_
 from hf_compact.errors import ConfigError, NothingMatched, NumericalError, UnsupportedModel
-from hf_compact.methods.pruning.experts import FAMILIES
+from hf_compact.methods.pruning.experts import FAMILIES, _scores, find_experts
 from tests.conftest import tiny_model
 from tests.methods.pruning.test_apply import STOCK
 
@@ -92,25 +92,42 @@ def test_it_loads_where_this_library_is_not(tmp_path):
     assert float(done.stdout) == pytest.approx(expected, rel=1e-6)
 
 
-def test_what_adds_least_goes():
+@torch.no_grad()
+def by_hand(model, block: int, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean of router weight times length of the output, token by token, and how many tokens each expert gets."""
+    experts, seen = model.model.layers[block].mlp.experts, []
+    handle = experts.register_forward_pre_hook(lambda _, args: seen.append(args))
+    model(input_ids=IDS, attention_mask=mask)
+    handle.remove()
+    sums, counts = torch.zeros(8, dtype=torch.float64), torch.zeros(8, dtype=torch.float64)
+    for state, chosen, weights, is_real in zip(*seen[0], mask.flatten(), strict=True):
+        for expert, weight in zip(chosen.tolist(), weights, strict=True) if is_real else ():
+            gate, up = (experts.gate_up_proj[expert] @ state).chunk(2)
+            sums[expert] += float(weight * (experts.down_proj[expert] @ (torch.nn.functional.silu(gate) * up)).norm())
+            counts[expert] += 1
+    return sums / counts.clamp_min(1), counts
+
+
+@pytest.mark.parametrize("score", ["output", "frequency"])
+def test_scores_are_those_of_tokens_that_count(score):
+    """Router weights and padding make a difference to which experts go."""
     model = mixture("mixtral")
-    for layer, expert in ((0, 3), (1, 6)):
-        model.model.layers[layer].mlp.experts.down_proj.data[expert] *= 1e-3
-    assert list(drop_experts_(model, BATCHES, share=0.125).values()) == [[3], [6]]
-
-
-def test_what_is_picked_least_goes_and_padding_does_not_count():
-    model, picked = mixture("mixtral"), []
+    model.model.layers[0].mlp.experts.down_proj.data *= torch.linspace(1, 1.6, 8)[:, None, None]
     mask = torch.ones_like(IDS)
-    mask[1, 5:] = 0
-    model.model.layers[0].mlp.gate.register_forward_hook(lambda *args: picked.append(args[2][2]))
-    with torch.no_grad():
-        model(input_ids=IDS, attention_mask=mask)
-    counts = torch.bincount(picked[0][mask.flatten().bool()].flatten(), minlength=8)
-    gone = drop_experts_(model, [{"input_ids": IDS, "attention_mask": mask}], share=0.5, score="frequency")
-    kept = [expert for expert in range(8) if expert not in gone["model.layers.0.mlp"]]
-    assert counts[gone["model.layers.0.mlp"]].max() <= counts[kept].min()
-    assert sum(counts) == 2 * mask.sum()
+    mask[1, 2:] = 0
+    found = _scores(model, find_experts(model), [{"input_ids": IDS, "attention_mask": mask}], score)["model.layers.0.mlp"]
+    expected = by_hand(model, 0, mask)[score == "frequency"]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(expected, by_hand(model, 0, torch.ones_like(mask))[score == "frequency"], rtol=0.02)
+    gone = drop_experts_(model, [{"input_ids": IDS, "attention_mask": mask}], share=0.5, score=score)["model.layers.0.mlp"]
+    assert gone == sorted(expected.argsort(descending=True, stable=True)[4:].tolist())
+
+
+def test_modes_of_modules_stay():
+    model = mixture("mixtral").train()
+    model.model.layers[0].eval()
+    drop_experts_(model, BATCHES)
+    assert (model.training, model.model.layers[0].training, model.model.layers[1].training) == (True, False, True)
 
 
 def test_blocks_without_experts_stay():

@@ -750,12 +750,20 @@ def test_groups_of_one_shot_go_in_training(score, is_uniform, tmp_path):
     given = BATCHES if score in ("wanda_sp", "flap", "taylor") else []
     settings = SETTINGS | {"kinds": ("channels",), "unit": "groups", "target": 0.25, "one_shot": score, "is_uniform": is_uniform}
     callback = HessoCallback(**settings, batches=given)
-    watched = []
+    watched, ranked = [], []
     callback.restore_ = lambda model, restore=callback.restore_: (
-        watched.append([group_set.zero_groups().tolist() for group_set in callback.sets]), restore(model)
+        watched.append([group_set.zero_groups().tolist() for group_set in callback.sets]),
+        ranked.append([callback._one_shot(group_set).clone() for group_set in callback.sets]), restore(model),
     )  # fmt: skip
     train(model, callback, tmp_path, save_strategy="no")
     assert sum(map(len, watched[0])) == 3 * callback.counts["channels"]
+    if not is_uniform:  # runs of four compete by their mean, so that all that is lost is of low scores, but for part of a run
+        scores, gone = (
+            torch.cat(ranked[0]),
+            torch.cat([torch.isin(torch.arange(72), torch.tensor(numbers)) for numbers in watched[0]]),
+        )
+        assert scores[gone].mean() < scores[~gone].mean()
+        assert gone[scores.argsort()[: len(scores) // 12]].float().mean() > 0.8
     assert not [name for name, _ in model.named_buffers() if "pruning" in name]
     if not is_uniform:
         return

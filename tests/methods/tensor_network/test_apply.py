@@ -171,6 +171,10 @@ def test_the_first_and_the_last_block_are_protected_by_number(allocation):
     assert values[1] < min(values[0], values[2])
     with pytest.raises(ConfigError, match=r"protected_blocks must be in \[-3, 2\] for the blocks of model\.layers, got 3"):
         compressed("llama", UNIFORM | {"allocation": allocation, "protected_blocks": [3]})
+    with pytest.raises(
+        NothingMatched, match=r"protected_blocks -1: no Linear of model\.layers\.2 is among those that are selected"
+    ):
+        compressed("llama", UNIFORM | {"allocation": allocation, "protected_blocks": [-1], "exclude": ["*.layers.2.*"]})
 
 
 def test_sensitive_linears_get_more():
