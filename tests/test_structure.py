@@ -53,7 +53,7 @@ ORDER = [
     "cli",
 ]
 SLICE_ORDER = [
-    "config", "functional", "joint", "layer", "model", "cache", "allocation", "apply", "exchange", "optimizer", "cric", "callback", "__init__",
+    "config", "functional", "joint", "layer", "model", "cache", "allocation", "apply", "exchange", "optimizer", "cric", "experts", "callback", "__init__",
 ]  # fmt: skip
 #: Slices that are no stage of a recipe, so no entry of METHODS: a PEFT method, and those that change training and not the model.
 OTHER_SLICES = {"compacter", "distillation", "one_bit_adam", "sorted_net"}
