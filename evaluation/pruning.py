@@ -27,6 +27,7 @@ from transformers import Trainer, TrainingArguments
 
 from evaluation import planted
 from evaluation import steps as stepwise
+from evaluation.planted import PAPER
 from evaluation.steps import RESULTS, bar, machine, taken
 from hf_compact import DistillationCallback, HessoCallback, SpeedConfig, api, evaluate
 from hf_compact.calibration import read_texts, sample
@@ -55,8 +56,6 @@ DEFAULTS = argparse.Namespace(steps=STEPS, own_text=False)
 RATES = (1e-4, 3e-4)
 #: What overhead is measured at.
 LEARNING_RATE = 1e-4
-#: HESSO's own scores, without what a group adds to the output.
-PAPER = {"output": 0.0} | dict.fromkeys(("magnitude", "avg_magnitude", "cosine", "taylor_first", "taylor_second"), 0.2)
 #: What is chosen is replaced at once, by the calibration of the recipes; every choice takes a pass over it.
 REFIT = {"compensation": "refit", "periods": 2}
 #: HESSO warms up for a twentieth of the steps and prunes for a quarter of them.
