@@ -189,7 +189,7 @@ def _check_budget(options: Sequence[Sequence[_Option]], total: int, config: Tens
     if smallest > int(config.keep_ratio * total):
         raise ConfigError(
             f"tensor_network.keep_ratio must be at least {smallest / total:.4f} with these ranks (rank_multiple "
-            f"{config.rank_multiple}), protected Linears and profile, got {config.keep_ratio}"
+            f"{config.rank_multiple}, dense_above {config.dense_above}), protected Linears and profile, got {config.keep_ratio}"
         )
 
 
@@ -248,7 +248,8 @@ class _Stack:
         lost = _lost(energies(self._rows(), self.right))
         ranks = range(self.config.rank_multiple, len(lost), self.config.rank_multiple)
         sized = [(rank, tuple(rank * (out + (columns if k == 0 else 0)) for k, out in enumerate(rows))) for rank in ranks]
-        return [_Option(Choice(sum(v), lost[rank]), v, rank) for rank, v in sized if sum(v) < sum(rows) * columns]
+        most = _most(sum(rows) * columns, self.config)
+        return [_Option(Choice(sum(v), lost[rank]), v, rank) for rank, v in sized if sum(v) <= most]
 
     def basis(self, rank: int) -> Tensor:
         """`[rank, in]` as it is stored."""
@@ -286,10 +287,16 @@ def metrics(gram: Tensor | None, outputs: Tensor | None, config: TensorNetworkCo
 
 
 def _ranks(shape: Sequence[int], config: TensorNetworkConfig) -> list[tuple[int, int]]:
-    """`(rank, values)` of every low-rank choice that is smaller than the dense matrix; too small a one has every rank."""
+    """`(rank, values)` of every low-rank choice that is worth its two products; too small a matrix has every rank."""
     multiples = range(config.rank_multiple, min(shape), config.rank_multiple)
     sized = [(rank, low_rank_values(shape[0], shape[1], rank, config.is_pivoted)) for rank in multiples or range(1, min(shape))]
-    return [(rank, values) for rank, values in sized if values < shape[0] * shape[1]]
+    most = _most(shape[0] * shape[1], config)
+    return [(rank, values) for rank, values in sized if values <= most]
+
+
+def _most(num_dense: int, config: TensorNetworkConfig) -> int:
+    """Values that factors have at most: fewer than the dense matrix."""
+    return min(num_dense - 1, int(config.dense_above * num_dense))
 
 
 def _profiled_curves(shapes: Mapping[str, torch.Size], config: TensorNetworkConfig) -> dict[str, list[Choice]]:

@@ -37,6 +37,9 @@ class TensorNetworkConfig(MethodConfig):
     """Allocation `profile` only: the JSON file."""
     rank_multiple: int = 8
     """Ranks are multiples of it, where the matrix is not kept dense."""
+    dense_above: float = 1.0
+    """A Linear that would keep a larger share of its parameters stays dense: two products take longer than one, which only a
+    small share makes up for. Below 1 the allocation has to choose, so it is `fisher` or `profile`."""
     basis_group: int = 1
     """Linears of one kind that read the residual stream (q, k, v, gate, up) in so many adjacent blocks may share the right
     factor of a plain product, which is stored once; each has its own left factor. They do where the allocation finds it
@@ -61,6 +64,11 @@ class TensorNetworkConfig(MethodConfig):
                 f"tensor_network.basis_group above 1 belongs to allocation fisher, which decides who shares, "
                 f"got {self.basis_group} and allocation {self.allocation}"
             )
+        if self.dense_above < 1 and self.allocation == "uniform":
+            raise ConfigError(
+                f"tensor_network.dense_above below 1 belongs to an allocation that chooses what stays dense, fisher or profile, "
+                f"got {self.dense_above} and allocation uniform"
+            )
         if (self.allocation == "profile") != (self.profile is not None):
             raise ConfigError(
                 f"tensor_network.profile belongs to allocation profile, got allocation {self.allocation} and profile {self.profile}"
@@ -72,7 +80,7 @@ class TensorNetworkConfig(MethodConfig):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"tensor_network.{name} must be one of {', '.join(allowed)}, got {getattr(self, name)}")
-        for name in ("keep_ratio", "protected_ratio"):
+        for name in ("keep_ratio", "protected_ratio", "dense_above"):
             if not 0 < getattr(self, name) <= 1:
                 raise ConfigError(f"tensor_network.{name} must be in (0, 1], got {getattr(self, name)}")
         for name in ("damp", "blend"):

@@ -223,8 +223,25 @@ def test_a_matrix_smaller_than_the_multiple_has_ranks_of_its_own():
     assert max(ranks) > 1
 
 
+def test_what_would_keep_too_much_stays_dense():
+    """The same budget from fewer Linears, each of which keeps at most the share that two products are worth."""
+    free = compressed("llama", UNIFORM | {"allocation": "fisher", "keep_ratio": 0.7, "rank_multiple": 1})[0]
+    bound = compressed("llama", UNIFORM | {"allocation": "fisher", "keep_ratio": 0.7, "rank_multiple": 1, "dense_above": 0.5})[0]
+    trains = {
+        key: [module for module in model.modules() if isinstance(module, TensorTrainLinear)]
+        for key, model in (("free", free), ("bound", bound))
+    }
+    shares = {key: [m.num_values / (m.in_features * m.out_features) for m in of] for key, of in trains.items()}
+    assert max(shares["free"]) > 0.5 >= max(shares["bound"])
+    assert 0 < len(shares["bound"]) < len(shares["free"])
+    with pytest.raises(ConfigError, match=r"dense_above must be in \(0, 1\], got 0"):
+        TensorNetworkConfig(dense_above=0)
+    with pytest.raises(ConfigError, match="dense_above below 1 belongs to an allocation that chooses .*, got 0.5 and allocation uniform"):
+        TensorNetworkConfig(dense_above=0.5, allocation="uniform")
+
+
 def test_a_budget_below_the_smallest_ranks_names_its_field():
-    with pytest.raises(ConfigError, match=r"keep_ratio must be at least 0.\d+ with these ranks \(rank_multiple 16\).*, got 0.3"):
+    with pytest.raises(ConfigError, match=r"keep_ratio must be at least 0.\d+ with these ranks \(rank_multiple 16, dense_above 1.0\).*, got 0.3"):
         compressed("llama", UNIFORM | {"allocation": "fisher", "rank_multiple": 16, "keep_ratio": 0.3})
 
 
