@@ -236,12 +236,16 @@ def test_what_would_keep_too_much_stays_dense():
     assert 0 < len(shares["bound"]) < len(shares["free"])
     with pytest.raises(ConfigError, match=r"dense_above must be in \(0, 1\], got 0"):
         TensorNetworkConfig(dense_above=0)
-    with pytest.raises(ConfigError, match="dense_above below 1 belongs to an allocation that chooses .*, got 0.5 and allocation uniform"):
+    with pytest.raises(
+        ConfigError, match=r"dense_above below 1 belongs to an allocation that chooses .*, got 0.5 and allocation uniform"
+    ):
         TensorNetworkConfig(dense_above=0.5, allocation="uniform")
 
 
 def test_a_budget_below_the_smallest_ranks_names_its_field():
-    with pytest.raises(ConfigError, match=r"keep_ratio must be at least 0.\d+ with these ranks \(rank_multiple 16, dense_above 1.0\).*, got 0.3"):
+    with pytest.raises(
+        ConfigError, match=r"keep_ratio must be at least 0.\d+ with these ranks \(rank_multiple 16, dense_above 1.0\).*, got 0.3"
+    ):
         compressed("llama", UNIFORM | {"allocation": "fisher", "rank_multiple": 16, "keep_ratio": 0.3})
 
 
