@@ -395,14 +395,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure what is missing and write the tables."""
     parser = stepwise.parser(__doc__, "runs/pruning")
     parser.add_argument("--step", action="append", choices=list(steps(DEFAULTS)), help="a step by name; all by default")
-    parser.add_argument(
-        "--dtype", choices=["auto", "float32"], default="auto",
-        help="to prune in one shot and to score in: float32 where the processor computes bfloat16 in software",
-    )  # fmt: skip
+    stepwise.add_training(parser)
     parser.add_argument("--train-steps", type=int, default=STEPS, help="steps of 1024 tokens of the rows that are trained")
-    parser.add_argument(
-        "--own-text", action="store_true", help="train on what the dense model writes, not on the calibration texts"
-    )
     parser.add_argument("--quick", action="store_true", help="only shows that everything runs; tables go to the work folder")
     options = stepwise.parse(parser, arguments)
     options.steps, options.length = (8, 32) if options.quick else (options.train_steps, LENGTH)

@@ -70,6 +70,17 @@ def parser(description: str, work: str) -> argparse.ArgumentParser:
     return made
 
 
+def add_training(made: argparse.ArgumentParser) -> None:
+    """Arguments of a measurement that trains as well."""
+    made.add_argument(
+        "--dtype", choices=["auto", "float32"], default="auto",
+        help="to prune in one shot, to train and to time in: float32 where the processor computes bfloat16 in software",
+    )  # fmt: skip
+    made.add_argument(
+        "--own-text", action="store_true", help="train on what the dense model writes, not on the calibration texts"
+    )
+
+
 def parse(made: argparse.ArgumentParser, arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the arguments of `parser` and make the work folder."""
     options = made.parse_args(arguments)
@@ -184,7 +195,7 @@ def own_text(options: argparse.Namespace, number: int, length: int) -> Path:
     path = options.work / f"own-text-{number}-{length}.txt"
     with taken(path):
         if not path.exists():
-            opened = api.open_dense(options.model, "bfloat16", is_whole=True)
+            opened = api.open_dense(options.model, "bfloat16" if options.dtype == "auto" else options.dtype, is_whole=True)
             model, tokenizer = opened.model.to(options.device), opened.load_tokenizer()
             torch.manual_seed(0)
             parts: list[str] = []

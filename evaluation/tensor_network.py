@@ -7,7 +7,8 @@ r"""Tensor networks: quality without training, healing, composition at equal byt
 calibration texts, or of what the dense model writes (`--own-text`): the factors of the decomposed model, or all of its weights,
 and, as the control, all weights of the dense one, on the same tokens in the same order. Rows of another number of tokens or of
 own text say it in their names. Each is trained at several learning rates, and the best one on windows that no row trains on, of
-the same texts, counts; the teacher of distilled rows is the dense model so trained. Several processes may be at it at once.
+the same texts, counts; the teacher of distilled rows is the dense model so trained, or, on own text, as it is. Several
+processes may be at it at once.
 Results go to `evaluation/results/03-tensor-network.json` and `.md`.
 """
 
@@ -119,8 +120,11 @@ def healed(options: argparse.Namespace, percent: str | None, kind: str, rate: fl
     if percent is not None:
         trains_rest, is_distilled = HEALING[kind]
         if is_distilled:
-            teacher = best(options, None, "")
-            callbacks.append(DistillationCallback(verify.load_model(options.work / teacher, dtype=torch.float32)))
+            if options.own_text:  # which the dense model has nothing to learn from
+                teacher = api.open_dense(options.model, "float32", is_whole=True).model
+            else:
+                teacher = verify.load_model(options.work / best(options, None, ""), dtype=torch.float32)
+            callbacks.append(DistillationCallback(teacher))
         callbacks.append(TensorNetworkCallback(schedule="heal", trains_rest=trains_rest))
         stepwise.done(steps(options), options.work, f"tensor-network-{percent}", options.device)
         model = verify.load_model(options.work / f"tensor-network-{percent}", dtype=torch.float32)
@@ -130,7 +134,7 @@ def healed(options: argparse.Namespace, percent: str | None, kind: str, rate: fl
         texts = [stepwise.own_training_text(options, options.tokens // LENGTH, LENGTH)]
     data = stepwise.TrainingWindows(texts, tokenizer, LENGTH, options.tokens // LENGTH)
     arguments = TrainingArguments(
-        str(options.work / f"{name}-trainer"), per_device_train_batch_size=BATCH, num_train_epochs=1, bf16=True,
+        str(options.work / f"{name}-trainer"), per_device_train_batch_size=BATCH, num_train_epochs=1, bf16=options.dtype == "auto",
         use_cpu=options.device == "cpu", learning_rate=rate, lr_scheduler_type="cosine", warmup_steps=len(data) // BATCH // 30, weight_decay=0.0,
         save_steps=20, save_total_limit=1, report_to=[], disable_tqdm=True, logging_steps=20, seed=0,
     )  # fmt: skip
@@ -181,8 +185,8 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
     for name in TIMED:
         stepwise.done(steps(options), options.work, f"tensor-network-{name}", options.device)
     started = time.perf_counter()
-    models = {"dense": api.open_for_scoring(options.model)[0]}
-    models |= {name: api.open_for_scoring(options.work / f"tensor-network-{name}")[0] for name in TIMED}
+    models = {"dense": api.open_for_scoring(options.model, dtype=options.dtype)[0]}
+    models |= {name: api.open_for_scoring(options.work / f"tensor-network-{name}", dtype=options.dtype)[0] for name in TIMED}
     ids = torch.arange(PREFILL)[None] % 1000
     times: dict[str, list[float]] = {f"{kind} {name}": [] for name in models for kind in ("prefill", "decode")}
     for turn in range(16):
@@ -209,6 +213,7 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
         **found,
         "machine": machine(),
         "device": "cpu",
+        "dtype": options.dtype,
         "factored_layers": sums,
         "threads": torch.get_num_threads(),
         "command_seconds": time.perf_counter() - started,
@@ -363,15 +368,14 @@ def main() -> int:
     parser = stepwise.parser(__doc__, "runs/tensor")
     parser.add_argument("--step", action="append", help="a step by name; all by default")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="to heal on, and to train the dense control on")
-    parser.add_argument(
-        "--own-text", action="store_true", help="heal on what the dense model writes, not on the calibration texts"
-    )
+    stepwise.add_training(parser)
     options = stepwise.parse(parser)
     todo = steps(options)
     if unknown := [name for name in options.step or () if name not in todo]:
         parser.error(f"--step must be one of {', '.join(todo)}, got {unknown[0]!r}")
     found = stepwise.run(todo, options.work, options.step, options.device, options.rows)
     line = stepwise.command_line("tensor_network", options) + f" --tokens {options.tokens}" + " --own-text" * options.own_text
+    line += f" --dtype {options.dtype}" if options.dtype != "auto" else ""
     print(write(found, line))
     return 0
 
