@@ -201,12 +201,18 @@ class TensorTrainLinear(nn.Module):
                     f"{name} is that of {source}, and an adapter on it would be merged into every Linear that shares it: "
                     'leave shared cores out (target_modules="all-linear" with exclude_modules=["core1"])'
                 )
-        if self._is_bare:
-            if not self.is_pivoted and not self._is_rebuilt(x):
-                return F.linear(F.linear(x, self.core1.weight), self.core0.weight, self.bias)
-            if self.is_pivoted and self._orders_factor(x):
-                up = torch.cat([torch.eye(self.ranks[0], dtype=x.dtype, device=x.device), _weight(self.core0, x.dtype)])
-                return F.linear(self.core1(x), up[self.out_order], self.bias)
+        tokens, bare = x.shape[:-1].numel(), self._bare_weights()
+        if bare is not None and tokens <= self._most_factored:
+            up, inner = bare[0], F.linear(x, bare[1])
+            if not self.is_pivoted:
+                return F.linear(inner, up, self.bias)
+            if tokens > self.ranks[0] and up.dtype == x.dtype:
+                # Rows of the left factor are put in order instead of outputs: less to move, and moving those took longer than the
+                # r^2 multiply-adds per token that pivots save. It is not kept: a core may change without a trace, through `data`.
+                up = torch.cat([torch.eye(self.ranks[0], dtype=x.dtype, device=x.device), up])
+                return F.linear(inner, up[self.out_order], self.bias)
+            y = _reordered(torch.cat([inner, F.linear(inner, up)], dim=-1), self.out_order)
+            return y if self.bias is None else y + self.bias
         if self.is_sorted:
             x = _reordered(x, self.in_order)
         y = F.linear(x, self._matrix(x.dtype)) if self._is_rebuilt(x) else self._factored(x)
@@ -264,23 +270,18 @@ class TensorTrainLinear(nn.Module):
             return self.mode == "dense"
         return x.shape[:-1].numel() > self._most_factored and not self._is_watched
 
-    @property
-    def _is_bare(self) -> bool:
-        """Whether two factors can be multiplied without calling their modules: nobody would notice, and decoding calls them often."""
-        if not self.is_low_rank or self.active_rank is not None or self.mode != "auto" or torch.is_grad_enabled():
-            return False
-        for core in (self.core0, self.core1):
-            if type(core) is not nn.Linear or core._forward_hooks or core._forward_pre_hooks or "forward" in core.__dict__:
-                return False
-        return True
+    def _bare_weights(self) -> tuple[Tensor, Tensor] | None:
+        """Two factors that can be multiplied without calling their modules, as nobody would notice; None where somebody would.
 
-    def _orders_factor(self, x: Tensor) -> bool:
-        """Whether the rows of the left factor are put in order instead of the outputs.
-
-        Where tokens are more than ranks that is less to move, and moving outputs took longer than the `r^2` multiply-adds per
-        token that pivoting saves. The ordered factor is not kept: a core may change without a trace, through `data`.
+        Decoding asks at every token and layer, so they are not searched for as attributes, which takes as long as a small product.
         """
-        return self.core0.weight.dtype == x.dtype and x.shape[:-1].numel() > self.ranks[0]
+        if torch.is_grad_enabled() or not self.is_low_rank or self.active_rank is not None or self.mode != "auto":
+            return None
+        first, second = self._modules["core0"], self._modules["core1"]
+        for core in (first, second):
+            if type(core) is not nn.Linear or core._forward_hooks or core._forward_pre_hooks or "forward" in core.__dict__:
+                return None
+        return first._parameters["weight"], second._parameters["weight"]
 
     @property
     def _is_watched(self) -> bool:
