@@ -180,13 +180,12 @@ def chosen(found: dict[str, Any], percent: str | None, kind: str, ending: str) -
 
 
 @torch.no_grad()
-def speed(options: argparse.Namespace) -> dict[str, Any]:
+def speed(options: argparse.Namespace, recipe: str) -> dict[str, Any]:
     """Seconds of prefill and of one decoded token, dense and decomposed by turns in one process; medians of 15."""
-    for name in TIMED:
-        stepwise.done(steps(options), options.work, f"tensor-network-{name}", options.device)
+    stepwise.done(steps(options), options.work, f"tensor-network-{recipe}", options.device)
     started = time.perf_counter()
     models = {"dense": api.open_for_scoring(options.model, dtype=options.dtype)[0]}
-    models |= {name: api.open_for_scoring(options.work / f"tensor-network-{name}", dtype=options.dtype)[0] for name in TIMED}
+    models[recipe] = api.open_for_scoring(options.work / f"tensor-network-{recipe}", dtype=options.dtype)[0]
     ids = torch.arange(PREFILL)[None] % 1000
     times: dict[str, list[float]] = {f"{kind} {name}": [] for name in models for kind in ("prefill", "decode")}
     for turn in range(16):
@@ -200,14 +199,11 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
                 times[f"prefill {name}"].append(middle - at)
                 times[f"decode {name}"].append((time.perf_counter() - middle) / 8)
     found = {key: statistics.median(values) for key, values in times.items()}
-    layers = {name: [m for m in models[name].modules() if isinstance(m, TensorTrainLinear)] for name in TIMED}
+    layers = [m for m in models[recipe].modules() if isinstance(m, TensorTrainLinear)]
     sums = {
-        name: {
-            "multiply_adds": sum(m.num_multiply_adds for m in of),
-            "values": sum(m.num_values for m in of),
-            "dense": sum(m.in_features * m.out_features for m in of),
-        }
-        for name, of in layers.items()
+        "multiply_adds": sum(m.num_multiply_adds for m in layers),
+        "values": sum(m.num_values for m in layers),
+        "dense": sum(m.in_features * m.out_features for m in layers),
     }
     return {
         **found,
@@ -234,7 +230,8 @@ def steps(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]
         changed["calibration"] |= {"num_sequences": 256, "batch_size": 16}
         full = f"tensor-network-40-fast-{ending}"
         found[full] = lambda full=full, changed=changed: compressed(options, full, changed)
-    found["speed"] = lambda: speed(options)
+    for name in TIMED:
+        found[f"speed-{name}"] = lambda name=name: speed(options, name)
     small = {key: value for key, value in recipe("compactifai-93").items() if key not in ("stages", "distillation")}
     found["correction"] = lambda: compressed(
         options, "correction", small | {"stages": [CORRECTION, {**ENTROPY, "bits": CORRECTED_BITS, "sensitivity": "none"}]}
@@ -279,12 +276,12 @@ def bars(found: dict[str, Any]) -> list[dict[str, Any]]:
 
     untrained_bars(found, add)
     relative_bars(found, add)
-    if "speed" in found:
-        row = found["speed"]
-        for name in TIMED:
+    for name in TIMED:
+        if row := found.get(f"speed-{name}"):
             decode, prefill = row["decode dense"] / row[f"decode {name}"], row["prefill dense"] / row[f"prefill {name}"]
-            add(f"-{name}: decoding at batch 1, times as fast as dense", ">= 1", decode, decode >= 1, row)
-            claim = f"-{name}: prefill of {PREFILL} tokens, times as fast as dense"
+            where = "" if row.get("dtype", "auto") == "auto" else f", {row['dtype']}"
+            add(f"-{name}: decoding at batch 1, times as fast as dense{where}", ">= 1", decode, decode >= 1, row)
+            claim = f"-{name}: prefill of {PREFILL} tokens, times as fast as dense{where}"
             add(claim, f">= {PREFILL_RATIO}", prefill, prefill >= PREFILL_RATIO, row)
     return result
 
@@ -356,8 +353,10 @@ def write(found: dict[str, Any], line: str) -> str:
         json.dumps({"bars": [common | b for b in held], "rows": found}, indent=2) + "\n"
     )
     text = f"# Tensor networks\n\n{machine()}, seed 0; the commit of each row is in the JSON.\n\n" + "\n".join(lines)
-    if "speed" in found:
-        text += "\n\n" + ", ".join(f"{key}: {1e3 * value:.1f} ms" for key, value in found["speed"].items() if " " in key)
+    for name in TIMED:
+        if row := found.get(f"speed-{name}"):
+            text += "\n\n" + ", ".join(f"{key}: {1e3 * value:.1f} ms" for key, value in row.items() if " " in key)
+            text += f" ({row.get('dtype', 'auto')}, {row['machine']})" if "machine" in row else ""
     text += f"\n\n{stepwise.bar_table(held)}\n"
     (RESULTS / "03-tensor-network.md").write_text(text)
     return text

@@ -281,11 +281,12 @@ def test_tensor_networks_are_held_against_their_bars(tmp_path, monkeypatch):
 
     twenty = {**scores(30.0, 120.0), "totals": totals, "file_bytes": 10**8, "solver_seconds": 120.0, "kept_share": 0.803}
     times = {"prefill dense": 0.12, "prefill 40": 0.1, "decode dense": 0.01, "decode 40": 0.011}
-    times |= {"prefill 40-fast": 0.11, "decode 40-fast": 0.008}
+    fast = {"prefill dense": 0.12, "prefill 40-fast": 0.11, "decode dense": 0.01, "decode 40-fast": 0.008, "dtype": "float32"}
     found = {
         "dense": scores(20.0, 30.0),
         "tensor-network-20": twenty,
-        "speed": {**times, **common},
+        "speed-40": {**times, **common},
+        "speed-40-fast": {**fast, **common},
         "healed-dense-0.0001": {**scores(10.0, 30.0), "held_out": 9.0, "tokens": 500_000},
         "healed-20-0.001": {**scores(11.0, 36.0), "held_out": 9.5},
         "healed-20-0.0003": {**scores(10.5, 37.0), "held_out": 9.6},
