@@ -10,6 +10,9 @@ model: bytes, perplexity, tasks with their errors, prefill and decoding by turns
 that leave no model (1-bit Adam, distillation) have measurements of their own. `--row` takes some rows only; a row that cannot
 be made is named with its reason, and the others go on. The table goes to `evaluation/results/08-overview.md`, `.html` and
 `.json`; the rows of the tasks stay in the work folder. `--quick` shows that everything runs: tiny calibration, few tokens.
+
+`--times` times every method and writes `08-times`, without hours of calibration and training: how fast a model is and what memory
+it takes come from its formats and shapes, and rows of the settings of `--quick` have those, with other values in them.
 """
 
 import argparse
@@ -169,10 +172,11 @@ def finished(results: Results, options: argparse.Namespace) -> Results:
     for model in results.models:
         kept = options.work / f"{model.name}.seconds.json"
         found = json.loads(kept.read_text()) if kept.exists() else None
+        is_claimed = found is not None and not options.times  # the seconds of tiny settings say nothing
         models.append(
             dataclasses.replace(
                 model,
-                compression=None if found is None else {**(model.compression or {}), "seconds": found["seconds"]},
+                compression={**(model.compression or {}), "seconds": found["seconds"]} if is_claimed else None,
                 provenance={**model.provenance, **({} if found is None else {"compressed_at": found["commit"]})},
                 tasks={task: {**entry, "items": {}} for task, entry in model.tasks.items()},
             )
@@ -197,8 +201,14 @@ def main() -> int:
     parser.add_argument("--no-speed", action="store_true", help="leave times and memory out: others are at work on this machine")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the tables")
     parser.add_argument("--quick", action="store_true", help="tiny settings that only show that it runs")
+    parser.add_argument(
+        "--times", action="store_true", help="only time rows, which are made as by --quick, in a work folder of their own"
+    )
     parser.add_argument("--hesso", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.times and options.no_speed:
+        parser.error("--times with --no-speed leaves nothing to measure")
+    options.quick |= options.times
     options.work.mkdir(parents=True, exist_ok=True)
     if options.hesso:
         hesso(options.hesso, options)
@@ -206,11 +216,11 @@ def main() -> int:
     at = commit()
     folders, skipped = make(options, at)
     skipped |= {name: "not run" for name in ROWS if options.row and name not in options.row}
-    timing = SpeedConfig(prompt_tokens=16, new_tokens=3, repeats=1) if options.quick else SpeedConfig()
+    timing = SpeedConfig(prompt_tokens=16, new_tokens=3, repeats=1) if options.quick and not options.times else SpeedConfig()
     protocol = Protocol(
         windows=Windows(window_length=64, num_windows=2) if options.quick else Windows(),
-        tasks=tuple(options.task or TASKS), limit=options.limit, speed=None if options.no_speed else timing, dtype="bfloat16",
-        device=options.device, batch_size=BATCH_SIZE,
+        tasks=() if options.times else tuple(options.task or TASKS), limit=options.limit,
+        speed=None if options.no_speed else timing, dtype="bfloat16", device=options.device, batch_size=BATCH_SIZE,
     )  # fmt: skip
     last = ""
 
@@ -221,13 +231,14 @@ def main() -> int:
             print(f"scoring: {unit}", flush=True)
 
     results = measure(
-        folders, options.text, protocol, compare_with=dense(options), task_data=options.task_data,
+        folders, () if options.times else options.text, protocol, compare_with=dense(options), task_data=options.task_data,
         output=options.work / "results.json", provenance={"commit": at}, progress=advance,
     )  # fmt: skip
     results = finished(dataclasses.replace(results, skipped=skipped), options)
     options.results.mkdir(exist_ok=True)
+    name, title = ("08-times", "Times of methods") if options.times else ("08-overview", "Methods")
     for kind in ("json", "md", "html"):
-        compare.write(results, options.results / f"08-overview.{kind}", f"Methods on {Path(options.model).name}")
+        compare.write(results, options.results / f"{name}.{kind}", f"{title} on {Path(options.model).name}")
     print(compare.markdown(results))
     return 0
 

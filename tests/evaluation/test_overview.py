@@ -13,6 +13,7 @@ from evaluation import overview
 from hf_compact import benchmark, cli
 from hf_compact.methods import METHODS
 from hf_compact.results import Results
+from hf_compact.speed import SpeedConfig
 from tests.tasks import write_tasks
 
 
@@ -75,6 +76,26 @@ def test_quick_form(dense_folder, text_file, tmp_path, monkeypatch, capsys):
     assert "skipped: ternary" in table
     assert "<svg" in (tmp_path / "results" / "08-overview.html").read_text()
     assert str(tmp_path) not in table
+
+
+@pytest.mark.cli
+def test_times_alone(dense_folder, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(overview, "python", in_this_process)
+    memory = {"device": "cpu", "load_seconds": 1.0, "runtime_bytes": 1, "loaded_bytes": 2, "peak_bytes": 3}
+    monkeypatch.setattr(benchmark, "_memory", lambda path, work: memory)
+    monkeypatch.setattr(overview, "SpeedConfig", lambda: SpeedConfig(prompt_tokens=5, new_tokens=3, repeats=2))
+    monkeypatch.setattr(sys, "argv", ["overview", "--model", str(dense_folder), "--calibration", str(text_file), "--text", str(text_file),
+        "--times", "--row", "codebook-3bit", "--work", str(tmp_path / "work"), "--results", str(tmp_path / "results")])  # fmt: skip
+    assert overview.main() == 0
+    assert {path.name for path in (tmp_path / "results").iterdir()} == {"08-times.json", "08-times.md", "08-times.html"}
+    results = Results.read(tmp_path / "results" / "08-times.json")
+    dense, small = results.models
+    assert small.comparison["speed"].keys() == {"prefill", "first_token", "decode"}
+    assert (dense.perplexity, small.perplexity, small.tasks, small.compression) == ({}, {}, {}, None)
+    assert results.protocol["speed"] == {"prompt_tokens": 5, "new_tokens": 3, "repeats": 2}
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--no-speed"])
+    with pytest.raises(SystemExit):
+        overview.main()
 
 
 def test_a_row_that_was_stopped_begins_anew(tmp_path, monkeypatch):
