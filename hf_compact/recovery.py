@@ -1,6 +1,7 @@
 """Winning quality back: a small adapter trained on top of a compressed model by the stock Trainer.
 
-The compressed modules stay as they are; gradients pass through them. With a teacher the loss is the divergence of the
+The compressed modules stay as they are; gradients pass through them. Products are taken in bfloat16 where the device has
+instructions for them, the adapter and its optimizer stay in float32. With a teacher the loss is the divergence of the
 next-token distributions.
 """
 
@@ -26,6 +27,14 @@ from .config import DistillationConfig
 from .errors import NumericalError
 from .methods.compacter import CompacterConfig
 from .methods.distillation import DistillationCallback
+from .products import has_fast_bfloat16
+
+
+def _has_bfloat16() -> bool:
+    """Whether the device that a Trainer takes has instructions for bfloat16, in which a step takes a third of the time."""
+    if torch.accelerator.is_available():
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.backends.mkldnn.is_available() and has_fast_bfloat16()
 
 
 class _Follow(TrainerCallback):
@@ -80,10 +89,11 @@ def train_adapter(
             scratch, per_device_train_batch_size=training.batch_size, num_train_epochs=training.epochs, seed=seed,
             learning_rate=training.learning_rate, lr_scheduler_type="cosine", warmup_steps=0.1, logging_steps=1,
             save_strategy="no", report_to="none", disable_tqdm=True, logging_nan_inf_filter=False,
-            dataloader_pin_memory=False,
+            dataloader_pin_memory=False, use_cpu=not torch.accelerator.is_available(), bf16=_has_bfloat16(),
         )  # fmt: skip
         callbacks: list[TrainerCallback] = [follow] if teacher is None else [follow, DistillationCallback(teacher)]
         trainer = Trainer(adapted, arguments, train_dataset=rows, data_collator=default_data_collator, callbacks=callbacks)
         trainer.remove_callback(PrinterCallback)  # progress is the caller's
         trainer.train()
+        trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)  # or its forward stays in bfloat16
     return adapted.eval(), follow.losses
