@@ -66,6 +66,8 @@ def from_recipe(name: str, output: Path, options: argparse.Namespace) -> None:
     if options.quick:
         recipe["calibration"] = QUICK_CALIBRATION
         recipe["distillation"] = recipe["distillation"] and {**recipe["distillation"], "num_sequences": 4}
+        for stage in recipe["stages"]:
+            stage |= {"learning_steps": 2} if "learning_steps" in stage else {}
     path = options.work / f"{name}.yaml"
     path.write_text(yaml.safe_dump(recipe))
     texts = [word for text in options.calibration for word in ("--calibration", text)]
