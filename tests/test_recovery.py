@@ -10,7 +10,7 @@ from peft import AutoPeftModelForCausalLM
 from typer.testing import CliRunner
 
 import hf_compact
-from hf_compact import CompacterConfig, api, cli
+from hf_compact import CompacterConfig, api, cli, recovery
 from hf_compact.config import DistillationConfig
 from hf_compact.errors import CompactError, ConfigError, NumericalError, OutputError, UnsupportedModel, VerificationError
 from hf_compact.recovery import train_adapter
@@ -35,6 +35,21 @@ def small(dense_folder, tmp_path_factory):
 
 def batches() -> list[dict]:
     return [tiny_inputs("llama", batch=8, seed=seed) for seed in range(2)]
+
+
+def test_products_in_bfloat16_are_of_the_training_alone(small, monkeypatch):
+    """As on a processor that has instructions for them, whatever this one has."""
+    config = DistillationConfig(num_sequences=16, batch_size=4, epochs=2, learning_rate=1e-2)
+    losses = {}
+    for has_them in (False, True):
+        monkeypatch.setattr(recovery, "_has_bfloat16", lambda has_them=has_them: has_them)
+        model = hf_compact.verify.load_model(small, dtype=torch.float32)
+        adapted, found = train_adapter(model, batches(), CompacterConfig(task_type="CAUSAL_LM"), config)
+        logits = adapted(**tiny_inputs("llama")).logits
+        assert not torch.equal(logits, logits.bfloat16().float())  # products in bfloat16 would be so
+        losses[has_them] = torch.tensor(found)
+    assert not torch.equal(losses[False], losses[True])
+    torch.testing.assert_close(losses[True], losses[False], rtol=0.01, atol=0)
 
 
 @pytest.mark.parametrize("is_distilled", [False, True], ids=["text", "teacher"])
