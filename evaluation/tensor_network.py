@@ -7,8 +7,9 @@ r"""Tensor networks: quality without training, healing, composition at equal byt
 calibration texts, or of what the dense model writes (`--own-text`): the factors of the decomposed model, or all of its weights,
 and, as the control, all weights of the dense one, on the same tokens in the same order. Rows of another number of tokens or of
 own text say it in their names. Each is trained at several learning rates, and the best one on windows that no row trains on, of
-the same texts, counts; the teacher of distilled rows is the dense model so trained, or, on own text, as it is. Several
-processes may be at it at once.
+the same texts, counts; the teacher of distilled rows is the dense model so trained, or, on own text, as it is. Rows with `-own`
+behind the percentage begin with a model that was calibrated on the first calibration text and on own text.
+Several processes may be at it at once.
 Results go to `evaluation/results/03-tensor-network.json` and `.md`.
 """
 
@@ -47,7 +48,11 @@ TOKENS, LENGTH, BATCH = 500_000, 512, 4
 #: Of all weights of the dense model, and of healing.
 DENSE_RATES, RATES = (3e-5, 1e-4, 3e-4), (3e-5, 1e-4, 3e-4, 1e-3)
 #: What is trained of a decomposed model, and by what: whether the rest beside the factors, whether the dense model teaches.
-HEALING = {"": (False, False), "-all": (True, False), "-distilled": (False, True), "-all-distilled": (True, True)}
+HEALING = {
+    "": (False, False), "-all": (True, False), "-distilled": (False, True), "-all-distilled": (True, True), "-own-distilled": (False, True),
+}  # fmt: skip
+#: How the names of what was calibrated on text of the dense model begin, behind the percentage; with `--own-text` only.
+OWN = "-own"
 MINUTES = 5
 PREFILL, PREFILL_RATIO = 512, 1.15
 ENTROPY = {"method": "entropy", "sensitivity": "fisher", "embedding_bits": 6.0}
@@ -70,12 +75,14 @@ def scored(model: str, options: argparse.Namespace, name: str) -> dict[str, floa
     return {Path(row["text"]).name: row["perplexity"] for row in json.loads(path.read_text())}
 
 
-def compressed(options: argparse.Namespace, name: str, recipe: dict[str, Any]) -> dict[str, Any]:
+def compressed(
+    options: argparse.Namespace, name: str, recipe: dict[str, Any], calibration: list[str] | None = None
+) -> dict[str, Any]:  # fmt: skip
     """Compress with a recipe, score, and keep what the report says."""
     path, folder = options.work / f"{name}.yaml", options.work / name
     path.write_text(yaml.safe_dump(recipe))
     if not folder.exists():
-        texts = [argument for text in options.calibration for argument in ("--calibration", text)]
+        texts = [argument for text in calibration or options.calibration for argument in ("--calibration", text)]
         arguments = (
             "compress",
             options.model,
@@ -126,12 +133,11 @@ def healed(options: argparse.Namespace, percent: str | None, kind: str, rate: fl
                 teacher = verify.load_model(options.work / best(options, None, ""), dtype=torch.float32)
             callbacks.append(DistillationCallback(teacher))
         callbacks.append(TensorNetworkCallback(schedule="heal", trains_rest=trains_rest))
-        stepwise.done(steps(options), options.work, f"tensor-network-{percent}", options.device)
-        model = verify.load_model(options.work / f"tensor-network-{percent}", dtype=torch.float32)
+        start = f"tensor-network-{percent}{OWN if kind.startswith(OWN) else ''}"
+        stepwise.done(steps(options), options.work, start, options.device)
+        model = verify.load_model(options.work / start, dtype=torch.float32)
     started = time.perf_counter()
-    texts = options.calibration
-    if options.own_text:
-        texts = [stepwise.own_training_text(options, options.tokens // LENGTH, LENGTH)]
+    texts = [own_text(options)] if options.own_text else options.calibration
     data = stepwise.TrainingWindows(texts, tokenizer, LENGTH, options.tokens // LENGTH)
     arguments = TrainingArguments(
         str(options.work / f"{name}-trainer"), per_device_train_batch_size=BATCH, num_train_epochs=1, bf16=options.dtype == "auto",
@@ -150,6 +156,11 @@ def healed(options: argparse.Namespace, percent: str | None, kind: str, rate: fl
     }
     held_out = None if data.held_out is None else perplexity(model.eval(), data.held_out, LENGTH, None)["perplexity"]
     return row | {"held_out": held_out, "perplexity": scored(str(folder), options, name)}
+
+
+def own_text(options: argparse.Namespace) -> Path:
+    """The file that the dense model has written."""
+    return stepwise.own_training_text(options, options.tokens // LENGTH, LENGTH)
 
 
 def variant(options: argparse.Namespace) -> str:
@@ -224,6 +235,11 @@ def steps(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]
     for name in UNTRAINED:
         full = f"tensor-network-{name}"
         found[full] = lambda full=full: compressed(options, full, recipe(full))
+    for percent in HEALED if options.own_text else ():
+        full = f"tensor-network-{percent}"
+        found[full + OWN] = lambda full=full: compressed(
+            options, full + OWN, recipe(full), [options.calibration[0], str(own_text(options))]
+        )
     for ending, change in FAST.items():
         changed = recipe("tensor-network-40-fast")
         changed["stages"][0] |= change
@@ -244,6 +260,7 @@ def steps(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]
     found["compactifai-93"] = lambda: compressed(options, "compactifai-93", recipe("compactifai-93"))
     found["compactifai-93-control"] = lambda: compressed(options, "compactifai-93-control", _control(options))
     kinds = [(None, ""), *((percent, kind) for percent in HEALED for kind in HEALING)]
+    kinds = [(percent, kind) for percent, kind in kinds if options.own_text or not kind.startswith(OWN)]
     for percent, kind in kinds:
         for rate in DENSE_RATES if percent is None else RATES:
             found[healed_name(percent, kind, rate, variant(options))] = lambda percent=percent, kind=kind, rate=rate: healed(

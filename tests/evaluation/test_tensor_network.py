@@ -1,5 +1,7 @@
 """What is claimed of rows that are measured once, on an accelerator or in hours."""
 
+import argparse
+
 from evaluation import tensor_network
 
 
@@ -27,3 +29,21 @@ def test_healed_rows_are_held_against_the_dense_model_of_the_same_tokens():
         ("healed-40, 120000 tokens", 1.5, False), ("healed-40, 120000 tokens", 1.5, False),
         ("healed-20-all, 120000 tokens, own text", 1.1, True), ("healed-20-all, 120000 tokens, own text", 1.2, False),
     ]  # fmt: skip
+
+
+def test_models_of_own_text_are_calibrated_on_it(tmp_path, monkeypatch):
+    options = argparse.Namespace(
+        own_text=True, tokens=120_000, calibration=["a.txt", "b.txt"], work=tmp_path, model="model", device="cpu", dtype="auto", text=[]
+    )
+    (tmp_path / "own-text-333-512.txt").write_text("written")
+    seen = []
+    monkeypatch.setattr(tensor_network, "compressed", lambda options, *arguments: seen.append(arguments))
+    todo = tensor_network.steps(options)
+    for name in ("tensor-network-20", "tensor-network-20-own"):
+        todo[name]()
+    plain = tensor_network.recipe("tensor-network-20")
+    own = ("tensor-network-20-own", plain, ["a.txt", str(tmp_path / "own-text-333-512.txt")])
+    assert seen == [("tensor-network-20", plain), own]
+    assert "healed-20-own-distilled-3e-05-120000-own-text" in todo
+    options.own_text = False
+    assert [name for name in tensor_network.steps(options) if "-own" in name] == []
