@@ -33,7 +33,14 @@ def test_healed_rows_are_held_against_the_dense_model_of_the_same_tokens():
 
 def test_models_of_own_text_are_calibrated_on_it(tmp_path, monkeypatch):
     options = argparse.Namespace(
-        own_text=True, tokens=120_000, calibration=["a.txt", "b.txt"], work=tmp_path, model="model", device="cpu", dtype="auto", text=[]
+        own_text=True,
+        tokens=120_000,
+        calibration=["a.txt", "b.txt"],
+        work=tmp_path,
+        model="model",
+        device="cpu",
+        dtype="auto",
+        text=[],
     )
     (tmp_path / "own-text-333-512.txt").write_text("written")
     seen = []
