@@ -12,7 +12,8 @@ be made is named with its reason, and the others go on. The table goes to `evalu
 `.json`; the rows of the tasks stay in the work folder. `--quick` shows that everything runs: tiny calibration, few tokens.
 
 `--times` times every method and writes `08-times`, without hours of calibration and training: how fast a model is and what memory
-it takes come from its formats and shapes, and rows of the settings of `--quick` have those, with other values in them.
+it takes come from its formats and shapes, and rows of the settings of `--quick` have those, with other values in them; only what is
+dealt out by calibration (ranks, bits per matrix) differs a little.
 """
 
 import argparse

@@ -31,7 +31,7 @@ from .products import has_fast_bfloat16
 
 
 def _has_bfloat16() -> bool:
-    """Whether the device that a Trainer takes has instructions for bfloat16, in which a step takes a third of the time."""
+    """Whether the device that a Trainer takes has instructions for bfloat16, which take less time."""
     if torch.accelerator.is_available():
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.backends.mkldnn.is_available() and has_fast_bfloat16()

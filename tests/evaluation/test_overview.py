@@ -34,12 +34,18 @@ def in_this_process(*arguments: str, log: Path) -> None:
         sys.argv = before
 
 
-@pytest.mark.cli
-def test_quick_form(dense_folder, text_file, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("lm_eval")
+@pytest.fixture
+def one_process(monkeypatch):
+    """Rows are made and measured without fresh processes, which have tests of their own."""
     monkeypatch.setattr(overview, "python", in_this_process)
     memory = {"device": "cpu", "load_seconds": 1.0, "runtime_bytes": 1, "loaded_bytes": 2, "peak_bytes": 3}
-    monkeypatch.setattr(benchmark, "_memory", lambda path, work: memory)  # fresh processes, which have tests of their own
+    monkeypatch.setattr(benchmark, "_memory", lambda path, work: memory)
+
+
+@pytest.mark.cli
+@pytest.mark.usefixtures("one_process")
+def test_quick_form(dense_folder, text_file, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("lm_eval")
     (tmp_path / "rows").mkdir()
     write_tasks(tmp_path / "rows")
     common = ["--model", str(dense_folder), "--calibration", str(text_file), "--text", str(text_file), "--quick", "--limit", "3",
@@ -79,10 +85,8 @@ def test_quick_form(dense_folder, text_file, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.cli
+@pytest.mark.usefixtures("one_process")
 def test_times_alone(dense_folder, text_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(overview, "python", in_this_process)
-    memory = {"device": "cpu", "load_seconds": 1.0, "runtime_bytes": 1, "loaded_bytes": 2, "peak_bytes": 3}
-    monkeypatch.setattr(benchmark, "_memory", lambda path, work: memory)
     monkeypatch.setattr(overview, "SpeedConfig", lambda: SpeedConfig(prompt_tokens=5, new_tokens=3, repeats=2))
     monkeypatch.setattr(sys, "argv", ["overview", "--model", str(dense_folder), "--calibration", str(text_file), "--text", str(text_file),
         "--times", "--row", "codebook-3bit", "--work", str(tmp_path / "work"), "--results", str(tmp_path / "results")])  # fmt: skip
