@@ -6,7 +6,7 @@ r"""Tensor networks: quality without training, healing, composition at equal byt
 `--step` takes some of the steps only; what has not run yet is left out of the tables. Healing trains on windows of the
 calibration texts, or of what the dense model writes (`--own-text`): the factors of the decomposed model, or all of its weights,
 and, as the control, all weights of the dense one, on the same tokens in the same order. Rows of another number of tokens or of
-own text say it in their names. Each is trained at several learning rates, and the best one on windows that no row trains on, of
+own text say it in their names, as do those that train on fewer tokens several times over. Each is trained at several learning rates, and the best one on windows that no row trains on, of
 the same texts, counts; the teacher of distilled rows is the dense model so trained, or, on own text, as it is. Rows with `-own`
 behind the percentage begin with a model that was calibrated on the first calibration text and on own text.
 Several processes may be at it at once.
@@ -45,6 +45,8 @@ TIMED = ("40", "40-fast")
 #: recipe -> most perplexity after healing, times the dense model trained on the same tokens.
 HEALED = {"20": 1.15, "40": 1.4}
 TOKENS, LENGTH, BATCH = 500_000, 512, 4
+#: Of rows that train on their tokens several times over: twice the updates of the same tokens.
+EPOCHS_BATCH = 2
 #: Of all weights of the dense model, and of healing.
 DENSE_RATES, RATES = (3e-5, 1e-4, 3e-4), (3e-5, 1e-4, 3e-4, 1e-3)
 #: What is trained of a decomposed model, and by what: whether the rest beside the factors, whether the dense model teaches.
@@ -138,10 +140,13 @@ def healed(options: argparse.Namespace, percent: str | None, kind: str, rate: fl
         model = verify.load_model(options.work / start, dtype=torch.float32)
     started = time.perf_counter()
     texts = [own_text(options)] if options.own_text else options.calibration
-    data = stepwise.TrainingWindows(texts, tokenizer, LENGTH, options.tokens // LENGTH)
+    data = stepwise.TrainingWindows(texts, tokenizer, LENGTH, num_windows(options))
+    batch = BATCH if options.epochs == 1 else EPOCHS_BATCH
+    num_updates = options.epochs * len(data) // batch
     arguments = TrainingArguments(
-        str(options.work / f"{name}-trainer"), per_device_train_batch_size=BATCH, num_train_epochs=1, bf16=options.dtype == "auto",
-        use_cpu=options.device == "cpu", learning_rate=rate, lr_scheduler_type="cosine", warmup_steps=len(data) // BATCH // 30, weight_decay=0.0,
+        str(options.work / f"{name}-trainer"), per_device_train_batch_size=batch, num_train_epochs=options.epochs,
+        bf16=options.dtype == "auto", use_cpu=options.device == "cpu", learning_rate=rate, lr_scheduler_type="cosine",
+        warmup_steps=num_updates // 30, weight_decay=0.0,
         save_steps=20, save_total_limit=1, report_to=[], disable_tqdm=True, logging_steps=20, seed=0,
     )  # fmt: skip
     trainer = Trainer(model, arguments, train_dataset=data, callbacks=callbacks)
@@ -150,7 +155,7 @@ def healed(options: argparse.Namespace, percent: str | None, kind: str, rate: fl
     model.save_pretrained(folder)  # in float32; scoring takes bfloat16
     tokenizer.save_pretrained(folder)
     row = {
-        "num_tokens": len(data) * LENGTH,
+        "num_tokens": len(data) * LENGTH * options.epochs,
         "learning_rate": rate,
         "command_seconds": time.perf_counter() - started,
     }
@@ -160,12 +165,19 @@ def healed(options: argparse.Namespace, percent: str | None, kind: str, rate: fl
 
 def own_text(options: argparse.Namespace) -> Path:
     """The file that the dense model has written."""
-    return stepwise.own_training_text(options, options.tokens // LENGTH, LENGTH)
+    return stepwise.own_training_text(options, num_windows(options), LENGTH)
+
+
+def num_windows(options: argparse.Namespace) -> int:
+    """That are trained on, each as many times as there are epochs."""
+    return options.tokens // LENGTH // options.epochs
 
 
 def variant(options: argparse.Namespace) -> str:
-    """The end of the names of rows that are trained on another number of tokens, or on other text."""
-    return ("" if options.tokens == TOKENS else f"-{options.tokens}") + ("-own-text" if options.own_text else "")
+    """The end of the names of rows that are trained on another number of tokens, several times over, or on other text."""
+    tokens = "" if options.tokens == TOKENS else f"-{options.tokens}"
+    epochs = "" if options.epochs == 1 else f"-{options.epochs}-epochs"
+    return tokens + epochs + "-own-text" * options.own_text
 
 
 def healed_name(percent: str | None, kind: str, rate: float, ending: str) -> str:
@@ -326,7 +338,8 @@ def relative_bars(found: dict[str, Any], add: Add) -> None:
     controls = rows_of(None, "", "")
     for ending in sorted({stepwise.ending_of(name, controls) for name in found} - {None}):
         dense = chosen(found, None, "", ending)
-        words = re.sub(r"^-(\d+)", r", \1 tokens", ending).replace("-own-text", ", own text")
+        words = re.sub(r"-(\d+)-epochs", r", \1 epochs", ending)
+        words = re.sub(r"^-(\d+)", r", \1 tokens", words).replace("-own-text", ", own text")
         pairs += [
             (f"healed-{name}{kind}{words}", chosen(found, name, kind, ending), "healed-dense", dense, limit)
             for name, limit in HEALED.items() for kind in HEALING
@@ -384,6 +397,7 @@ def main() -> int:
     parser = stepwise.parser(__doc__, "runs/tensor")
     parser.add_argument("--step", action="append", help="a step by name; all by default")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="to heal on, and to train the dense control on")
+    parser.add_argument("--epochs", type=int, default=1, help="the tokens are so many times the same, in smaller batches")
     stepwise.add_training(parser)
     options = stepwise.parse(parser)
     todo = steps(options)
@@ -391,6 +405,7 @@ def main() -> int:
         parser.error(f"--step must be one of {', '.join(todo)}, got {unknown[0]!r}")
     found = stepwise.run(todo, options.work, options.step, options.device, options.rows)
     line = stepwise.command_line("tensor_network", options) + f" --tokens {options.tokens}" + " --own-text" * options.own_text
+    line += f" --epochs {options.epochs}" if options.epochs != 1 else ""
     line += f" --dtype {options.dtype}" if options.dtype != "auto" else ""
     print(write(found, line))
     return 0

@@ -35,6 +35,7 @@ def test_models_of_own_text_are_calibrated_on_it(tmp_path, monkeypatch):
     options = argparse.Namespace(
         own_text=True,
         tokens=120_000,
+        epochs=1,
         calibration=["a.txt", "b.txt"],
         work=tmp_path,
         model="model",
@@ -52,5 +53,9 @@ def test_models_of_own_text_are_calibrated_on_it(tmp_path, monkeypatch):
     own = ("tensor-network-20-own", plain, ["a.txt", str(tmp_path / "own-text-333-512.txt")])
     assert seen == [("tensor-network-20", plain), own]
     assert "healed-20-own-distilled-3e-05-120000-own-text" in todo
+    options.epochs, options.tokens = 2, 240_000  # the same windows, and so the same own text
+    assert "healed-20-own-distilled-3e-05-240000-2-epochs-own-text" in tensor_network.steps(options)
+    tensor_network.steps(options)["tensor-network-20-own"]()
+    assert seen[-1] == own
     options.own_text = False
     assert [name for name in tensor_network.steps(options) if "-own" in name] == []
