@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_compact.functional.packing import pack_bits, packed_row_bytes, unpack_bits
+from hf_compact.functional.packing import look_up_bits, pack_bits, packed_row_bytes, unpack_bits
 
 WIDTHS = range(1, 9)
 
@@ -50,6 +50,33 @@ def test_a_row_is_read_without_the_others(bits):
     codes = codes_of((6, 21), bits)
     picked = torch.tensor([4, 1])
     assert torch.equal(unpack_bits(pack_bits(codes, bits)[picked], bits, 21), codes[picked])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("num_tables", [1, 3])
+@pytest.mark.parametrize("shape", [(5,), (2, 7), (0, 3), (150, 301), (2, 90, 201)], ids=str)
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_levels_are_those_of_the_codes(bits, shape, num_tables, dtype):
+    codes = codes_of(shape, bits)
+    levels = (torch.arange(num_tables * 2**bits) % 251).view(num_tables, -1).to(dtype)  # no two of a table alike, to the bit
+    tables = torch.arange(codes[..., 0].numel()).view(shape[:-1]) % num_tables
+    packed = pack_bits(codes, bits)
+    wanted = levels.view(-1)[codes.long() + 2**bits * tables[..., None]]
+    assert torch.equal(look_up_bits(packed, bits, shape[-1], levels, tables), wanted)
+    assert torch.equal(look_up_bits(packed, bits, shape[-1], levels), levels[0][codes.long()])
+
+
+def test_fewer_levels_than_codes():
+    codes = codes_of((64, 64), 3) % 5
+    levels = torch.tensor([[-2.0, -1.0, 0.0, 1.0, 2.0]])
+    assert torch.equal(look_up_bits(pack_bits(codes, 3), 3, 64, levels), levels[0][codes.long()])
+
+
+def test_gradients_of_levels_count_their_codes():
+    codes = codes_of((64, 64), 2)
+    levels = torch.zeros(2, 4, requires_grad=True)
+    look_up_bits(pack_bits(codes, 2), 2, 64, levels, torch.arange(64) // 32).sum().backward()
+    assert torch.equal(levels.grad, torch.stack([half.flatten().bincount() for half in codes.split(32)]).float())
 
 
 @given(num_values=st.integers(0, 10_000), bits=st.sampled_from(WIDTHS))

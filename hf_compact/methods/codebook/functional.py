@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...functional.feedback import half_precision, num_groups, quadratic, search_clipping, spread_groups, stored_scale
+from ...functional.packing import look_up
 
 #: Levels of NormalFloat-4, QLoRA (arXiv 2305.14314), appendix E.
 NF4 = (
@@ -234,11 +235,9 @@ def dequantize(quantized: Quantized, group_size: int | None, is_uniform: bool | 
     levels = levels.to(scale.dtype)
     if _is_uniform(levels) if is_uniform is None else is_uniform:
         values = codes.to(scale.dtype) + levels[0, 0]
-    elif len(levels) == 1:
-        values = levels[0][codes.int()]
     else:
         tables = torch.arange(rows, device=codes.device) // math.ceil(rows / len(levels))
-        values = levels.flatten()[codes.int() + (tables * levels.shape[1])[:, None].int()]
+        values = look_up(levels.flatten(), codes.long() + (tables * levels.shape[1])[:, None])
     if zero is not None:
         values = values - spread_groups(zero.to(scale.dtype), group_size, columns)
     return values.mul_(spread_groups(scale, group_size, columns))

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...functional.feedback import num_groups, scale_codes
-from ...functional.packing import pack_bits, packed_row_bytes, unpack_bits
+from ...functional.feedback import num_groups, scale_codes, spread_groups
+from ...functional.packing import look_up_bits, pack_bits, packed_row_bytes, unpack_bits
 from ...stored import ScaledModule, StoredEmbedding, StoredLinear, StoredModule
-from .functional import Quantized, dequantize, fixed_levels, grid_size, has_offset
+from .functional import Quantized, fixed_levels, grid_size, has_offset
 
 #: Grids whose levels are a part of the checkpoint.
 STORED_LEVELS = ("learned", "power", "split")
@@ -111,18 +111,23 @@ class CodebookModule(StoredModule):
             scale = scale * take(self.row_scale).to(dtype) if has_row_scale else scale
         elif not has_row_scale:
             scale = torch.ones_like(scale)
-        zero = unpack_bits(take(self.zero)[:, 0], self.bits, groups) if "zero" in self._buffers else None
-        codes = unpack_bits(take(self.weight)[:, 0].view(torch.uint8), self.code_bits, self.in_features)
+        tables = None
         if self.grid in STORED_LEVELS:
             levels = self.levels
             if self.is_labelled:
-                tables = self.row_table.int()
-            else:
-                tables = torch.arange(self.out_features, device=codes.device) // math.ceil(self.out_features / len(levels))
-            levels = levels[take(tables)] if len(levels) > 1 and len(codes) else levels
+                tables = take(self.row_table)
+            elif len(levels) > 1:
+                run = math.ceil(self.out_features / len(levels))
+                tables = take(torch.arange(self.out_features, device=levels.device)) // run
         else:
-            levels = fixed_levels(self.grid, self.bits, self.symmetric).to(codes.device)
-        return dequantize(Quantized(codes, scale.to(dtype), zero, levels), self.group_size, self.grid == "uniform")
+            levels = fixed_levels(self.grid, self.bits, self.symmetric).to(scale.device)
+        packed = take(self.weight)[:, 0].view(torch.uint8)
+        values = look_up_bits(packed, self.code_bits, self.in_features, levels.to(dtype), tables)
+        if "zero" in self._buffers:
+            values -= spread_groups(
+                unpack_bits(take(self.zero)[:, 0], self.bits, groups).to(dtype), self.group_size, self.in_features
+            )
+        return values.mul_(spread_groups(scale.to(dtype), self.group_size, self.in_features))
 
 
 class CodebookLinear(CodebookModule, ScaledModule, StoredLinear):

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from ...functional.packing import pack_bits, packed_row_bytes, unpack_bits
+from ...functional.packing import look_up, look_up_bits, pack_bits, packed_row_bytes
 
 EPSILON = 1e-5
 """Least step of weights and least absolute maximum of inputs, as in BitNet."""
@@ -282,9 +282,12 @@ def unpack_levels(packed: Tensor, bits: float, packing: str, num_values: int) ->
     """
     low, _, width = GRIDS[bits]
     if bits != 1.58 or packing != "base3":
-        return unpack_bits(packed, width, num_values).float().add_(low)
+        return look_up_bits(packed, width, num_values, torch.arange(low, low + 2.0**width, device=packed.device)[None])
     if packed.shape[-1] != packed_bytes(num_values, bits, packing):
         raise ValueError(f"packed rows must have {packed_bytes(num_values, bits, packing)} bytes, got {packed.shape[-1]}")
     bytes_ = torch.arange(256, device=packed.device)
-    table = torch.stack([bytes_ // power % 3 for power in _POWERS], 1).float().add_(low)  # [256, 5]
-    return table[packed.int()].flatten(-2)[..., :num_values]
+    digits = (torch.stack([bytes_ // power % 3 for power in _POWERS], 1) + low).to(torch.int8)  # [256, 5]
+    # The levels of a byte are looked up as one number.
+    table = torch.nn.functional.pad(digits, (0, 3)).view(torch.int64).flatten()
+    levels = look_up(table, packed.reshape(-1, packed.shape[-1]).long()).view(torch.int8).reshape(*packed.shape, 8)
+    return levels[..., :5].float().flatten(-2)[..., :num_values]

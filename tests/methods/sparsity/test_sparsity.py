@@ -37,6 +37,19 @@ def test_so_many_of_the_lowest_go(rows, columns, sparsity, levels):
     assert torch.equal(scores, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("columns", [3, 24, 29])
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_packed_weights_lie_where_they_lay(columns, share, dtype):
+    generator = torch.Generator().manual_seed(columns)
+    linear = nn.Linear(columns, 7)
+    linear.weight.data[0, -1] = torch.inf  # which an added zero times infinity would spread
+    mask = torch.rand(7, columns, generator=generator) < share
+    layer, wanted = SparseLinear.pack(linear, mask), torch.where(mask, linear.weight, 0.0).to(dtype)
+    assert torch.equal(layer.to_dense(dtype), wanted)
+    assert torch.equal(layer.to_dense(dtype, torch.tensor([5, 2])), wanted[[5, 2]])
+
+
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (2, 8), (3, 4)])
 def test_n_of_m_stay_and_they_are_the_highest(n, m, dim):
