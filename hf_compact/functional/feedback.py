@@ -103,6 +103,23 @@ def spread_groups(per_group: Tensor, group_size: int | None, columns: int) -> Te
     return per_group.repeat_interleave(group_size, 1)[:, :columns]
 
 
+def combine_groups_(
+    values: Tensor, per_group: Tensor, group_size: int | None, operation: Callable[[Tensor, Tensor], Tensor]
+) -> None:  # fmt: skip
+    """`operation`, which writes to its first argument, on `values [out, in]` and `per_group [out, G]` spread over them.
+
+    >>> values = torch.ones(1, 4)
+    >>> combine_groups_(values, torch.tensor([[2.0, 3.0]]), 2, torch.Tensor.mul_)
+    >>> values.tolist()
+    [[2.0, 2.0, 3.0, 3.0]]
+    """
+    columns = values.shape[1]
+    if group_size is None or columns % group_size:
+        operation(values, spread_groups(per_group, group_size, columns))
+    else:  # without a copy of its size
+        operation(values.unflatten(1, (-1, group_size)), per_group[..., None])
+
+
 def round_with_feedback(
     weight: Tensor, rounder: Rounder, scale: Tensor, zero: Tensor | None, group_size: int | None, factor: Tensor, order: Tensor
 ) -> tuple[Tensor, Tensor]:

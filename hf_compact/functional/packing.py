@@ -11,6 +11,8 @@ from torch import Tensor
 
 #: Of what one look-up yields, and of the number that it takes: larger tables leave the cache.
 _LOOKED_UP_BYTES, _MAX_WIDTH = 8, 14
+#: Numbers that are looked up in one go.
+_PART = 2**20
 #: By bytes.
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -106,13 +108,34 @@ def look_up_bits(packed: Tensor, bits: int, num_values: int, levels: Tensor, tab
     together = 1
     if not levels.requires_grad:
         together = _num_together(bits, levels.element_size(), len(levels), packed.numel() * 8 // bits)
-    rows = _words(packed.flatten(0, -2) if packed.dim() > 1 else packed[None], bits * together)
+    rows = packed.flatten(0, -2) if packed.dim() > 1 else packed[None]
+    width = bits * together
     combined = _combinations(levels, bits, together)
-    if tables is not None and len(levels) > 1:
-        rows = rows.add_((tables.reshape(-1, 1) * 2 ** (bits * together)).to(rows.dtype))
-    values = look_up(combined, rows)
-    values = values if together == 1 else values.view(levels.dtype)  # which no gradient passes
+    first = None if tables is None or len(levels) == 1 else tables.reshape(-1, 1).long() << width
+    if levels.requires_grad:
+        values = look_up(combined, _words(rows, width, first))
+    else:  # in parts, because numbers take eight bytes each
+        columns = -(-num_values // together)
+        values = combined.new_empty(len(rows), columns)
+        step = max(1, _PART // max(1, columns))
+        for start in range(0, len(rows), step):
+            part = slice(start, start + step)
+            numbers = _words(rows[part], width, None if first is None else first[part])[:, :columns]
+            torch.gather(combined.expand(len(numbers), -1), 1, numbers, out=values[part])
+        values = values.view(levels.dtype)  # which no gradient passes
     return values[:, :num_values].unflatten(0, packed.shape[:-1]) if packed.dim() > 1 else values[0, :num_values]
+
+
+def unpack_numbers(packed: Tensor, bits: int, num_values: int, lowest: float, dtype: torch.dtype) -> Tensor:
+    """Codes that stand for consecutive numbers, from the lowest on: `unpack_bits(...) + lowest` in a `dtype` that holds them.
+
+    >>> unpack_numbers(torch.tensor([33, 3], dtype=torch.uint8), 4, 3, -2, torch.float32).tolist()
+    [-1.0, 0.0, 1.0]
+    """
+    if bits == 8:
+        return unpack_bits(packed, bits, num_values).to(dtype).add_(lowest)
+    numbers = torch.arange(2**bits, device=packed.device) + lowest
+    return look_up_bits(packed, bits, num_values, numbers.to(dtype)[None])
 
 
 def look_up(table: Tensor, rows: Tensor) -> Tensor:
@@ -147,20 +170,18 @@ def _combinations(levels: Tensor, bits: int, together: int) -> Tensor:
     return combined.flatten().view(INTEGERS[together * levels.element_size()])
 
 
-def _words(packed: Tensor, width: int) -> Tensor:
-    """Numbers of `width` bits in rows of bytes, `[rows, at least as many as there are]` int64."""
+def _words(packed: Tensor, width: int, first: Tensor | None) -> Tensor:
+    """Numbers of `width` bits in rows of bytes, added to `first` of the row; `[rows, at least as many as there are]` int64."""
     if width == 8:
-        return packed.long()
-    period = math.lcm(width, 8) // 8
-    streams = torch.nn.functional.pad(packed, (0, -packed.shape[1] % period)).unflatten(1, (-1, period))
-    words = torch.empty(*streams.shape[:2], 8 * period // width, dtype=torch.int64, device=packed.device)
-    for slot in range(words.shape[2]):
-        byte, shift = divmod(slot * width, 8)
-        word = streams[..., byte].int() >> shift
-        for further in range(1, (shift + width + 7) // 8):
-            word |= streams[..., byte + further].int() << (8 * further - shift)
-        words[..., slot] = word.bitwise_and_(2**width - 1)
-    return words.flatten(1)
+        words = packed.long()
+    else:
+        period = math.lcm(width, 8) // 8
+        container = torch.int32 if period <= 4 else torch.int64
+        streams = torch.nn.functional.pad(packed, (0, -packed.shape[1] % period)).unflatten(1, (-1, period))
+        streams = torch.nn.functional.pad(streams, (0, container.itemsize - period)).view(container)  # the low byte first
+        shifts = torch.arange(0, 8 * period, width, dtype=container, device=packed.device)
+        words = (streams >> shifts).bitwise_and_(2**width - 1).long().flatten(1)
+    return words if first is None else words.add_(first)
 
 
 def _check_row_bytes(packed: Tensor, bits: int, num_values: int) -> None:

@@ -14,7 +14,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...functional.feedback import half_precision, num_groups, quadratic, search_clipping, spread_groups, stored_scale
+from ...functional.feedback import (
+    combine_groups_,
+    half_precision,
+    num_groups,
+    quadratic,
+    search_clipping,
+    spread_groups,
+    stored_scale,
+)
 from ...functional.packing import look_up
 
 #: Levels of NormalFloat-4, QLoRA (arXiv 2305.14314), appendix E.
@@ -240,7 +248,8 @@ def dequantize(quantized: Quantized, group_size: int | None, is_uniform: bool | 
         values = look_up(levels.flatten(), codes.long() + (tables * levels.shape[1])[:, None])
     if zero is not None:
         values = values - spread_groups(zero.to(scale.dtype), group_size, columns)
-    return values.mul_(spread_groups(scale, group_size, columns))
+    combine_groups_(values, scale, group_size, Tensor.mul_)
+    return values
 
 
 def search_scale(

@@ -7,14 +7,15 @@ are called int8 because T5 and others cast a layer's input to the dtype of its w
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...functional.feedback import num_groups, scale_codes, spread_groups
-from ...functional.packing import look_up_bits, pack_bits, packed_row_bytes, unpack_bits
+from ...functional.feedback import combine_groups_, num_groups, scale_codes
+from ...functional.packing import look_up_bits, pack_bits, packed_row_bytes, unpack_bits, unpack_numbers
 from ...stored import ScaledModule, StoredEmbedding, StoredLinear, StoredModule
 from .functional import Quantized, fixed_levels, grid_size, has_offset
 
@@ -111,23 +112,29 @@ class CodebookModule(StoredModule):
             scale = scale * take(self.row_scale).to(dtype) if has_row_scale else scale
         elif not has_row_scale:
             scale = torch.ones_like(scale)
-        tables = None
-        if self.grid in STORED_LEVELS:
-            levels = self.levels
-            if self.is_labelled:
-                tables = take(self.row_table)
-            elif len(levels) > 1:
-                run = math.ceil(self.out_features / len(levels))
-                tables = take(torch.arange(self.out_features, device=levels.device)) // run
-        else:
-            levels = fixed_levels(self.grid, self.bits, self.symmetric).to(scale.device)
         packed = take(self.weight)[:, 0].view(torch.uint8)
-        values = look_up_bits(packed, self.code_bits, self.in_features, levels.to(dtype), tables)
+        if self.grid == "uniform":
+            lowest = -(2 ** (self.bits - 1)) if self.symmetric else 0
+            values = unpack_numbers(packed, self.code_bits, self.in_features, lowest, dtype)
+        else:
+            values = look_up_bits(packed, self.code_bits, self.in_features, *self._levels(dtype, take))
         if "zero" in self._buffers:
-            values -= spread_groups(
-                unpack_bits(take(self.zero)[:, 0], self.bits, groups).to(dtype), self.group_size, self.in_features
-            )
-        return values.mul_(spread_groups(scale.to(dtype), self.group_size, self.in_features))
+            zero = unpack_bits(take(self.zero)[:, 0], self.bits, groups).to(dtype)
+            combine_groups_(values, zero, self.group_size, Tensor.sub_)
+        combine_groups_(values, scale.to(dtype), self.group_size, Tensor.mul_)
+        return values
+
+    def _levels(self, dtype: torch.dtype, take: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor | None]:
+        """All tables, and which of them each of the rows has that are taken; None where they have the only one."""
+        if self.grid not in STORED_LEVELS:
+            return fixed_levels(self.grid, self.bits, self.symmetric).to(self.weight.device, dtype), None
+        tables = None
+        if self.is_labelled:
+            tables = take(self.row_table)
+        elif len(self.levels) > 1:
+            run = math.ceil(self.out_features / len(self.levels))
+            tables = take(torch.arange(self.out_features, device=self.weight.device)) // run
+        return self.levels.to(dtype), tables
 
 
 class CodebookLinear(CodebookModule, ScaledModule, StoredLinear):

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...functional.feedback import half_precision, search_clipping, spread_groups
+from ...functional.feedback import combine_groups_, half_precision, search_clipping
 
 _CHUNK = 2**14  # weights whose 256 candidates are compared at a time
 
@@ -80,10 +80,11 @@ def dequantize(
     >>> dequantize(q, 4, torch.tensor([[0.5]]), torch.tensor([[16]]), group_size=None).tolist()
     [[-72.0, -8.0, 8.0]]
     """
-    columns = codes.shape[1]
-    values = view_codes(codes, bits).to(scale.dtype) * 2 ** (8 - bits) - spread_groups(zero.to(scale.dtype), group_size, columns)
+    values = view_codes(codes, bits).to(scale.dtype).mul_(2 ** (8 - bits))
+    combine_groups_(values, zero.to(scale.dtype), group_size, Tensor.sub_)
     scale = scale if multiplier is None else scale * multiplier[:, None].to(scale.dtype)
-    return values.mul_(spread_groups(scale, group_size, columns))
+    combine_groups_(values, scale, group_size, Tensor.mul_)
+    return values
 
 
 def round_container(weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from ...functional.packing import look_up, look_up_bits, pack_bits, packed_row_bytes
+from ...functional.packing import look_up, pack_bits, packed_row_bytes, unpack_numbers
 
 EPSILON = 1e-5
 """Least step of weights and least absolute maximum of inputs, as in BitNet."""
@@ -282,7 +282,7 @@ def unpack_levels(packed: Tensor, bits: float, packing: str, num_values: int) ->
     """
     low, _, width = GRIDS[bits]
     if bits != 1.58 or packing != "base3":
-        return look_up_bits(packed, width, num_values, torch.arange(low, low + 2.0**width, device=packed.device)[None])
+        return unpack_numbers(packed, width, num_values, low, torch.float32)
     if packed.shape[-1] != packed_bytes(num_values, bits, packing):
         raise ValueError(f"packed rows must have {packed_bytes(num_values, bits, packing)} bytes, got {packed.shape[-1]}")
     bytes_ = torch.arange(256, device=packed.device)
