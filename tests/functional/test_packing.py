@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_compact.functional.packing import look_up_bits, pack_bits, packed_row_bytes, unpack_bits
+from hf_compact.functional import packing
+from hf_compact.functional.packing import look_up_bits, pack_bits, packed_row_bytes, unpack_bits, unpack_numbers
 
 WIDTHS = range(1, 9)
 
@@ -70,6 +71,21 @@ def test_fewer_levels_than_codes():
     codes = codes_of((64, 64), 3) % 5
     levels = torch.tensor([[-2.0, -1.0, 0.0, 1.0, 2.0]])
     assert torch.equal(look_up_bits(pack_bits(codes, 3), 3, 64, levels), levels[0][codes.long()])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("bits", "lowest"), [(2, -1.5), (3, -4), (4, 0), (8, -127.0)])
+def test_consecutive_numbers(bits, lowest, dtype):
+    codes = codes_of((64, 65), bits)
+    assert torch.equal(unpack_numbers(pack_bits(codes, bits), bits, 65, lowest, dtype), (codes.float() + lowest).to(dtype))
+
+
+def test_parts_of_a_matrix_make_the_whole(monkeypatch):
+    codes, levels = codes_of((30, 41), 4), torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+    packed, tables = pack_bits(codes, 4), torch.arange(30) % 3
+    whole = look_up_bits(packed, 4, 41, levels, tables)
+    monkeypatch.setattr(packing, "_PART", 100)
+    assert torch.equal(look_up_bits(packed, 4, 41, levels, tables), whole)
 
 
 def test_gradients_of_levels_count_their_codes():
