@@ -31,6 +31,12 @@ def test_healed_rows_are_held_against_the_dense_model_of_the_same_tokens():
     ]  # fmt: skip
 
 
+def test_a_control_that_training_made_worse_is_none():
+    rows = {"dense": row(20.0, 30.0), "healed-dense-3e-05": row(22.0, 27.0), "healed-20-distilled-3e-05": row(24.0, 32.4)}
+    bars = [(bar["claim"].split(", times ")[1], bar["measured"], bar["held"]) for bar in tensor_network.bars(rows)]
+    assert bars == [("dense", 1.2, False), ("healed-dense", 1.2, False)]
+
+
 def test_models_of_own_text_are_calibrated_on_it(tmp_path, monkeypatch):
     options = argparse.Namespace(
         own_text=True,
