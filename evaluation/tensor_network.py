@@ -170,7 +170,7 @@ def own_text(options: argparse.Namespace) -> Path:
 
 
 def num_windows(options: argparse.Namespace) -> int:
-    """That are trained on, each as many times as there are epochs."""
+    """How many windows are trained on; every epoch sees all."""
     return options.tokens // LENGTH // options.epochs
 
 
@@ -404,6 +404,8 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=1, help="the tokens are so many times the same, in smaller batches")
     stepwise.add_training(parser)
     options = stepwise.parse(parser)
+    if options.epochs < 1:
+        parser.error(f"--epochs must be at least 1, got {options.epochs}")
     todo = steps(options)
     if unknown := [name for name in options.step or () if name not in todo]:
         parser.error(f"--step must be one of {', '.join(todo)}, got {unknown[0]!r}")

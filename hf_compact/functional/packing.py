@@ -2,6 +2,9 @@
 
 A row is one little-endian bit stream padded to a whole byte, so that any row can be read without the others
 (an embedding lookup needs that). Eight values of `bits` bits fill `bits` bytes exactly.
+
+Reading goes through tables in the place of shifts and masks of every value: on CPUs the passes over a matrix are what a
+packed layer's time goes to, and an indexing per weight costs more than all of them.
 """
 
 import math
@@ -9,11 +12,13 @@ import math
 import torch
 from torch import Tensor
 
-#: Of what one look-up yields, and of the number that it takes: larger tables leave the cache.
-_LOOKED_UP_BYTES, _MAX_WIDTH = 8, 14
-#: Numbers that are looked up in one go.
-_PART = 2**20
-#: By bytes.
+#: Bytes that one look-up yields: the largest integer.
+_MAX_ENTRY_BYTES = 8
+#: Bits of the index of a table, and of all tables together: larger ones leave the cache.
+_MAX_INDEX_BITS, _MAX_TABLE_BITS = 14, 16
+#: Indices that are held at once; each takes eight bytes.
+PART = 2**20
+#: Size in bytes -> the integers of that size, as which several values are looked up at once.
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -83,105 +88,125 @@ def unpack_bits(packed: Tensor, bits: int, num_values: int) -> Tensor:
 def look_up_bits(packed: Tensor, bits: int, num_values: int, levels: Tensor, tables: Tensor | None = None) -> Tensor:
     """Levels that packed codes stand for, without the codes in between.
 
-    Several neighbouring codes are looked up as one number, in a table of all their combinations: a look-up costs the same
-    whatever it yields.
+    Several neighbouring codes are one index into a table of all their combinations: a look-up costs the same whatever it yields.
 
     Args:
         packed: `[..., ceil(num_values * bits / 8)]` uint8. Not written to.
         bits: width of a code, `1 <= bits <= 8`.
         num_values: length of the unpacked last axis.
-        levels: `[T, K]`, `K <= 2**bits`, of any dtype. Gradients reach them. A code of `K` or more stands for nothing defined.
+        levels: `[T, K]`, `K <= 2**bits`, uint8 or of 2, 4 or 8 bytes. Gradients reach them, one code at a time and with an index
+            of eight bytes for each. A code of `K` or more stands for nothing defined.
         tables: `[...]` integers, the row of `levels` for each row of `packed`; the first one if None.
 
     Returns:
         `[..., num_values]` in the dtype of `levels`.
 
     Raises:
-        ValueError: `bits` out of range, `packed` not uint8, or a last axis that does not hold `num_values` values.
+        ValueError: `bits` out of range, `packed` not uint8, a last axis that does not hold `num_values` values, or too many levels.
 
     >>> look_up_bits(torch.tensor([33, 3], dtype=torch.uint8), 4, 3, torch.tensor([[0.0, 0.5, 1.0, 1.5]])).tolist()
     [0.5, 1.0, 1.5]
     """
     _check(packed, bits)
     _check_row_bytes(packed, bits, num_values)
+    if levels.shape[1] > 2**bits:
+        raise ValueError(f"levels must have at most 2**bits = {2**bits} columns, got {levels.shape[1]}")
     levels = levels if tables is not None else levels[:1]
-    together = 1
-    if not levels.requires_grad:
-        together = _num_together(bits, levels.element_size(), len(levels), packed.numel() * 8 // bits)
+    is_learned = levels.requires_grad and torch.is_grad_enabled()
+    num_codes = packed.numel() * 8 // bits
+    at_once = 1 if is_learned else _codes_at_once(bits, levels.element_size(), len(levels), num_codes)
     rows = packed.flatten(0, -2) if packed.dim() > 1 else packed[None]
-    width = bits * together
-    combined = _combinations(levels, bits, together)
-    first = None if tables is None or len(levels) == 1 else tables.reshape(-1, 1).long() << width
-    if levels.requires_grad:
-        values = look_up(combined, _words(rows, width, first))
-    else:  # in parts, because numbers take eight bytes each
-        columns = -(-num_values // together)
-        values = combined.new_empty(len(rows), columns)
-        step = max(1, _PART // max(1, columns))
+    table = _combinations(levels, bits, at_once)
+    first = None if tables is None or len(levels) == 1 else tables.reshape(-1, 1).long() << (bits * at_once)
+    if is_learned:
+        values = look_up(table, _indices(rows, bits, first))
+    else:
+        columns = -(-num_values // at_once)
+        values = table.new_empty(len(rows), columns)
+        step = max(1, PART // max(1, columns))
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
-            numbers = _words(rows[part], width, None if first is None else first[part])[:, :columns]
-            torch.gather(combined.expand(len(numbers), -1), 1, numbers, out=values[part])
-        values = values.view(levels.dtype)  # which no gradient passes
+            index = _indices(rows[part], bits * at_once, None if first is None else first[part])[:, :columns]
+            torch.gather(table.expand(len(index), -1), 1, index, out=values[part])
+        values = values.view(levels.dtype)
     return values[:, :num_values].unflatten(0, packed.shape[:-1]) if packed.dim() > 1 else values[0, :num_values]
 
 
 def unpack_numbers(packed: Tensor, bits: int, num_values: int, lowest: float, dtype: torch.dtype) -> Tensor:
-    """Codes that stand for consecutive numbers, from the lowest on: `unpack_bits(...) + lowest` in a `dtype` that holds them.
+    """Codes that stand for consecutive numbers, from the lowest on.
+
+    Args:
+        packed: as for `unpack_bits`. Not written to.
+        bits: width of a code.
+        num_values: length of the unpacked last axis.
+        lowest: what code 0 stands for.
+        dtype: one that holds all of the numbers.
+
+    Returns:
+        `unpack_bits(packed, bits, num_values) + lowest`, `[..., num_values]` in `dtype`.
+
+    Raises:
+        ValueError: see `unpack_bits`.
 
     >>> unpack_numbers(torch.tensor([33, 3], dtype=torch.uint8), 4, 3, -2, torch.float32).tolist()
     [-1.0, 0.0, 1.0]
     """
     if bits == 8:
-        return unpack_bits(packed, bits, num_values).to(dtype).add_(lowest)
+        return unpack_bits(packed, bits, num_values).to(dtype, copy=True).add_(lowest)
     numbers = torch.arange(2**bits, device=packed.device) + lowest
     return look_up_bits(packed, bits, num_values, numbers.to(dtype)[None])
 
 
-def look_up(table: Tensor, rows: Tensor) -> Tensor:
-    """`table[rows]` of a table `[n]` and int64 `[rows, columns]`; a gather, which is up to twenty times as fast on CPUs.
+def look_up(table: Tensor, index: Tensor) -> Tensor:
+    """`table[index]`, by a gather, which CPUs do several times as fast as an indexing.
+
+    Args:
+        table: `[n]`.
+        index: `[rows, columns]` int64, below `n`.
 
     >>> look_up(torch.tensor([0.5, 1.5]), torch.tensor([[1, 0, 1]])).tolist()
     [[1.5, 0.5, 1.5]]
     """
-    return table.expand(len(rows), -1).gather(1, rows)
+    if table.requires_grad and torch.is_grad_enabled():  # that of a gather has a table for each row
+        return table[index]
+    return table.expand(len(index), -1).gather(1, index)
 
 
-def _num_together(bits: int, element_size: int, num_tables: int, num_codes: int) -> int:
-    """Codes per look-up: a power of two, their levels fit in eight bytes, and their table is much smaller than the matrix."""
-    together = 1
+def _codes_at_once(bits: int, element_size: int, num_tables: int, num_codes: int) -> int:
+    """Codes per look-up: a power of two, whose tables stay in the cache and have a quarter of the matrix's values at most."""
+    number = 1
     while (
-        2 * together * element_size <= _LOOKED_UP_BYTES
-        and 2 * together * bits <= _MAX_WIDTH
-        and num_tables << (2 * together * bits) <= num_codes // 4
+        2 * number * element_size <= _MAX_ENTRY_BYTES
+        and 2 * number * bits <= _MAX_INDEX_BITS
+        and num_tables << (2 * number * bits) <= min(2**_MAX_TABLE_BITS, num_codes // (8 * number))
     ):
-        together *= 2
-    return together
+        number *= 2
+    return number
 
 
-def _combinations(levels: Tensor, bits: int, together: int) -> Tensor:
-    """`[T * 2**(bits * together)]`: for every number the levels of the codes in it, lowest bits first, viewed as one integer."""
+def _combinations(levels: Tensor, bits: int, number: int) -> Tensor:
+    """`[T * 2**(bits * number)]`: for every index the levels of the codes in it, lowest bits first, viewed as one integer."""
     levels = torch.nn.functional.pad(levels, (0, 2**bits - levels.shape[1]))
-    if together == 1:
+    if number == 1:
         return levels.flatten()
-    combined = levels.new_empty(len(levels), *[2**bits] * together, together)
-    for place in range(together):
-        combined[..., place] = levels.reshape(-1, *[1] * (together - 1 - place), 2**bits, *[1] * place)
-    return combined.flatten().view(INTEGERS[together * levels.element_size()])
+    combined = levels.new_empty(len(levels), *[2**bits] * number, number)
+    for place in range(number):
+        combined[..., place] = levels.reshape(-1, *[1] * (number - 1 - place), 2**bits, *[1] * place)
+    return combined.flatten().view(INTEGERS[number * levels.element_size()])
 
 
-def _words(packed: Tensor, width: int, first: Tensor | None) -> Tensor:
-    """Numbers of `width` bits in rows of bytes, added to `first` of the row; `[rows, at least as many as there are]` int64."""
+def _indices(packed: Tensor, width: int, first: Tensor | None) -> Tensor:
+    """Integers of `width` bits in rows of bytes, added to `first` of the row; `[rows, at least as many as there are]` int64."""
     if width == 8:
-        words = packed.long()
+        index = packed.long()
     else:
         period = math.lcm(width, 8) // 8
         container = torch.int32 if period <= 4 else torch.int64
         streams = torch.nn.functional.pad(packed, (0, -packed.shape[1] % period)).unflatten(1, (-1, period))
         streams = torch.nn.functional.pad(streams, (0, container.itemsize - period)).view(container)  # the low byte first
         shifts = torch.arange(0, 8 * period, width, dtype=container, device=packed.device)
-        words = (streams >> shifts).bitwise_and_(2**width - 1).long().flatten(1)
-    return words if first is None else words.add_(first)
+        index = (streams >> shifts).bitwise_and_(2**width - 1).long().flatten(1)
+    return index if first is None else index.add_(first)
 
 
 def _check_row_bytes(packed: Tensor, bits: int, num_values: int) -> None:

@@ -84,8 +84,19 @@ def test_parts_of_a_matrix_make_the_whole(monkeypatch):
     codes, levels = codes_of((30, 41), 4), torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
     packed, tables = pack_bits(codes, 4), torch.arange(30) % 3
     whole = look_up_bits(packed, 4, 41, levels, tables)
-    monkeypatch.setattr(packing, "_PART", 100)
+    monkeypatch.setattr(packing, "PART", 100)
     assert torch.equal(look_up_bits(packed, 4, 41, levels, tables), whole)
+
+
+def test_numbers_in_bytes_leave_the_bytes_alone():
+    packed = torch.tensor([[1, 2]], dtype=torch.uint8)
+    assert unpack_numbers(packed, 8, 2, 1, torch.uint8).tolist() == [[2, 3]]
+    assert packed.tolist() == [[1, 2]]
+
+
+def test_more_levels_than_codes():
+    with pytest.raises(ValueError, match=r"levels must have at most 2\*\*bits = 4 columns, got 5"):
+        look_up_bits(torch.zeros(1, 1, dtype=torch.uint8), 2, 4, torch.zeros(1, 5))
 
 
 def test_gradients_of_levels_count_their_codes():

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...functional.packing import INTEGERS, PART, look_up, unpack_bits
+
 
 def scheduled_sparsity(step: int, first: int, last: int, interval: int, final: float) -> float:
     """Sparsity that is due after a step: from 0 at the first one to `final` along a cubic, held from the last update on.
@@ -47,6 +49,41 @@ def lowest_mask(scores: Tensor, sparsity: float) -> Tensor:
     below, level = scores < limit, scores == limit
     missing = count - below.sum(1, keepdim=True)
     return ~(below | (level & (level.cumsum(1) <= missing)))
+
+
+def spread_values(values: Tensor, bitmap: Tensor, columns: int) -> Tensor:
+    """Put values where the bits of a bitmap are set, row by row, and zero elsewhere: `dense[mask] = values`, without gradients.
+
+    The place of a value is the number of bits before its own: those of all bytes before, and those in its byte, from a table. A
+    scatter by the mask goes through the weights one by one.
+
+    Args:
+        values: `[n]`, of 2, 4 or 8 bytes. Not written to.
+        bitmap: `[rows, ceil(columns / 8)]` uint8, the lowest bit first, with `n` bits set.
+        columns: of the result.
+
+    Returns:
+        `[rows, columns]` in the dtype of `values`.
+
+    >>> spread_values(torch.tensor([0.5, 1.5]), torch.tensor([[1], [4]], dtype=torch.uint8), columns=3).tolist()
+    [[0.5, 0.0, 0.0], [0.0, 0.0, 1.5]]
+    """
+    bits = torch.arange(256, device=bitmap.device)[:, None] >> torch.arange(8, device=bitmap.device) & 1
+    before = (bits.cumsum(1) - bits).to(torch.int8).view(torch.int64)[:, 0]  # eight counts are looked up as one
+    counts = look_up(bits.sum(1), bitmap.long())
+    starts = (counts.flatten().cumsum(0) - counts.flatten()).view_as(counts)
+    padded = torch.nn.functional.pad(values, (0, 1))  # bits that are not set may point behind the last one
+    dense = values.new_empty(len(bitmap), columns)
+    step = max(1, PART // max(1, columns))
+    for start in range(0, len(bitmap), step):
+        part, found = bitmap[start : start + step], dense[start : start + step]
+        places = look_up(before, part.long()).view(torch.int8).unflatten(1, (bitmap.shape[1], 8))
+        index = (starts[start : start + step, :, None] + places).flatten(1)[:, :columns]
+        torch.gather(padded.expand(len(part), -1), 1, index, out=found)
+        # Of the others no bit stays, be they infinite; a fill by a mask takes longer than all the rest.
+        integer = INTEGERS[values.element_size()]
+        found.view(integer).bitwise_and_(unpack_bits(part, 1, columns).to(integer).neg_())
+    return dense
 
 
 def n_m_mask(scores: Tensor, n: int, m: int, dim: int = 1) -> Tensor:

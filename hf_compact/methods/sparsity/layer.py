@@ -4,12 +4,11 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from ...functional.packing import INTEGERS, look_up, pack_bits, packed_row_bytes, unpack_bits
+from ...functional.packing import pack_bits, packed_row_bytes
 from ...stored import StoredLinear
-from .functional import TwoMasks, n_m_mask
+from .functional import TwoMasks, n_m_mask, spread_values
 
 
 class SparseLinear(StoredLinear):
@@ -59,20 +58,10 @@ class SparseLinear(StoredLinear):
         """The settings that rebuild the empty module, as stored in the modules table."""
         return {"num_values": self.num_values, "dtype": str(self.weight.dtype).removeprefix("torch.")}
 
+    @torch.no_grad()
     def to_dense(self, dtype: torch.dtype = torch.float32, rows: Tensor | None = None) -> Tensor:
-        """The matrix `[out, in]`, or only the given `rows`."""
-        bytes_ = self.bitmap.long()
-        bits = torch.arange(256, device=bytes_.device)[:, None] >> torch.arange(8, device=bytes_.device) & 1
-        counts = bits.sum(1)
-        ahead = (bits.cumsum(1) - bits).to(torch.int8).view(torch.int64)[:, 0]  # eight numbers are looked up as one
-        first = look_up(counts, bytes_)
-        first = first.flatten().cumsum(0).view_as(first) - first
-        places = first[..., None] + look_up(ahead, bytes_).view(torch.int8).unflatten(1, (-1, 8))
-        values = F.pad(self.weight.to(dtype), (0, 1))  # behind the last one
-        dense = look_up(values, places.flatten(1)[:, : self.in_features])
-        # Of the others no bit stays, be they infinite; a fill by a mask takes several times as long.
-        integer = INTEGERS[dtype.itemsize]
-        dense.view(integer).bitwise_and_(unpack_bits(self.bitmap, 1, self.in_features).to(integer).neg_())
+        """The matrix `[out, in]`, or only the given `rows`; no gradients reach the weights."""
+        dense = spread_values(self.weight.to(dtype), self.bitmap, self.in_features)
         return dense if rows is None else dense[rows]
 
 

@@ -289,5 +289,6 @@ def unpack_levels(packed: Tensor, bits: float, packing: str, num_values: int) ->
     digits = (torch.stack([bytes_ // power % 3 for power in _POWERS], 1) + low).to(torch.int8)  # [256, 5]
     # The levels of a byte are looked up as one number.
     table = torch.nn.functional.pad(digits, (0, 3)).view(torch.int64).flatten()
-    levels = look_up(table, packed.reshape(-1, packed.shape[-1]).long()).view(torch.int8).reshape(*packed.shape, 8)
+    rows = packed.flatten(0, -2) if packed.dim() > 1 else packed[None]
+    levels = look_up(table, rows.long()).view(torch.int8).unflatten(1, (packed.shape[-1], 8)).view(*packed.shape, 8)
     return levels[..., :5].float().flatten(-2)[..., :num_values]

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from hf_compact.functional.feedback import (
+    combine_groups_,
     descend_codes,
     num_groups,
     refit_scale,
@@ -770,3 +771,16 @@ def test_golden_problem_is_the_scripts():
     assert golden.keys() == {"weight", "gram", *make_codebook.SETTINGS}
     torch.testing.assert_close(golden["weight"], weight)
     torch.testing.assert_close(golden["gram"], gram, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("group_size", [None, 4, 5, 12])
+@pytest.mark.parametrize("operation", [torch.Tensor.sub_, torch.Tensor.mul_], ids=["sub", "mul"])
+def test_groups_are_combined_as_if_they_were_spread(group_size, operation):
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(3, 12, generator=generator)
+    per_group = torch.rand(3, num_groups(12, group_size), generator=generator, requires_grad=True)
+    found, wanted = values.clone(), values.clone()
+    combine_groups_(found, per_group, group_size, operation)
+    operation(wanted, spread_groups(per_group, group_size, 12))
+    assert torch.equal(found, wanted)
+    assert torch.equal(*(torch.autograd.grad(result.square().sum(), per_group)[0] for result in (found, wanted)))

@@ -35,7 +35,7 @@ def grid(bits: float) -> torch.Tensor:
 
 
 @given(
-    st.sampled_from([1.58, 2, 3, 4, 8]), st.integers(1, 5), st.integers(1, 33), st.integers(0, 10_000),
+    st.sampled_from([1.58, 2, 3, 4, 8]), st.integers(1, 5), st.integers(0, 33), st.integers(0, 10_000),
     st.sampled_from(["base3", "bits"]),
 )  # fmt: skip
 def test_packing_is_exact_for_odd_shapes(bits, rows, columns, seed, packing):
