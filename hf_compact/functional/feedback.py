@@ -103,21 +103,32 @@ def spread_groups(per_group: Tensor, group_size: int | None, columns: int) -> Te
     return per_group.repeat_interleave(group_size, 1)[:, :columns]
 
 
-def combine_groups_(
-    values: Tensor, per_group: Tensor, group_size: int | None, operation: Callable[[Tensor, Tensor], Tensor]
-) -> None:  # fmt: skip
-    """`operation`, which writes to its first argument, on `values [out, in]` and `per_group [out, G]` spread over them.
+def scale_groups_(values: Tensor, scale: Tensor, zero: Tensor | None, group_size: int | None) -> Tensor:
+    """`(values - zero) * scale`, in `values`.
 
-    >>> values = torch.ones(1, 4)
-    >>> combine_groups_(values, torch.tensor([[2.0, 3.0]]), 2, torch.Tensor.mul_)
-    >>> values.tolist()
+    Args:
+        values: `[out, in]`; written to.
+        scale: `[out, G]` in the dtype of `values`.
+        zero: likewise, or None.
+        group_size: inputs per group, None for the row.
+
+    Returns:
+        `values`.
+
+    >>> scale_groups_(torch.ones(1, 4), torch.tensor([[2.0, 3.0]]), None, 2).tolist()
     [[2.0, 2.0, 3.0, 3.0]]
     """
     columns = values.shape[1]
-    if group_size is None or columns % group_size:
-        operation(values, spread_groups(per_group, group_size, columns))
-    else:  # without a copy of its size
-        operation(values.unflatten(1, (-1, group_size)), per_group[..., None])
+    is_even = group_size is not None and columns % group_size == 0  # groups then broadcast, without a copy of the matrix's size
+    groups = values.unflatten(1, (-1, group_size)) if is_even else values
+
+    def spread(per_group: Tensor) -> Tensor:
+        return per_group[..., None] if is_even else spread_groups(per_group, group_size, columns)
+
+    if zero is not None:
+        groups.sub_(spread(zero))
+    groups.mul_(spread(scale))
+    return values
 
 
 def round_with_feedback(

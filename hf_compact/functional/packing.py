@@ -4,7 +4,7 @@ A row is one little-endian bit stream padded to a whole byte, so that any row ca
 (an embedding lookup needs that). Eight values of `bits` bits fill `bits` bytes exactly.
 
 Reading goes through tables in the place of shifts and masks of every value: on CPUs the passes over a matrix are what a
-packed layer's time goes to, and an indexing per weight costs more than all of them.
+packed layer's time goes to.
 """
 
 import math
@@ -158,7 +158,7 @@ def unpack_numbers(packed: Tensor, bits: int, num_values: int, lowest: float, dt
 
 
 def look_up(table: Tensor, index: Tensor) -> Tensor:
-    """`table[index]`, by a gather, which CPUs do several times as fast as an indexing.
+    """`table[index]`, by a gather, which is faster on CPUs.
 
     Args:
         table: `[n]`.

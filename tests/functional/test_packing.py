@@ -59,7 +59,7 @@ def test_a_row_is_read_without_the_others(bits):
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_levels_are_those_of_the_codes(bits, shape, num_tables, dtype):
     codes = codes_of(shape, bits)
-    levels = (torch.arange(num_tables * 2**bits) % 251).view(num_tables, -1).to(dtype)  # no two of a table alike, to the bit
+    levels = (torch.arange(num_tables * 2**bits) % 251).view(num_tables, -1).to(dtype)  # whole numbers, exact in every dtype
     tables = torch.arange(codes[..., 0].numel()).view(shape[:-1]) % num_tables
     packed = pack_bits(codes, bits)
     wanted = levels.view(-1)[codes.long() + 2**bits * tables[..., None]]

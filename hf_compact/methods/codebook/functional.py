@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ...functional.feedback import (
-    combine_groups_,
     half_precision,
     num_groups,
     quadratic,
+    scale_groups_,
     search_clipping,
     spread_groups,
     stored_scale,
@@ -77,8 +77,16 @@ def fixed_levels(grid: str, bits: int, symmetric: bool) -> Tensor:
     if grid == "pot":
         powers = 2.0 ** torch.arange(2 ** (bits - 1))
         return torch.cat([-powers.flip(0), powers])[None]
-    levels = torch.arange(2**bits, dtype=torch.float32)[None]
-    return levels - 2 ** (bits - 1) if symmetric else levels
+    return torch.arange(2**bits, dtype=torch.float32)[None] + lowest_level(bits, symmetric)
+
+
+def lowest_level(bits: int, symmetric: bool) -> int:
+    """Of the uniform grid, whose levels are consecutive integers.
+
+    >>> lowest_level(bits=2, symmetric=True)
+    -2
+    """
+    return -(2 ** (bits - 1)) if symmetric else 0
 
 
 def power_levels(bits: int, exponent: float) -> Tensor:
@@ -239,17 +247,14 @@ def dequantize(quantized: Quantized, group_size: int | None, is_uniform: bool | 
     [[-0.5, 1.0]]
     """
     codes, scale, zero, levels = quantized
-    rows, columns = codes.shape
+    rows = len(codes)
     levels = levels.to(scale.dtype)
     if _is_uniform(levels) if is_uniform is None else is_uniform:
         values = codes.to(scale.dtype) + levels[0, 0]
     else:
         tables = torch.arange(rows, device=codes.device) // math.ceil(rows / len(levels))
         values = look_up(levels.flatten(), codes.long() + (tables * levels.shape[1])[:, None])
-    if zero is not None:
-        values = values - spread_groups(zero.to(scale.dtype), group_size, columns)
-    combine_groups_(values, scale, group_size, Tensor.mul_)
-    return values
+    return scale_groups_(values, scale, None if zero is None else zero.to(scale.dtype), group_size)
 
 
 def search_scale(

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...functional.feedback import combine_groups_, num_groups, scale_codes
+from ...functional.feedback import num_groups, scale_codes, scale_groups_
 from ...functional.packing import look_up_bits, pack_bits, packed_row_bytes, unpack_bits, unpack_numbers
 from ...stored import ScaledModule, StoredEmbedding, StoredLinear, StoredModule
-from .functional import Quantized, fixed_levels, grid_size, has_offset
+from .functional import Quantized, fixed_levels, grid_size, has_offset, lowest_level
 
 #: Grids whose levels are a part of the checkpoint.
 STORED_LEVELS = ("learned", "power", "split")
@@ -114,15 +114,12 @@ class CodebookModule(StoredModule):
             scale = torch.ones_like(scale)
         packed = take(self.weight)[:, 0].view(torch.uint8)
         if self.grid == "uniform":
-            lowest = -(2 ** (self.bits - 1)) if self.symmetric else 0
+            lowest = lowest_level(self.bits, self.symmetric)
             values = unpack_numbers(packed, self.code_bits, self.in_features, lowest, dtype)
         else:
             values = look_up_bits(packed, self.code_bits, self.in_features, *self._levels(dtype, take))
-        if "zero" in self._buffers:
-            zero = unpack_bits(take(self.zero)[:, 0], self.bits, groups).to(dtype)
-            combine_groups_(values, zero, self.group_size, Tensor.sub_)
-        combine_groups_(values, scale.to(dtype), self.group_size, Tensor.mul_)
-        return values
+        zero = unpack_bits(take(self.zero)[:, 0], self.bits, groups).to(dtype) if "zero" in self._buffers else None
+        return scale_groups_(values, scale.to(dtype), zero, self.group_size)
 
     def _levels(self, dtype: torch.dtype, take: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor | None]:
         """All tables, and which of them each of the rows has that are taken; None where they have the only one."""

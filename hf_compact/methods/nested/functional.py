@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...functional.feedback import combine_groups_, half_precision, search_clipping
+from ...functional.feedback import half_precision, scale_groups_, search_clipping
 
 _CHUNK = 2**14  # weights whose 256 candidates are compared at a time
 
@@ -81,10 +81,8 @@ def dequantize(
     [[-72.0, -8.0, 8.0]]
     """
     values = view_codes(codes, bits).to(scale.dtype).mul_(2 ** (8 - bits))
-    combine_groups_(values, zero.to(scale.dtype), group_size, Tensor.sub_)
     scale = scale if multiplier is None else scale * multiplier[:, None].to(scale.dtype)
-    combine_groups_(values, scale, group_size, Tensor.mul_)
-    return values
+    return scale_groups_(values, scale, zero.to(scale.dtype), group_size)
 
 
 def round_container(weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:

@@ -54,8 +54,7 @@ def lowest_mask(scores: Tensor, sparsity: float) -> Tensor:
 def spread_values(values: Tensor, bitmap: Tensor, columns: int) -> Tensor:
     """Put values where the bits of a bitmap are set, row by row, and zero elsewhere: `dense[mask] = values`, without gradients.
 
-    The place of a value is the number of bits before its own: those of all bytes before, and those in its byte, from a table. A
-    scatter by the mask goes through the weights one by one.
+    The place of a value is the number of bits before its own: those of all bytes before, and those in its byte, from a table.
 
     Args:
         values: `[n]`, of 2, 4 or 8 bytes. Not written to.
@@ -80,7 +79,7 @@ def spread_values(values: Tensor, bitmap: Tensor, columns: int) -> Tensor:
         places = look_up(before, part.long()).view(torch.int8).unflatten(1, (bitmap.shape[1], 8))
         index = (starts[start : start + step, :, None] + places).flatten(1)[:, :columns]
         torch.gather(padded.expand(len(part), -1), 1, index, out=found)
-        # Of the others no bit stays, be they infinite; a fill by a mask takes longer than all the rest.
+        # Of the others no bit stays, be they infinite; a fill by a mask is slower.
         integer = INTEGERS[values.element_size()]
         found.view(integer).bitwise_and_(unpack_bits(part, 1, columns).to(integer).neg_())
     return dense

@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file
 
 from hf_compact.functional.feedback import (
-    combine_groups_,
     descend_codes,
     num_groups,
     refit_scale,
     round_with_feedback,
     scale_codes,
+    scale_groups_,
     spread_groups,
     stored_scale,
 )
@@ -774,13 +774,14 @@ def test_golden_problem_is_the_scripts():
 
 
 @pytest.mark.parametrize("group_size", [None, 4, 5, 12])
-@pytest.mark.parametrize("operation", [torch.Tensor.sub_, torch.Tensor.mul_], ids=["sub", "mul"])
-def test_groups_are_combined_as_if_they_were_spread(group_size, operation):
+@pytest.mark.parametrize("has_zero", [False, True])
+def test_groups_are_scaled_as_if_they_were_spread(group_size, has_zero):
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(3, 12, generator=generator)
-    per_group = torch.rand(3, num_groups(12, group_size), generator=generator, requires_grad=True)
-    found, wanted = values.clone(), values.clone()
-    combine_groups_(found, per_group, group_size, operation)
-    operation(wanted, spread_groups(per_group, group_size, 12))
+    scale, zero = torch.rand(2, 3, num_groups(12, group_size), generator=generator).unbind()
+    scale.requires_grad_()
+    found = scale_groups_(values.clone(), scale, zero if has_zero else None, group_size)
+    offset = spread_groups(zero, group_size, 12) if has_zero else 0
+    wanted = (values - offset) * spread_groups(scale, group_size, 12)
     assert torch.equal(found, wanted)
-    assert torch.equal(*(torch.autograd.grad(result.square().sum(), per_group)[0] for result in (found, wanted)))
+    assert torch.equal(*(torch.autograd.grad(result.square().sum(), scale)[0] for result in (found, wanted)))
