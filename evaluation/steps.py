@@ -27,7 +27,9 @@ RESULTS = ROOT / "evaluation" / "results"
 TEXTS = 2
 HELD_OUT = 32
 #: Sequences that the dense model writes at once.
-OWN_BATCH = 1024
+OWN_BATCH = 128
+#: Share of them by which more are written than are asked for: not every token survives its text.
+OWN_SLACK = 0.05
 
 
 def machine(device: str = "cpu") -> str:
@@ -185,35 +187,50 @@ def quantized(file_bytes: int) -> dict[str, Any] | None:
     return min(fitting, key=lambda row: next(iter(row["perplexity"].values())), default=None)
 
 
-@torch.no_grad()
 def own_text(options: argparse.Namespace, number: int, length: int) -> Path:
     """The file of sequences that the dense model writes behind single random tokens; made if it is missing.
 
     Every token is drawn from the model's own distribution, but for its end of a text, which it may not write. Data of no domain, as
-    in LLM-QAT (https://arxiv.org/abs/2305.17888), which takes the likeliest for the first tokens.
+    in LLM-QAT (https://arxiv.org/abs/2305.17888), which takes the likeliest for the first tokens. Processes that are at it
+    together share its parts, which serve any number of sequences.
     """
-    path = options.work / f"own-text-{number}-{length}.txt"
+    path, parts = options.work / f"own-text-{number}-{length}.txt", options.work / "own-text"
+    if path.exists():
+        return path
+    parts.mkdir(exist_ok=True)
+    sizes = [min(OWN_BATCH, number - start) for start in range(0, number, OWN_BATCH)]
+    for is_patient in (False, True):
+        found = [
+            kept(
+                parts / f"own-text-{length}-{part}-{size}.json",
+                lambda part=part, size=size: written(options, part, size, length),
+                is_patient,
+            )
+            for part, size in enumerate(sizes)
+        ]
     with taken(path):
-        if not path.exists():
-            opened = api.open_dense(options.model, "bfloat16" if options.dtype == "auto" else options.dtype, is_whole=True)
-            model, tokenizer = opened.model.to(options.device), opened.load_tokenizer()
-            torch.manual_seed(0)
-            parts: list[str] = []
-            end = model.config.eos_token_id
-            for start in range(0, number, OWN_BATCH):
-                first = torch.randint(model.config.vocab_size, (min(OWN_BATCH, number - start), 1), device=options.device)
-                ids = model.generate(
-                    first, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, min_new_tokens=length - 1,
-                    max_new_tokens=length - 1, pad_token_id=end, attention_mask=torch.ones_like(first),
-                )  # fmt: skip
-                parts += tokenizer.batch_decode(ids, skip_special_tokens=True)
-            write_text(path, "\n\n".join(parts))
+        write_text(path, "\n\n".join(text for part in found for text in part["texts"]))
     return path
 
 
+@torch.no_grad()
+def written(options: argparse.Namespace, part: int, size: int, length: int) -> dict[str, Any]:
+    """Texts of so many sequences; the part seeds them."""
+    opened = api.open_dense(options.model, "bfloat16" if options.dtype == "auto" else options.dtype, is_whole=True)
+    model, tokenizer = opened.model.to(options.device), opened.load_tokenizer()
+    torch.manual_seed(part)
+    first = torch.randint(model.config.vocab_size, (size, 1), device=options.device)
+    ids = model.generate(
+        first, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, min_new_tokens=length - 1, max_new_tokens=length - 1,
+        pad_token_id=model.config.eos_token_id, attention_mask=torch.ones_like(first),
+        cache_implementation="static", disable_compile=True,  # a cache that grows is copied for every token
+    )  # fmt: skip
+    return {"texts": tokenizer.batch_decode(ids, skip_special_tokens=True)}
+
+
 def own_training_text(options: argparse.Namespace, number: int, length: int) -> Path:
-    """As much of it as so many windows take, those that are held out among them; not every token survives its text."""
-    return own_text(options, math.ceil(1.25 * (number + HELD_OUT)), length)
+    """As much of it as so many windows take, those that are held out among them."""
+    return own_text(options, math.ceil((1 + OWN_SLACK) * (number + HELD_OUT)), length)
 
 
 def ending_of(name: str, trained: Iterable[str]) -> str | None:

@@ -1,5 +1,6 @@
 """Steps of a measurement: kept, shared between processes, and taken over from other machines."""
 
+import argparse
 import json
 import threading
 from pathlib import Path
@@ -59,6 +60,21 @@ def test_rows_of_another_machine_have_its_dense_model_as_their_base(tmp_path):
     assert steps.ratio(found["a"], "t", dense) == pytest.approx(1.2)
     assert steps.ratio(found["dense"], "t", dense) == 1
     assert set(rows(tmp_path / "ours")) == {"dense"}
+
+
+def test_own_text_is_written_in_parts_that_serve_any_number(tmp_path, monkeypatch):
+    calls: list[tuple[int, int, int]] = []
+
+    def written(options: argparse.Namespace, *what: int) -> dict:
+        calls.append(what)
+        return {"texts": [str(what[0])] * what[1]}
+
+    monkeypatch.setattr(steps, "OWN_BATCH", 2)
+    monkeypatch.setattr(steps, "written", written)
+    options = argparse.Namespace(work=tmp_path)
+    assert steps.own_text(options, 5, 8).read_text() == "0\n\n0\n\n1\n\n1\n\n2"
+    assert steps.own_text(options, 4, 8).read_text() == "0\n\n0\n\n1\n\n1"
+    assert calls == [(0, 2, 8), (1, 2, 8), (2, 1, 8)]
 
 
 def test_times_of_an_accelerator_are_not_those_of_a_cpu():

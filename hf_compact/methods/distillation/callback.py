@@ -9,6 +9,7 @@ the logits' pass, and in the place of log-probabilities values that add up to th
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from ...errors import ConfigError
 from ...functional.divergence import kl_divergence, lost_energy
 from .cache import TeacherCache, check_rows_say_all, has_two_inputs, logits_of
 from .config import DistillationTerms
-from .functional import balanced_kl, entropy, gather_log_probs, relation_divergence
+from .functional import balanced_kl, entropy, gather_log_probs, log_probs_of, relation_divergence
 
 _IGNORED = -100
 _NOT_FOR_TEACHER = ("labels", "num_items_in_batch", "fused_lm_head")
@@ -68,6 +69,7 @@ class DistillationCallback(TrainerCallback):
         self._pairs: list[tuple[str, str, str]] = []
         self._loss_type: Any = None
         self._is_fused = False
+        self._mixed: torch.dtype | None = None
 
     def attach_(self, model: nn.Module) -> None:
         """Put the hooks on a model, also one that an adapter wraps; for a loop of your own.
@@ -111,6 +113,8 @@ class DistillationCallback(TrainerCallback):
             )
         if getattr(args, "torch_compile", False) and self.terms.needs_teacher:
             raise ConfigError("terms of hidden states and relations need hooks inside the model, which torch_compile leaves out")
+        # The Trainer's mixed precision ends with the student's forward, before the hook that asks the teacher.
+        self._mixed = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         tokenizer = kwargs.get("processing_class")
         if self.cache is not None and tokenizer is not None:
             TeacherCache(self.cache.folder, tokenizer=tokenizer)
@@ -188,7 +192,8 @@ class DistillationCallback(TrainerCallback):
             mask = inputs.get("decoder_attention_mask", kept)  # the other one is of the encoder's tokens
         target = None
         if self.teacher is not None:
-            with torch.no_grad(), without_cache(self.teacher):
+            mixed = nullcontext() if self._mixed is None else torch.autocast(logits.device.type, self._mixed)
+            with torch.no_grad(), without_cache(self.teacher), mixed:
                 target = logits_of(self.teacher, self.teacher.eval()(**inputs))[kept]
         total = self._sum(logits, target, kept, inputs, mask)
         self._seen.clear()
@@ -223,7 +228,7 @@ class DistillationCallback(TrainerCallback):
         """Nats of every kept position."""
         terms = self.terms
         if target is not None:
-            log_p, log_q = ((values.float() / terms.temperature).log_softmax(-1) for values in (target, logits[kept]))
+            log_p, log_q = (log_probs_of(values, terms.temperature) for values in (target, logits[kept]))
         else:
             ids, log_p = self._stored(inputs, kept, logits.shape[-1])
             log_q = gather_log_probs(logits[kept], ids, terms.temperature)

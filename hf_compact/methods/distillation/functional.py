@@ -15,6 +15,16 @@ from ...functional.divergence import kl_divergence
 _LEAST_MASS = 1e-8
 
 
+def log_probs_of(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-probabilities `[..., C]` float32 of logits that are divided by the temperature.
+
+    >>> log_probs_of(torch.tensor([0.0, 2.0]), 2.0).exp().tolist() == torch.tensor([0.0, 1.0]).softmax(0).tolist()
+    True
+    """
+    values = logits.float()
+    return (values if temperature == 1 else values / temperature).log_softmax(-1)  # a copy as large as the vocabulary is saved
+
+
 def top_log_probs(logits: Tensor, count: int, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     """The largest log-probabilities of every position.
 
@@ -30,7 +40,7 @@ def top_log_probs(logits: Tensor, count: int, temperature: float = 1.0) -> tuple
     >>> ids.tolist(), round(log_probs.exp().sum().item(), 3), round(tail.item(), 3)
     ([1, 2], 0.9, 0.1)
     """
-    log_probs, ids = (logits.float() / temperature).log_softmax(-1).topk(count, -1)
+    log_probs, ids = log_probs_of(logits, temperature).topk(count, -1)
     return ids, log_probs, (1 - log_probs.exp().sum(-1)).clamp_min(0.0)
 
 
@@ -45,7 +55,7 @@ def gather_log_probs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> T
     >>> [round(p, 3) for p in gather_log_probs(torch.tensor([0.1, 0.6, 0.3]).log(), torch.tensor([1])).exp().tolist()]
     [0.6, 0.4]
     """
-    log_probs = (logits.float() / temperature).log_softmax(-1).gather(-1, ids)
+    log_probs = log_probs_of(logits, temperature).gather(-1, ids)
     return with_tail(log_probs, 1 - log_probs.exp().sum(-1))
 
 

@@ -131,6 +131,15 @@ def test_the_loss_is_the_divergence_over_labelled_positions(tmp_path):
     assert not model._forward_hooks
 
 
+@pytest.mark.parametrize("is_mixed", [False, True])
+def test_the_teacher_multiplies_in_the_precision_of_the_trainer(is_mixed, tmp_path):
+    teacher, seen = tiny_model("llama"), []
+    teacher.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    settings = arguments(tmp_path, bf16=is_mixed, max_steps=2)
+    Trainer(damaged(), settings, train_dataset=Rows(), callbacks=[DistillationCallback(teacher)]).train()
+    assert seen == [torch.bfloat16 if is_mixed else torch.float32] * 2
+
+
 def test_the_same_model_has_no_distance(tmp_path):
     terms = {"hidden_weight": 1.0, "relation_weight": 1.0, "divergence": "balanced"}
     model = tiny_model("llama")
