@@ -29,7 +29,7 @@ from typing import Any
 import torch
 import yaml
 from safetensors import safe_open
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from evaluation import steps as stepwise
 from evaluation.steps import RESULTS, bar, machine
@@ -45,9 +45,9 @@ FAST = {"256": {}, "256-regression": {"solver": "regression"}}
 TIMED = ("40", "40-fast")
 #: recipe -> most perplexity after healing, times the dense model trained on the same tokens.
 HEALED = {"20": 1.15, "40": 1.4}
-TOKENS, LENGTH, BATCH = 500_000, 512, 4
-#: Of rows that train on their tokens several times over: twice the updates of the same tokens.
-EPOCHS_BATCH = 2
+TOKENS, LENGTH, BATCH = 500_000, 512, 2
+#: Logit of what own text was not allowed to be; finite, as a divergence takes it times a probability of zero.
+NEVER = -1e4
 #: Of all weights of the dense model, and of healing.
 DENSE_RATES, RATES = (3e-5, 1e-4, 3e-4), (3e-5, 1e-4, 3e-4, 1e-3)
 #: What is trained of a decomposed model, and by what: whether the rest beside the factors, whether the dense model teaches.
@@ -132,6 +132,7 @@ def healed(options: argparse.Namespace, percent: str | None, kind: str, rate: fl
         if is_distilled:
             if options.own_text:  # which the dense model has nothing to learn from
                 teacher = api.open_dense(options.model, "float32", is_whole=True).model
+                teacher.register_forward_hook(never_ending)
             else:
                 teacher = verify.load_model(options.work / best(options, None, ""), dtype=torch.float32)
             callbacks.append(DistillationCallback(teacher))
@@ -142,10 +143,9 @@ def healed(options: argparse.Namespace, percent: str | None, kind: str, rate: fl
     started = time.perf_counter()
     texts = [own_text(options)] if options.own_text else options.calibration
     data = stepwise.TrainingWindows(texts, tokenizer, LENGTH, num_windows(options))
-    batch = BATCH if options.epochs == 1 else EPOCHS_BATCH
-    num_updates = options.epochs * len(data) // batch
+    num_updates = options.epochs * len(data) // BATCH
     arguments = TrainingArguments(
-        str(options.work / f"{name}-trainer"), per_device_train_batch_size=batch, num_train_epochs=options.epochs,
+        str(options.work / f"{name}-trainer"), per_device_train_batch_size=BATCH, num_train_epochs=options.epochs,
         bf16=options.dtype == "auto", use_cpu=options.device == "cpu", learning_rate=rate, lr_scheduler_type="cosine",
         warmup_steps=num_updates // 30, weight_decay=0.0,
         save_steps=20, save_total_limit=1, report_to=[], disable_tqdm=True, logging_steps=20, seed=0,
@@ -158,10 +158,16 @@ def healed(options: argparse.Namespace, percent: str | None, kind: str, rate: fl
     row = {
         "num_tokens": len(data) * LENGTH * options.epochs,
         "learning_rate": rate,
+        "batch_tokens": BATCH * LENGTH,
         "command_seconds": time.perf_counter() - started,
     }
     held_out = None if data.held_out is None else perplexity(model.eval(), data.held_out, LENGTH, None)["perplexity"]
     return row | {"held_out": held_out, "perplexity": scored(str(folder), options, name)}
+
+
+def never_ending(model: PreTrainedModel, args: Any, output: Any) -> None:
+    """A hook: the model's distribution without its end of a text, which is the one that own text was drawn from."""
+    output.logits[..., model.config.eos_token_id] = NEVER
 
 
 def own_text(options: argparse.Namespace) -> Path:
@@ -401,7 +407,7 @@ def main() -> int:
     parser = stepwise.parser(__doc__, "runs/tensor")
     parser.add_argument("--step", action="append", help="a step by name; all by default")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="to heal on, and to train the dense control on")
-    parser.add_argument("--epochs", type=int, default=1, help="the tokens are so many times the same, in smaller batches")
+    parser.add_argument("--epochs", type=int, default=1, help="the tokens are so many times the same")
     stepwise.add_training(parser)
     options = stepwise.parse(parser)
     if options.epochs < 1:

@@ -2,7 +2,11 @@
 
 import argparse
 
+import torch
+
 from evaluation import tensor_network
+from hf_compact.distillation import divergence
+from tests.conftest import tiny_inputs, tiny_model
 
 
 def row(wiki: float, c4: float, held_out: float = 10.0) -> dict:
@@ -65,3 +69,15 @@ def test_models_of_own_text_are_calibrated_on_it(tmp_path, monkeypatch):
     assert seen[-1] == own
     options.own_text = False
     assert [name for name in tensor_network.steps(options) if "-own" in name] == []
+
+
+@torch.no_grad()
+def test_the_teacher_of_own_text_never_ends_it():
+    model, inputs = tiny_model("llama"), tiny_inputs("llama", 2, 8)
+    before, end = model(**inputs).logits, model.config.eos_token_id
+    model.register_forward_hook(tensor_network.never_ending)
+    after = model(**inputs).logits
+    assert after.softmax(-1)[..., end].max() == 0
+    rest = torch.arange(before.shape[-1]) != end
+    torch.testing.assert_close(after.softmax(-1)[..., rest], before[..., rest].softmax(-1))
+    torch.testing.assert_close(divergence(before, after), -(1 - before.softmax(-1)[..., end]).log().mean())
