@@ -54,8 +54,10 @@ DENSE_RATES, RATES = (3e-5, 1e-4, 3e-4), (3e-5, 1e-4, 3e-4, 1e-3)
 HEALING = {
     "": (False, False), "-all": (True, False), "-distilled": (False, True), "-all-distilled": (True, True), "-own-distilled": (False, True),
 }  # fmt: skip
-#: How the names of what was calibrated on text of the dense model begin, behind the percentage; with `--own-text` only.
+#: How the names of what was calibrated on text of the dense model begin, behind the percentage; with `--own-text` only. On twice
+#: the text of the recipe.
 OWN = "-own"
+OWN_CALIBRATION = {"num_sequences": 128, "batch_size": 16}
 MINUTES = 5
 PREFILL, PREFILL_RATIO = 512, 1.15
 ENTROPY = {"method": "entropy", "sensitivity": "fisher", "embedding_bits": 6.0}
@@ -256,8 +258,10 @@ def steps(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]
         found[full] = lambda full=full: compressed(options, full, recipe(full))
     for percent in HEALED if options.own_text else ():
         full = f"tensor-network-{percent}"
-        found[full + OWN] = lambda full=full: compressed(
-            options, full + OWN, recipe(full), [options.calibration[0], str(own_text(options))]
+        changed = recipe(full)
+        changed["calibration"] |= OWN_CALIBRATION
+        found[full + OWN] = lambda full=full, changed=changed: compressed(
+            options, full + OWN, changed, [options.calibration[0], str(own_text(options))]
         )
     for ending, change in FAST.items():
         changed = recipe("tensor-network-40-fast")

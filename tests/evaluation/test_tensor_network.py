@@ -60,7 +60,8 @@ def test_models_of_own_text_are_calibrated_on_it(tmp_path, monkeypatch):
     for name in ("tensor-network-20", "tensor-network-20-own"):
         todo[name]()
     plain = tensor_network.recipe("tensor-network-20")
-    own = ("tensor-network-20-own", plain, ["a.txt", str(tmp_path / "own-text-280-512.txt")])
+    changed = plain | {"calibration": plain["calibration"] | {"num_sequences": 128, "batch_size": 16}}
+    own = ("tensor-network-20-own", changed, ["a.txt", str(tmp_path / "own-text-280-512.txt")])
     assert seen == [("tensor-network-20", plain), own]
     assert "healed-20-own-distilled-3e-05-120000-own-text" in todo
     options.epochs, options.tokens = 2, 240_000  # the same windows, and so the same own text

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ... import distributed
 from ...arch import Architecture, as_linear, dense_shape
 from ...budget import Choice, allocate, front, totals
 from ...errors import ConfigError, NothingMatched, NumericalError
@@ -29,7 +30,9 @@ from ...sensitivity import measure
 from .config import TensorNetworkConfig
 from .functional import low_rank_values
 
-_FISHER_TOKENS = 16384
+#: Tokens whose gradients are taken: half of the calibration set's, as they cost more, and no fewer than so many if it has them. With
+#: 128 sequences of 512 tokens in the place of 64 the divergence was less by 6 to 9 % on three texts (SmolLM2-135M at 0.8).
+_FISHER_SHARE, _FISHER_TOKENS = 0.5, 16384
 #: Roles of the Linears that read the residual stream (or the encoder's output), whose space adjacent blocks have in common.
 _BASIS_ROLES = ("q", "k", "v", "qkv", "gate", "up", "cross_q", "cross_k", "cross_v")
 _CORE = "core1"  # holds the basis
@@ -126,7 +129,9 @@ def prepare(
     if config.allocation == "profile":
         curves = _profiled_curves(shapes, config)
     else:
-        found = measure(model, arch, names, batches, _FISHER_TOKENS, _FISHER_TOKENS, progress, is_full=True)
+        num_tokens = distributed.world_size() * sum(next(iter(batch.values())).shape[:2].numel() for batch in batches)
+        num_tokens = max(_FISHER_TOKENS, int(_FISHER_SHARE * num_tokens))
+        found = measure(model, arch, names, batches, num_tokens, num_tokens, progress, is_full=True)
         outputs, curves = found.outputs, {}
         for group in groups:
             mean = torch.stack([found.grams[name] for name in group]).mean(0)

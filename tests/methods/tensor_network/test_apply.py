@@ -13,10 +13,11 @@ from transformers import AutoModel, AutoModelForCausalLM
 import hf_compact
 from hf_compact import TensorNetworkCallback
 from hf_compact.api import inspect_folder, plan
+from hf_compact.arch import describe
 from hf_compact.calibration import from_batches
 from hf_compact.errors import ConfigError, FormatError, NothingMatched, NumericalError, UnsupportedModel
 from hf_compact.functional.gram import output_energy
-from hf_compact.methods.tensor_network import TensorNetworkConfig, TensorTrainLinear
+from hf_compact.methods.tensor_network import TensorNetworkConfig, TensorTrainLinear, allocation
 from hf_compact.methods.tensor_network.allocation import Share, prepare
 from hf_compact.methods.tensor_network.apply import compress_linear
 from tests.conftest import tiny_inputs, tiny_model
@@ -214,6 +215,18 @@ def test_a_profile_deals_the_budget_out(tmp_path):
         path.write_text(json.dumps({"layers": {} if changes is None else layers | {first: layers[first] | changes}}))
         with pytest.raises(ConfigError, match=f"does not fit the model: .*{match}"):
             prepare(model, None, names, [], config)
+
+
+def test_gradients_are_taken_of_half_of_a_large_calibration_set(monkeypatch):
+    model, totals = tiny_model("llama"), []
+    batches = [tiny_inputs("llama", seed=seed) for seed in range(4)]
+    names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and "layers" in name]
+    arguments = model, describe(model), names, batches, TensorNetworkConfig(keep_ratio=0.6, rank_multiple=1)
+    for least in (1, 10_000):
+        monkeypatch.setattr(allocation, "_FISHER_TOKENS", least)
+        prepare(*arguments, lambda done, total: totals.append((done, total)))
+    half = sum(batch["input_ids"].numel() for batch in batches) // 2
+    assert totals == [(0, half), (half // 2, half), *((part * half // 2, 10_000) for part in range(4))]
 
 
 def test_a_matrix_smaller_than_the_multiple_has_ranks_of_its_own():
