@@ -126,6 +126,7 @@ class DistillationCallback(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """As `detach_`."""
         self.detach_()
+        self._mixed = None
 
     def _check(self, student: PreTrainedModel) -> None:
         teacher, terms = self.teacher, self.terms
