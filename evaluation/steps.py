@@ -192,7 +192,7 @@ def own_text(options: argparse.Namespace, number: int, length: int) -> Path:
 
     Every token is drawn from the model's own distribution, but for its end of a text, which it may not write. Data of no domain, as
     in LLM-QAT (https://arxiv.org/abs/2305.17888), which takes the likeliest for the first tokens. Processes that are at it
-    together share its parts, which serve any number of sequences.
+    together share its parts; whole parts serve any number of sequences.
     """
     path, parts = options.work / f"own-text-{number}-{length}.txt", options.work / "own-text"
     if path.exists():

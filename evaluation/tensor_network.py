@@ -8,8 +8,8 @@ calibration texts, or of what the dense model writes (`--own-text`): the factors
 and, as the control, all weights of the dense one, on the same tokens in the same order; where that makes it worse, the control is
 the dense model as it is. Rows of another number of tokens or of
 own text say it in their names, as do those that train on fewer tokens several times over. Each is trained at several learning rates, and the best one on windows that no row trains on, of
-the same texts, counts; the teacher of distilled rows is the dense model so trained, or, on own text, as it is. Rows with `-own`
-behind the percentage begin with a model that was calibrated on the first calibration text and on own text.
+the same texts, counts; the teacher of distilled rows is the dense model so trained, or, on own text, as it is but for its end of a
+text. Rows with `-own` behind the percentage begin with a model that was calibrated on the first calibration text and on own text.
 Several processes may be at it at once.
 Results go to `evaluation/results/03-tensor-network.json` and `.md`.
 """
@@ -132,7 +132,7 @@ def healed(options: argparse.Namespace, percent: str | None, kind: str, rate: fl
     if percent is not None:
         trains_rest, is_distilled = HEALING[kind]
         if is_distilled:
-            if options.own_text:  # which the dense model has nothing to learn from
+            if options.own_text:  # which the dense model wrote itself
                 teacher = api.open_dense(options.model, "float32", is_whole=True).model
                 teacher.register_forward_hook(never_ending)
             else:

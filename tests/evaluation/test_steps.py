@@ -62,7 +62,7 @@ def test_rows_of_another_machine_have_its_dense_model_as_their_base(tmp_path):
     assert set(rows(tmp_path / "ours")) == {"dense"}
 
 
-def test_own_text_is_written_in_parts_that_serve_any_number(tmp_path, monkeypatch):
+def test_whole_parts_of_own_text_serve_any_number(tmp_path, monkeypatch):
     calls: list[tuple[int, int, int]] = []
 
     def written(options: argparse.Namespace, *what: int) -> dict:
