@@ -142,7 +142,7 @@ def trained(options: argparse.Namespace, name: str, rate: float) -> dict[str, An
     target, is_distilled, settings, sequences = TRAINED_ROWS[name]
     texts = options.calibration
     if options.own_text:
-        texts = [stepwise.own_training_text(options, options.steps * BATCH, options.length)]
+        texts = [*map(str, stepwise.own_training_texts(options, options.steps * BATCH, options.length))]
     opened = api.open_dense(options.model, "float32", is_whole=True)
     model, tokenizer = opened.model, opened.load_tokenizer()
     callbacks: list[transformers.TrainerCallback] = []

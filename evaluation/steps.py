@@ -26,8 +26,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "evaluation" / "results"
 TEXTS = 2
 HELD_OUT = 32
-#: Sequences that the dense model writes at once.
-OWN_BATCH = 128
+#: Sequences that the dense model writes at once, and the tokens of a prompt.
+OWN_BATCH, OWN_PROMPT = 128, 64
 #: Share of them by which more are written than are asked for: not every token survives its text.
 OWN_SLACK = 0.05
 
@@ -187,14 +187,17 @@ def quantized(file_bytes: int) -> dict[str, Any] | None:
     return min(fitting, key=lambda row: next(iter(row["perplexity"].values())), default=None)
 
 
-def own_text(options: argparse.Namespace, number: int, length: int) -> Path:
-    """The file of sequences that the dense model writes behind single random tokens; made if it is missing.
+def own_text(options: argparse.Namespace, number: int, length: int, is_prompted: bool = False) -> Path:
+    """The file of sequences that the dense model writes, behind single random tokens or prompts; made if it is missing.
 
-    Every token is drawn from the model's own distribution, but for its end of a text, which it may not write. Data of no domain, as
-    in LLM-QAT (https://arxiv.org/abs/2305.17888), which takes the likeliest for the first tokens. Processes that are at it
-    together share its parts; whole parts serve any number of sequences.
+    Every token is drawn from the model's own distribution, but for its end of a text, which it may not write. Behind single tokens
+    it is data of no domain, as in LLM-QAT (https://arxiv.org/abs/2305.17888), which takes the likeliest for the first tokens; a
+    model this small soon writes what is like no text. Behind prompts out of the calibration texts, which are not kept, it is
+    nearer to them, and for a shorter while, so that a sequence is two texts. Processes that are at it together share its parts;
+    whole parts serve any number of sequences.
     """
-    path, parts = options.work / f"own-text-{number}-{length}.txt", options.work / "own-text"
+    kind = "prompted" if is_prompted else "own"
+    path, parts = options.work / f"{kind}-text-{number}-{length}.txt", options.work / "own-text"
     if path.exists():
         return path
     parts.mkdir(exist_ok=True)
@@ -202,8 +205,8 @@ def own_text(options: argparse.Namespace, number: int, length: int) -> Path:
     for is_patient in (False, True):
         found = [
             kept(
-                parts / f"own-text-{length}-{part}-{size}.json",
-                lambda part=part, size=size: written(options, part, size, length),
+                parts / f"{kind}-text-{length}-{part}-{size}.json",
+                lambda part=part, size=size: written(options, part, size, length, is_prompted),
                 is_patient,
             )
             for part, size in enumerate(sizes)
@@ -214,23 +217,35 @@ def own_text(options: argparse.Namespace, number: int, length: int) -> Path:
 
 
 @torch.no_grad()
-def written(options: argparse.Namespace, part: int, size: int, length: int) -> dict[str, Any]:
+def written(options: argparse.Namespace, part: int, size: int, length: int, is_prompted: bool) -> dict[str, Any]:
     """Texts of so many sequences; the part seeds them."""
     opened = api.open_dense(options.model, "bfloat16" if options.dtype == "auto" else options.dtype, is_whole=True)
     model, tokenizer = opened.model.to(options.device), opened.load_tokenizer()
     torch.manual_seed(part)
-    first = torch.randint(model.config.vocab_size, (size, 1), device=options.device)
+    if is_prompted:
+        first, num_new = prompts(options.calibration, tokenizer, 2 * size), length // 2
+    else:
+        first, num_new = torch.randint(model.config.vocab_size, (size, 1)), length - 1
+    first = first.to(options.device)
     ids = model.generate(
-        first, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, min_new_tokens=length - 1, max_new_tokens=length - 1,
+        first, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, min_new_tokens=num_new, max_new_tokens=num_new,
         pad_token_id=model.config.eos_token_id, attention_mask=torch.ones_like(first),
         cache_implementation="static", disable_compile=True,  # a cache that grows is copied for every token
     )  # fmt: skip
-    return {"texts": tokenizer.batch_decode(ids, skip_special_tokens=True)}
+    return {"texts": tokenizer.batch_decode(ids[:, OWN_PROMPT:] if is_prompted else ids, skip_special_tokens=True)}
 
 
-def own_training_text(options: argparse.Namespace, number: int, length: int) -> Path:
-    """As much of it as so many windows take, those that are held out among them."""
-    return own_text(options, math.ceil((1 + OWN_SLACK) * (number + HELD_OUT)), length)
+def prompts(texts: list[str], tokenizer: Any, number: int) -> torch.Tensor:
+    """`[number, OWN_PROMPT]` token ids at random positions of the texts, by turns."""
+    ids = [tokenize(tokenizer, read_texts([text])) for text in texts]
+    sources = [ids[index % len(ids)] for index in range(number)]
+    return torch.stack([source[torch.randint(len(source) - OWN_PROMPT, ()) :][:OWN_PROMPT] for source in sources])
+
+
+def own_training_texts(options: argparse.Namespace, number: int, length: int) -> Iterator[Path]:
+    """As much of it as so many windows take, those that are held out among them: one half of each kind, written when asked for."""
+    half = math.ceil((1 + OWN_SLACK) * (number + HELD_OUT) / 2)
+    return (own_text(options, half, length, is_prompted) for is_prompted in (False, True))
 
 
 def ending_of(name: str, trained: Iterable[str]) -> str | None:

@@ -9,7 +9,7 @@ and, as the control, all weights of the dense one, on the same tokens in the sam
 the dense model as it is. Rows of another number of tokens or of
 own text say it in their names, as do those that train on fewer tokens several times over. Each is trained at several learning rates, and the best one on windows that no row trains on, of
 the same texts, counts; the teacher of distilled rows is the dense model so trained, or, on own text, as it is but for its end of a
-text. Rows with `-own` behind the percentage begin with a model that was calibrated on the first calibration text and on own text.
+text. Rows with `-own` behind the percentage begin with a model that was calibrated on own text as well.
 Several processes may be at it at once.
 Results go to `evaluation/results/03-tensor-network.json` and `.md`.
 """
@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +49,15 @@ TOKENS, LENGTH, BATCH = 500_000, 512, 2
 #: Logit of what own text was not allowed to be; finite, as a divergence takes it times a probability of zero.
 NEVER = -1e4
 #: Of all weights of the dense model, and of healing.
-DENSE_RATES, RATES = (3e-5, 1e-4, 3e-4), (3e-5, 1e-4, 3e-4, 1e-3)
+DENSE_RATES, RATES = (3e-5, 1e-4, 3e-4), (3e-5, 6e-5, 1e-4, 3e-4, 1e-3)
 #: What is trained of a decomposed model, and by what: whether the rest beside the factors, whether the dense model teaches.
 HEALING = {
     "": (False, False), "-all": (True, False), "-distilled": (False, True), "-all-distilled": (True, True), "-own-distilled": (False, True),
 }  # fmt: skip
-#: How the names of what was calibrated on text of the dense model begin, behind the percentage; with `--own-text` only. On twice
-#: the text of the recipe.
+#: How the names of what was calibrated on text of the dense model too begin, behind the percentage; with `--own-text` only. On four
+#: times the tokens of the recipe.
 OWN = "-own"
-OWN_CALIBRATION = {"num_sequences": 128, "batch_size": 16}
+OWN_CALIBRATION = {"num_sequences": 256, "batch_size": 16}
 MINUTES = 5
 PREFILL, PREFILL_RATIO = 512, 1.15
 ENTROPY = {"method": "entropy", "sensitivity": "fisher", "embedding_bits": 6.0}
@@ -143,7 +143,7 @@ def healed(options: argparse.Namespace, percent: str | None, kind: str, rate: fl
         stepwise.done(steps(options), options.work, start, options.device)
         model = verify.load_model(options.work / start, dtype=torch.float32)
     started = time.perf_counter()
-    texts = [own_text(options)] if options.own_text else options.calibration
+    texts = [*own_texts(options)] if options.own_text else options.calibration
     data = stepwise.TrainingWindows(texts, tokenizer, LENGTH, num_windows(options))
     num_updates = options.epochs * len(data) // BATCH
     arguments = TrainingArguments(
@@ -172,9 +172,9 @@ def never_ending(model: PreTrainedModel, args: Any, output: Any) -> None:
     output.logits[..., model.config.eos_token_id] = NEVER
 
 
-def own_text(options: argparse.Namespace) -> Path:
-    """The file that the dense model has written."""
-    return stepwise.own_training_text(options, num_windows(options), LENGTH)
+def own_texts(options: argparse.Namespace) -> Iterator[Path]:
+    """The files that the dense model has written, or writes when they are asked for."""
+    return stepwise.own_training_texts(options, num_windows(options), LENGTH)
 
 
 def num_windows(options: argparse.Namespace) -> int:
@@ -261,7 +261,7 @@ def steps(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]
         changed = recipe(full)
         changed["calibration"] |= OWN_CALIBRATION
         found[full + OWN] = lambda full=full, changed=changed: compressed(
-            options, full + OWN, changed, [options.calibration[0], str(own_text(options))]
+            options, full + OWN, changed, [*options.calibration, str(next(own_texts(options)))]
         )
     for ending, change in FAST.items():
         changed = recipe("tensor-network-40-fast")

@@ -63,7 +63,7 @@ def test_rows_of_another_machine_have_its_dense_model_as_their_base(tmp_path):
 
 
 def test_whole_parts_of_own_text_serve_any_number(tmp_path, monkeypatch):
-    calls: list[tuple[int, int, int]] = []
+    calls: list[tuple[int, int, int, bool]] = []
 
     def written(options: argparse.Namespace, *what: int) -> dict:
         calls.append(what)
@@ -74,7 +74,9 @@ def test_whole_parts_of_own_text_serve_any_number(tmp_path, monkeypatch):
     options = argparse.Namespace(work=tmp_path)
     assert steps.own_text(options, 5, 8).read_text() == "0\n\n0\n\n1\n\n1\n\n2"
     assert steps.own_text(options, 4, 8).read_text() == "0\n\n0\n\n1\n\n1"
-    assert calls == [(0, 2, 8), (1, 2, 8), (2, 1, 8)]
+    assert calls == [(0, 2, 8, False), (1, 2, 8, False), (2, 1, 8, False)]
+    assert steps.own_text(options, 3, 8, is_prompted=True).read_text() == "0\n\n0\n\n1"
+    assert calls[3:] == [(0, 2, 8, True), (1, 1, 8, True)]
 
 
 def test_times_of_an_accelerator_are_not_those_of_a_cpu():

@@ -53,15 +53,15 @@ def test_models_of_own_text_are_calibrated_on_it(tmp_path, monkeypatch):
         dtype="auto",
         text=[],
     )
-    (tmp_path / "own-text-280-512.txt").write_text("written")
+    (tmp_path / "own-text-140-512.txt").write_text("written")
     seen = []
     monkeypatch.setattr(tensor_network, "compressed", lambda options, *arguments: seen.append(arguments))
     todo = tensor_network.steps(options)
     for name in ("tensor-network-20", "tensor-network-20-own"):
         todo[name]()
     plain = tensor_network.recipe("tensor-network-20")
-    changed = plain | {"calibration": plain["calibration"] | {"num_sequences": 128, "batch_size": 16}}
-    own = ("tensor-network-20-own", changed, ["a.txt", str(tmp_path / "own-text-280-512.txt")])
+    changed = plain | {"calibration": plain["calibration"] | {"num_sequences": 256, "batch_size": 16}}
+    own = ("tensor-network-20-own", changed, ["a.txt", "b.txt", str(tmp_path / "own-text-140-512.txt")])
     assert seen == [("tensor-network-20", plain), own]
     assert "healed-20-own-distilled-3e-05-120000-own-text" in todo
     options.epochs, options.tokens = 2, 240_000  # the same windows, and so the same own text
