@@ -97,11 +97,12 @@ def test_own_text_is_all_that_its_rows_see(arguments, tmp_path, monkeypatch, cap
     monkeypatch.setattr(pruning, "read_texts", lambda paths: read.append([Path(path).name for path in paths]) or of(paths))
     chosen = ["--step", "hesso-20-refit-0.0001", "--step", "flap-20-trained-0.0001"]
     assert pruning.main([*arguments, "--own-text", *chosen]) == 0
-    assert capsys.readouterr().out.count("done: ") == 1 + 2 + 1  # a part of the text
-    written = next((tmp_path / "work").glob("own-text-*.txt"))
-    assert read == [[written.name]]
+    assert capsys.readouterr().out.count("done: ") == 1 + 2 + 2  # parts of the text
+    written = sorted(path.name for path in (tmp_path / "work").glob("*-text-*.txt"))
+    assert [name.split("-")[0] for name in written] == ["own", "prompted"]
+    assert read == [written]
     report = json.loads((tmp_path / "work" / "flap-20-own-text" / "compression_report.json").read_text())
-    assert [Path(source).name for source in report["calibration"]["sources"]] == [written.name]
+    assert [Path(source).name for source in report["calibration"]["sources"]] == written
     rows = json.loads((tmp_path / "work" / "rows.json").read_text())
     assert {"hesso-20-refit-0.0001-8-steps-own-text", "flap-20-trained-0.0001-8-steps-own-text"} < rows.keys()
 

@@ -79,6 +79,14 @@ def test_whole_parts_of_own_text_serve_any_number(tmp_path, monkeypatch):
     assert calls[3:] == [(0, 2, 8, True), (1, 1, 8, True)]
 
 
+def test_prompts_are_pieces_of_the_texts_by_turns(tmp_path):
+    texts = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for text in texts:
+        text.write_text(text.stem * 100)
+    rows = steps.prompts([str(text) for text in texts], lambda text, **_: {"input_ids": [ord(letter) for letter in text]}, 3)
+    assert rows.tolist() == [[ord(letter)] * 64 for letter in "aba"]
+
+
 def test_times_of_an_accelerator_are_not_those_of_a_cpu():
     assert steps.is_of_cpu({"device": "cpu"})
     assert not steps.is_of_cpu({"device": "cuda"})
