@@ -6,7 +6,7 @@ import json
 import logging
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,7 @@ from .checkpoint import (
     TensorSource,
     check_finite,
     check_new_file,
+    check_new_folder,
     check_output,
     disk_errors,
     hash_files,
@@ -166,28 +167,29 @@ def compress(
     check_outside(dense.model, arch, recipe)
     check_cuts(dense.model, arch, recipe)
     before = _footprint(dense.model, recipe)
-    arch, dropped = _shorten(dense.model, arch, recipe, prepared, report)
+    arch, dropped = _shorten(dense.model, arch, recipe, prepared.batches, report.notes)
     fingerprint = {
         "recipe": recipe.to_dict(),
         "source": dense.fingerprint,
         "calibration": prepared.fingerprint,
         "versions": versions(),
         "dropped": dropped,  # chosen anew by every run, which another device may round to other blocks
+        **_hashes_of_profiles(recipe),
     }
-    journal = Journal(output, fingerprint, num_units=1 + len(arch.blocks))
-    runner = BlockRunner(dense.model, arch, stages, prepared, report, dense.source, journal, recipe.reconstruction)
-    logits = _run(runner, recipe, prepared, progress)
-    table = _ordered(_settled(runner), dense.model)
-    _compare(before, dropped, dense.model, report)
-    config = _final_config(dense.model, table, recipe)
-    report.file_bytes = journal.finish(
-        lambda folder: _write_side_files(folder, dense.model, config, dense.load_tokenizer(), recipe)
-    )
-    try:
-        _verify(output, prepared, logits, report, is_causal_lm(dense.model), device)
-    finally:
-        if (output / REPORT_NAME).exists():
-            journal.close()
+    with Journal(output, fingerprint, num_units=1 + len(arch.blocks)) as journal:
+        runner = BlockRunner(dense.model, arch, stages, prepared, report, dense.source, journal, recipe.reconstruction)
+        logits = _run(runner, recipe, prepared, progress)
+        table = _ordered(_settled(runner), dense.model)
+        _compare(before, dropped, dense.model, report)
+        config = _final_config(dense.model, table, recipe)
+        report.file_bytes = journal.finish(
+            lambda folder: _write_side_files(folder, dense.model, config, dense.load_tokenizer(), recipe)
+        )
+        try:
+            _verify(output, prepared, logits, report, is_causal_lm(dense.model), device)
+        finally:
+            if (output / REPORT_NAME).exists():
+                journal.close()
     return report
 
 
@@ -207,7 +209,10 @@ def plan(model: str | Path, recipe: Recipe | Mapping[str, Any] | str | Path, see
     num_parameters = count_parameters(dense.model)
     memory, minutes = peak_memory_estimate(dense, arch, recipe), minutes_estimate(dense.model, arch, recipe)
     stages = [(METHODS[stage.method], stage) for stage in recipe.stages]
+    check_nesting(arch, recipe)
+    arch, dropped = _shorten(dense.model, arch, recipe, (), [])  # without inputs the first ones go: all are of one size
     chosen = check_nesting(arch, recipe)
+    num_left = count_parameters(dense.model)
     parameters = [name for name, _ in dense.model.named_parameters()]
     made, _ = compress_outside_(dense.model, arch, stages, LAYERS, solve=False)
     layers, skipped = [], []
@@ -252,8 +257,9 @@ def plan(model: str | Path, recipe: Recipe | Mapping[str, Any] | str | Path, see
     handled = {layer["name"] for layer in layers} | {entry["name"] for entry in skipped} | set(arch.tied)
     rest = [name for name in parameters if name.rpartition(".")[0] not in handled]
     skipped += [{"name": name, "reason": "not a Linear of a block: stays in the model's dtype"} for name in rest]
+    skipped += [{"name": f"{len(dropped)} blocks", "reason": "taken out, the calibration says which"}] if dropped else []
     before = num_parameters * width
-    after = before - sum(layer["dense_bytes"] - layer["compressed_bytes"] for layer in layers)
+    after = num_left * width - sum(layer["dense_bytes"] - layer["compressed_bytes"] for layer in layers)
     return {
         "model": dense.name,
         "family": arch.family,
@@ -420,9 +426,7 @@ def recover(  # noqa: PLR0913 - settings, by keyword
     started = time.perf_counter()
     named = Path(model).resolve() if Path(model).name in ("", "..") else Path(model)  # "." has no name to add to
     output = Path(f"{named}-adapter" if output is None else output)
-    partial = output.with_name(output.name + ".partial")
-    for path in (output, partial):
-        check_output(path)
+    partial = check_new_folder(output)
     folder = local_folder(str(model))
     if is_adapter(folder):
         raise UnsupportedModel(f"model {str(model)!r} is an adapter: give the folder of its base model")
@@ -436,7 +440,8 @@ def recover(  # noqa: PLR0913 - settings, by keyword
     base = verify.load_model(folder, dtype=torch.float32)
     if not is_causal_lm(base):
         raise UnsupportedModel(f"model {str(model)!r} is a {type(base).__name__}: recover trains causal language models")
-    base.name_or_path = base.config.name_or_path = str(named)
+    # A relative name would be looked for where the next user stands, and then on the Hub.
+    base.name_or_path = base.config.name_or_path = str(folder.resolve()) if Path(model).is_dir() else str(model)
     check_inputs(base, data)
     dense = None
     if teacher is not None:
@@ -853,7 +858,7 @@ def check_nesting(arch: Architecture, recipe: Recipe) -> list[set[str]]:
 
     Raises:
         ConfigError: a stage leaves a Linear to a later one that there is not, or comes third: what is taken apart twice is
-            not looked into.
+            not looked into. Or it goes by the numbers of blocks, which another stage changes.
     """
     chosen = select_stages(arch.roles, recipe.stages)
     built = dict.fromkeys(arch.roles, 0)
@@ -868,7 +873,25 @@ def check_nesting(arch: Architecture, recipe: Recipe) -> list[set[str]]:
             )
         for name in names if method.cut_block is None else ():
             built[name] += 1
+        if any(getattr(other, "num_layers", 0) for other in recipe.stages) and (name := _chosen_by_number(arch, names)):
+            raise ConfigError(
+                f"recipe.stages[{position}] selects {name} and not the same Linear of every block, but num_layers takes blocks out and "
+                "numbers the others anew: prune first, then compress what is left"
+            )
     return chosen
+
+
+def _chosen_by_number(arch: Architecture, names: Collection[str]) -> str | None:
+    """A Linear that is selected where that of another block of its stack is not."""
+    for stack in arch.stacks:
+        alike: dict[str, list[str]] = {}
+        for block in stack:
+            for name in arch.targets(block):
+                alike.setdefault(name.removeprefix(block), []).append(name)
+        for group in alike.values():
+            if (mine := [name for name in group if name in names]) and len(mine) < len(group):
+                return mine[0]
+    return None
 
 
 def check_cuts(model: PreTrainedModel, arch: Architecture, recipe: Recipe) -> None:
@@ -1164,7 +1187,9 @@ def _compress_in_memory(
             f"model is quantized already ({model.hf_quantizer.quantization_config.quant_method}): give the dense model"
         )
     if output is not None:
-        check_output(Path(output))
+        check_new_folder(Path(output))
+    elif recipe.auto_map:
+        raise ConfigError("recipe.auto_map writes a file beside a model: give an output folder, got None")
     if any(isinstance(module, tuple(LAYERS.values())) for module in model.modules()):
         raise UnsupportedModel("model holds compressed layers of a run that did not finish: load the dense model again")
     arch = describe(model)
@@ -1177,7 +1202,7 @@ def _compress_in_memory(
     check_cuts(model, arch, recipe)
     report = new_report(model.config.name_or_path or type(model).__name__, model, arch, recipe, prepared)
     before = _footprint(model, recipe)
-    arch, dropped = _shorten(model, arch, recipe, prepared, report)
+    arch, dropped = _shorten(model, arch, recipe, prepared.batches, report.notes)
     stages = [(METHODS[stage.method], stage) for stage in recipe.stages]
     runner = BlockRunner(model, arch, stages, prepared, report, reconstruction=recipe.reconstruction)
     logits = _run(runner, recipe, prepared, progress)
@@ -1186,25 +1211,32 @@ def _compress_in_memory(
     if table:
         attach_(model, table, recipe.stages)
     if output is not None and distributed.rank() == 0:
-        model.save_pretrained(output)
-        _write_side_files(Path(output), model, model.config, tokenizer, recipe)
+        with whole_folder(Path(output)) as partial:
+            model.save_pretrained(partial)
+            _write_side_files(partial, model, model.config, tokenizer, recipe)
         report.file_bytes = sum(path.stat().st_size for path in Path(output).glob("*.safetensors"))
         _verify(Path(output), prepared, logits, report, is_causal_lm(model), str(model.device))
     distributed.barrier()
     return report
 
 
+def _hashes_of_profiles(recipe: Recipe) -> dict[str, str]:
+    """What the files that stages read hold, where there are any: their names alone do not decide the result."""
+    profiles = [Path(path) for stage in recipe.stages if (path := getattr(stage, "profile", None))]
+    return {"profiles": hash_files(profiles)} if profiles and all(path.is_file() for path in profiles) else {}
+
+
 def _shorten(
-    model: PreTrainedModel, arch: Architecture, recipe: Recipe, calibration: Calibration, report: Report
+    model: PreTrainedModel, arch: Architecture, recipe: Recipe, batches: Sequence[Mapping[str, torch.Tensor]], notes: list[str]
 ) -> tuple[Architecture, list[str]]:
     """Take out the blocks that stages remove; describe what is left, and name what is gone."""
     gone: list[str] = []
     names = list(arch.blocks)
     for stage in recipe.stages:
         method = METHODS[stage.method]
-        dropped = method.shorten(model, arch, calibration.batches, stage) if method.shorten else []
+        dropped = method.shorten(model, arch, batches, stage) if method.shorten else []
         if dropped:
-            report.notes.append(f"{stage.method} has removed {len(dropped)} of {len(arch.blocks)} blocks: {', '.join(dropped)}")
+            notes.append(f"{stage.method} has removed {len(dropped)} of {len(arch.blocks)} blocks: {', '.join(dropped)}")
             out = [names[arch.blocks.index(name)] for name in dropped]
             gone, names = gone + out, [name for name in names if name not in out]
             arch = describe(model)
@@ -1356,7 +1388,12 @@ def _read_config(folder: Path) -> PreTrainedConfig:
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-    return AutoTokenizer.from_pretrained(folder) if any((folder / name).exists() for name in names) else None
+    if not any((folder / name).exists() for name in names):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, LookupError) as error:
+        raise FormatError(f"{folder} has a tokenizer that cannot be read: {' '.join(str(error).split())}") from error
 
 
 def _empty(name: str, linear: torch.nn.Linear, stages: Sequence[tuple[Method, MethodConfig, set[str]]]) -> torch.nn.Module:

@@ -6,10 +6,12 @@ Paths are relative to the base model, so that a bare encoder and a model with a 
 
 import logging
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
 from transformers.pytorch_utils import Conv1D
 
 from .errors import UnsupportedModel
@@ -130,6 +132,16 @@ def describe(model: PreTrainedModel) -> Architecture:
     output = model.get_output_embeddings()
     head = next((name for name, m in model.named_modules() if m is output and isinstance(m, nn.Linear)), None)
     return Architecture(family, family in FAMILIES, stacks, roles, embedding, tied, None if head in tied else head)
+
+
+def prediction_of(output: ModelOutput | tuple[Any, ...]) -> Tensor:
+    """What a model gives first for its inputs: logits, or hidden states where it has no head; not the loss, which `labels` put before.
+
+    >>> from transformers.modeling_outputs import CausalLMOutput
+    >>> prediction_of(CausalLMOutput(loss=torch.zeros(()), logits=torch.ones(1, 2))).shape
+    torch.Size([1, 2])
+    """
+    return output[0] if isinstance(output, tuple) else next(value for key, value in output.items() if key != "loss")
 
 
 def sublayer_outputs(model: PreTrainedModel) -> dict[str, str]:

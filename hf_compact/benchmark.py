@@ -410,7 +410,7 @@ def _memory(path: str, work: _Work) -> dict[str, Any]:
     config = work.protocol.speed
     assert config is not None, "asked for"
     arguments = {"model": path, "dtype": work.protocol.dtype, "device": work.protocol.device, "speed": asdict(config)}
-    command = [sys.executable, "-m", "hf_compact.benchmark", json.dumps(arguments)]
+    command = [sys.executable, "-P", "-m", "hf_compact.benchmark", json.dumps(arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from . import distributed
-from .arch import Architecture, as_linear, dense_shape, describe
+from .arch import Architecture, as_linear, dense_shape, describe, prediction_of
 from .calibration import Calibration
 from .checkpoint import Journal, TensorSource, check_finite, rebuild_, share_buffers_, tie_parts_
 from .config import MethodConfig, ReconstructionConfig
@@ -254,7 +254,7 @@ class BlockRunner:
         training = self.model.training
         self.model.eval()
         with without_cache(self.model):
-            output = self.model(**self.batches[-1])[0].cpu()
+            output = prediction_of(self.model(**self.batches[-1])).cpu()
         self.model.train(training)
         return output
 
@@ -711,7 +711,7 @@ class BlockRunner:
 
     def _probe_output(self) -> Tensor:
         with patched_forwards(self._replay(len(self.batches) - 1)):
-            return self.model(**self.batches[-1])[0].cpu()
+            return prediction_of(self.model(**self.batches[-1])).cpu()
 
 
 def arrange_(

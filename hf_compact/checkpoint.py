@@ -6,11 +6,13 @@ its real name when nothing is missing, so a folder of that name is always comple
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +39,7 @@ QUANT_METHOD = "hf_compact"
 #: How torch names the dtypes of a safetensors header.
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
 }  # fmt: skip
@@ -88,7 +91,11 @@ class TensorSource:
         if single.exists():
             return cls([single])
         if index.exists():
-            files = [folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
+            try:
+                names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise FormatError(f"{index} is no index of shards, or only a part of one: {type(error).__name__}") from error
+            files = [folder / name for name in sorted(names)]
             for path in files:
                 if not path.exists():
                     raise FormatError(f"{folder} lacks the shard {path.name}, which its index names")
@@ -110,13 +117,19 @@ class TensorSource:
         return tensors
 
     def headers(self) -> dict[str, tuple[str, list[int], int]]:
-        """Name -> (dtype, shape, bytes), without reading data."""
+        """Name -> (dtype, shape, bytes), without reading data.
+
+        Raises:
+            FormatError: a dtype is not known.
+        """
         found = {}
         for path in self.files:
             with _open(path) as handle:
                 for name in (name for name, file in self.file_of.items() if file == path):
                     part = handle.get_slice(self.stored_name[name])
                     dtype, shape = part.get_dtype(), part.get_shape()
+                    if dtype not in DTYPES:
+                        raise FormatError(f"{name} in {path} has the dtype {dtype}, known are {', '.join(DTYPES)}")
                     found[name] = (dtype, shape, DTYPES[dtype].itemsize * torch.Size(shape).numel())
         return found
 
@@ -278,41 +291,67 @@ class Journal:
     """The folder of an unfinished run: shards and one line of JSON for each.
 
     The first line is the fingerprint of everything that decides the result. A journal with another fingerprint is
-    refused, so two runs can never mix.
+    refused, and so is a second process while the first one is at it, so two runs can never mix. As a context it gives the folder free
+    at the end, as does the end of the process.
     """
 
     def __init__(self, output: Path, fingerprint: Mapping[str, Any], num_units: int) -> None:
         """Open or create `<output>.partial`.
 
         Raises:
-            OutputError: the output exists and is not empty, cannot be created, or belongs to another run.
+            OutputError: the output exists and is not empty, cannot be created, belongs to another run, or is being written by another
+                process.
         """
         self.output, self.num_units = output, num_units
         self.folder = output.with_name(output.name + ".partial")
         self.entries: list[dict[str, Any]] = []
-        if (output / _JOURNAL_NAME).exists():  # killed after the folder got its name, before it was verified
-            output.rename(self.folder)
-        check_output(output)
-        path = self.folder / _JOURNAL_NAME
-        if path.exists():
-            self._resume(path, dict(fingerprint))
+        is_named = (output / _JOURNAL_NAME).exists()  # killed after the folder got its name, before it was verified
+        if not is_named:
+            check_output(output)
+        place = output if is_named else self.folder
+        with disk_errors(place):
+            place.mkdir(parents=True, exist_ok=True)
+        self._free = weakref.finalize(self, os.close, _locked(place))
+        try:
+            self._open(place, dict(fingerprint))
+        except BaseException:
+            self._free()
+            raise
+
+    def _open(self, place: Path, fingerprint: dict[str, Any]) -> None:
+        lines = self._earlier(place, fingerprint)
+        if place == self.output:
+            place.rename(self.folder)
+        if len(lines) > 1:
+            self._resume(lines)
             return
         with disk_errors(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_text(path, json.dumps({"fingerprint": dict(fingerprint)}) + "\n")
+            write_text(self.folder / _JOURNAL_NAME, json.dumps({"fingerprint": fingerprint}) + "\n")
 
-    def _resume(self, path: Path, fingerprint: dict[str, Any]) -> None:
-        lines = _complete_lines(path)
-        if not lines:
-            raise OutputError(f"{self.folder} has a journal that cannot be read: choose another --output or delete the folder")
-        earlier = lines[0]["fingerprint"]
-        if len(lines) == 1:  # nothing is finished that could be mixed up
-            write_text(path, json.dumps({"fingerprint": fingerprint}) + "\n")
-            return
-        check_same_run(self.folder, earlier, fingerprint, "finish that run, choose another --output, or delete the folder")
+    def __enter__(self) -> Self:
+        """Itself."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Others may write to the folder from now on."""
+        self._free()
+
+    @staticmethod
+    def _earlier(place: Path, fingerprint: dict[str, Any]) -> list[dict[str, Any]]:
+        """The lines of the journal, of this very run; none of a new one."""
+        path = place / _JOURNAL_NAME
+        lines = _complete_lines(path) if path.exists() else []
+        if path.exists() and not lines:
+            raise OutputError(f"{place} has a journal that cannot be read: choose another --output or delete the folder")
+        if len(lines) > 1:  # else nothing is finished that could be mixed up
+            advice = "finish that run, choose another --output, or delete the folder"
+            check_same_run(place, lines[0]["fingerprint"], fingerprint, advice)
+        return lines
+
+    def _resume(self, lines: list[dict[str, Any]]) -> None:
         for entry in lines[1:]:
-            shard = self.folder / entry["file"]
-            if not shard.exists() or hash_files([shard]) != entry["sha256"]:
+            shard = self.shard_path(len(self.entries))
+            if shard.name != entry["file"] or not shard.exists() or hash_files([shard]) != entry["sha256"]:
                 logger.warning("%s is damaged; going on from its unit %r", shard.name, entry["unit"])
                 break
             self.entries.append(entry)
@@ -320,7 +359,7 @@ class Journal:
             logger.warning("%s was left while its units were written for the second time; starting over", self.folder)
             self.entries = []
         kept = [lines[0], *self.entries]
-        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        write_text(self.folder / _JOURNAL_NAME, "".join(json.dumps(line) + "\n" for line in kept))
         logger.info("resuming after %d of %d units", len(self.entries), self.num_units)
 
     def shard_path(self, index: int) -> Path:
@@ -399,6 +438,21 @@ class Journal:
         return any((folder / _JOURNAL_NAME).exists() for folder in (output, output.with_name(output.name + ".partial")))
 
 
+def _locked(folder: Path) -> int:
+    """A descriptor that keeps other processes off a folder, under whatever name, until it is closed or the process ends.
+
+    Raises:
+        OutputError: another one does that.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise OutputError(f"{folder} is being written by another process: wait for it, or choose another --output") from None
+    return descriptor
+
+
 def check_same_run(place: Path, earlier: Mapping[str, Any], fingerprint: Mapping[str, Any], advice: str) -> None:
     """Raise OutputError, naming what differs, if what lies at a place was not made from the same things."""
     for key in fingerprint:
@@ -437,6 +491,15 @@ def check_output(output: Path) -> None:
         raise OutputError(f"output {str(output)!r} cannot be created: {parent} is not a folder that can be written")
 
 
+def check_new_folder(output: Path) -> Path:
+    """The folder in which what is to be the output is written; OutputError if one of the two holds something or cannot be made."""
+    output = output.absolute()  # "." has no name to add to
+    partial = output.with_name(output.name + ".partial")
+    for path in (output, partial):
+        check_output(path)
+    return partial
+
+
 @contextmanager
 def whole_folder(output: Path) -> Iterator[Path]:
     """A folder to write to, which takes the name of the output at the end; nothing is left of it after an error.
@@ -444,10 +507,7 @@ def whole_folder(output: Path) -> Iterator[Path]:
     Raises:
         OutputError: the output or its partial folder holds something, or the disk is full or cannot be written.
     """
-    output = output.absolute()  # "." has no name to add to
-    partial = output.with_name(output.name + ".partial")
-    for path in (output, partial):
-        check_output(path)
+    output, partial = output.absolute(), check_new_folder(output)
     try:
         with disk_errors(output, "run the same command again: what was written is deleted"):
             yield partial

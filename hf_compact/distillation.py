@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .arch import prediction_of
 from .capture import without_cache
 from .config import DistillationConfig
 from .fitting import fit_, relative_error
@@ -44,13 +45,13 @@ def distill_(
         progress(step, total)
         batch = {name: value.to(model.device) for name, value in batches[step % len(batches)].items()}
         with torch.no_grad():
-            target = teacher.eval()(**batch)
-        loss = divergence if "logits" in target else relative_error
+            output = teacher.eval()(**batch)
+        loss, target = divergence if "logits" in output else relative_error, prediction_of(output)
         mask = batch.get("decoder_attention_mask" if "decoder_input_ids" in batch else "attention_mask")
         # Classes, words or features are on the last axis: what a mask can speak of are the others, of which a classifier of
         # whole sequences has one.
-        kept = mask.bool() if mask is not None and mask.shape == target[0].shape[:-1] else slice(None)
-        return loss(call(**batch)[0][kept], target[0][kept])
+        kept = mask.bool() if mask is not None and mask.shape == target.shape[:-1] else slice(None)
+        return loss(prediction_of(call(**batch))[kept], target[kept])
 
     with without_cache(model), without_cache(teacher):
         return list(fit_(model, loss_of, total, config.learning_rate, "distillation", linears))

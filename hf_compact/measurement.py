@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .arch import Architecture, as_linear, dense_shape, on_meta
+from .arch import Architecture, as_linear, dense_shape, on_meta, prediction_of
 from .capture import Method, Progress, StopForward, correct_bias_, without_cache
 from .checkpoint import check_same_run, disk_errors, write_text
 from .config import MethodConfig
@@ -209,7 +209,7 @@ def divergence_between(other: PreTrainedModel, model: PreTrainedModel, batches: 
     """
     mean = _Mean()
     for batch in batches:
-        mean.add(*_distance(model, other(**batch)[0], model(**batch)[0], batch))
+        mean.add(*_distance(model, prediction_of(other(**batch)), prediction_of(model(**batch)), batch))
     return mean.value("the compressed model")
 
 
@@ -248,10 +248,10 @@ def _scores(
     means = [_Mean() for _ in trials]
     for number, batch in enumerate(batches):
         with patched_forwards(dense(number)):
-            target = model(**batch)[0]
+            target = prediction_of(model(**batch))
         for mean, (_, tensors) in zip(means, trials, strict=True):
             with _replaced(model, tensors), patched_forwards(replaced(number)):
-                mean.add(*_distance(model, model(**batch)[0], target, batch))
+                mean.add(*_distance(model, prediction_of(model(**batch)), target, batch))
     return [mean.value(name) for mean, (name, _) in zip(means, trials, strict=True)]
 
 

@@ -91,16 +91,17 @@ def parse_size(value: str | float) -> int:
     Raises:
         ConfigError: it is not such a size.
 
-    >>> parse_size("40MB"), parse_size("38e6"), parse_size("1.5 MiB")
-    (40000000, 38000000, 1572864)
+    >>> parse_size("40MB"), parse_size("38e6"), parse_size("1.5 MiB"), parse_size("0.5GB")
+    (40000000, 38000000, 1572864, 500000000)
     """
     text = str(value).strip()
     found = _SIZE.fullmatch(text[:1] + text[1:].replace("K", "k"))
-    if found is None or (found[3] and not found[2]) or not 1 <= float(found[1]) < math.inf:
+    size = math.nan if found is None else float(found[1]) * (1024 if found[3] else 1000) ** " kMGT".index(found[2] or " ")
+    if found is None or (found[3] and not found[2]) or not 1 <= size < math.inf:
         raise ConfigError(
             f"target_size must be a number of bytes with or without a unit, like 40MB, 38e6 or 36MiB, got {value!r}"
         )
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** " kMGT".index(found[2] or " "))
+    return int(size)
 
 
 def parse_increase(value: str | float | None) -> float:

@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .arch import as_linear, dense_shape, describe
-from .capture import Method, input_moments, patched_forwards, without_cache
+from .capture import Method, correct_bias_, input_moments, patched_forwards, without_cache
 from .checkpoint import disk_errors, write_plot, write_text
 from .config import MethodConfig
 from .distillation import divergence
 from .errors import OutputError
+from .functional.gram import centered
 from .select import replace_modules, select_names
 
-PROFILE_VERSION = 2
+PROFILE_VERSION = 3
 
 
 @torch.no_grad()
@@ -56,7 +57,7 @@ def profile_(
     if not rest:
         return found
     with without_cache(model):
-        grams = {name: gram for name, (gram, _) in input_moments(model, rest, batches).items()}
+        moments = input_moments(model, rest, batches)
         blocks = list(arch.blocks) if len(arch.stacks) == 1 else []
         targets, states = zip(*(_dense_run(model, blocks, ids) for ids in probes), strict=True)
         for name in rest:
@@ -65,7 +66,7 @@ def profile_(
             before = [block for block in blocks if blocks.index(block) < _position(blocks, name)]
             curve = {}
             for ratio in ratios:
-                made = method.compress_linear(_linear(model, name), grams[name], _at(config, ratio))
+                made = _compressed(method, _linear(model, name), *moments[name], _at(config, ratio))
                 replace_modules(model, [name], lambda *_, made=made: made)
                 lost = [
                     divergence(_rerun(model, before, state, ids), target)
@@ -80,20 +81,36 @@ def profile_(
     return found
 
 
+def _compressed(method: Method, linear: nn.Linear, gram: Tensor, total: Tensor, config: MethodConfig) -> nn.Module:
+    """As a run does it: a bias answers for the mean of the inputs."""
+    if linear.bias is None:
+        return method.compress_linear(linear, gram, config)
+    made = method.compress_linear(linear, centered(gram, total), config)
+    if made is not linear:
+        made.bias = nn.Parameter(linear.bias.detach().clone())
+        correct_bias_(made, linear.weight, total)
+    return made
+
+
 def plot_profile(found: Mapping[str, Any], path: Path) -> None:
-    """A PNG: one heat map per ratio, roles by blocks, the divergence as colour on a common logarithmic scale."""
+    """A PNG: one heat map per ratio, roles by blocks, the divergence as colour on a common logarithmic scale.
+
+    Linears without a role are told by their names inside the block.
+    """
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
     layers = found["layers"]
-    roles = list(dict.fromkeys(layer["role"] for layer in layers.values()))
-    owners = {name: name.removesuffix(name.split(".", _depth(name))[-1]).rstrip(".") for name in layers}
+    inside = {name: name.split(".", _depth(name))[-1] for name in layers}
+    owners = {name: name.removesuffix(part).rstrip(".") for name, part in inside.items()}
+    role_of = {name: inside[name] if layer["role"] == "linear" else layer["role"] for name, layer in layers.items()}
+    roles = list(dict.fromkeys(role_of.values()))
     blocks = list(dict.fromkeys(owners.values()))
     ratios = list(next(iter(layers.values()))["curve"])
     values = torch.full((len(ratios), len(roles), len(blocks)), float("nan"))
     for name, layer in layers.items():
         for k, ratio in enumerate(ratios):
-            place = (k, roles.index(layer["role"]), blocks.index(owners[name]))
+            place = (k, roles.index(role_of[name]), blocks.index(owners[name]))
             values[place] = max(layer["curve"][ratio]["divergence"], 1e-6)
     scale = LogNorm(values[~values.isnan()].min().item(), max(values[~values.isnan()].max().item(), 1.1e-6))
     figure = Figure(figsize=(2 + 0.3 * len(blocks), 1 + 0.35 * len(ratios) * len(roles)), layout="constrained")

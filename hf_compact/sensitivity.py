@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import distributed
-from .arch import Architecture, dense_shape
+from .arch import Architecture, dense_shape, prediction_of
 from .errors import NumericalError
 from .functional.gram import add_gram_, without_padding
 
@@ -61,20 +61,23 @@ def measure(
     grams = {name: torch.zeros(shape[1], shape[1], device=device) for name, shape in shapes.items()}
     outputs = {name: torch.zeros(shape[0], shape[0], device=device) for name, shape in shapes.items()} if is_full else {}
     counts = {name: torch.zeros(1, dtype=torch.float64, device=device) for name in names}
-    seen = 0
+    seen, real = 0, torch.zeros(1, dtype=torch.float64, device=device)
     for number, batch in enumerate(batches):
         if seen * distributed.world_size() >= num_tokens:
             break
         progress(seen, num_tokens)
         is_counted = seen * distributed.world_size() < num_gram_tokens
-        seen += next(iter(batch.values())).shape[:2].numel()
+        size, mask = next(iter(batch.values())).shape[:2], batch.get("attention_mask")
+        seen += size.numel()
+        real += size.numel() if mask is None or mask.shape != size else mask.count_nonzero()
         seed = number * distributed.world_size() + distributed.rank()
         _gradients(model, arch, batch, seed, rows, outputs, grams if is_counted else {}, counts)
-    distributed.sum_([*rows.values(), *outputs.values(), *grams.values(), *counts.values()])
+    distributed.sum_([*rows.values(), *outputs.values(), *grams.values(), *counts.values(), real])
+    num_real = max(1, int(real))
     for name in names:
-        rows[name] = rows[name].cpu() / max(1, seen * distributed.world_size())
+        rows[name] = rows[name].cpu() / num_real
         if is_full:
-            outputs[name] = (outputs[name] / max(1, seen * distributed.world_size())).cpu()
+            outputs[name] = (outputs[name] / num_real).cpu()
         grams[name] = (grams[name] / counts[name].clamp_min(1)).float().cpu()
         if not rows[name].isfinite().all():
             raise NumericalError(f"gradients at the output of {name} are not finite: set sensitivity to none")
@@ -118,7 +121,7 @@ def _gradients(
         for index in range(next(iter(batch.values())).shape[0]):
             one = {name: value[index : index + 1] for name, value in batch.items()}
             with torch.enable_grad():
-                output = without_padding(model(**one)[0], one.get(arch.mask_of(arch.blocks[-1])))
+                output = without_padding(prediction_of(model(**one)), one.get(arch.mask_of(arch.blocks[-1])))
                 _loss(output, model.get_output_embeddings() is not None, generator).backward()
     finally:
         for parameter in frozen:

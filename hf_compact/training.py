@@ -32,6 +32,7 @@ class CompactCallback(TrainerCallback):
         """Nothing has happened yet."""
         self.is_prepared = self.is_finalized = False
         self._model: Callable[[], PreTrainedModel | None] = lambda: None
+        self._rate = 0.0
 
     # What a plain loop calls.
 
@@ -115,11 +116,12 @@ class CompactCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """As `before_update`."""
+        self._rate = kwargs["optimizer"].param_groups[0]["lr"]  # when the step ends, the schedule has gone on
         self.before_update(kwargs["model"], state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """As `step`."""
-        self.step(kwargs["model"], state.global_step, kwargs["optimizer"].param_groups[0]["lr"])
+        self.step(kwargs["model"], state.global_step, self._rate)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Finalise once."""
@@ -127,10 +129,28 @@ class CompactCallback(TrainerCallback):
 
 
 def record_(model: PreTrainedModel, modules: Mapping[str, Any]) -> None:
-    """Make `save_pretrained` write a modules table, through the quantizer that is registered with transformers."""
+    """Make `save_pretrained` write these modules into the model's table, through the quantizer that is registered with transformers."""
     if modules:
-        config = AutoQuantizationConfig.from_dict({"quant_method": QUANT_METHOD, "modules": modules})
+        old = table_of(model)
+        config = AutoQuantizationConfig.from_dict(
+            {**old, "quant_method": QUANT_METHOD, "modules": old.get("modules", {}) | modules}
+        )
         AutoHfQuantizer.from_config(config, pre_quantized=True).attach_(model)
+
+
+def table_of(model: PreTrainedModel) -> dict[str, Any]:
+    """What the config says of a model that this library has compressed, empty for others."""
+    config = getattr(model.config, "quantization_config", None)
+    return config.to_dict() if config is not None and config.quant_method == QUANT_METHOD else {}
+
+
+def refuse_cut(model: PreTrainedModel, names: Iterable[str]) -> None:
+    """Raise UnsupportedModel where Linears have widths that only the modules table says, in which their new form would take that place."""
+    table = table_of(model).get("modules", {})
+    if stuck := [name for name in names if name in table]:
+        raise UnsupportedModel(
+            f"{stuck[0]} has lost units that the config of {model.config.model_type} cannot say, so it cannot change its form: exclude it"
+        )
 
 
 def refuse_sharding(args: TrainingArguments, name: str) -> None:
@@ -172,8 +192,8 @@ def check_same_on_all_ranks(facts: Iterable[str]) -> None:
 
 def check_resumed(model: PreTrainedModel, folder: Path) -> None:
     """Raise FormatError if a checkpoint does not hold the tensors of the model; the Trainer itself only warns."""
-    if not folder.is_dir() or not list(folder.glob("*.safetensors")):
-        return
+    if isinstance(model, PeftModel) or not folder.is_dir() or not list(folder.glob("*.safetensors")):
+        return  # PEFT itself writes and checks what it trains, and no more
     stored = {name: tuple(shape) for name, (_, shape, _) in TensorSource.in_folder(folder).rename_for(model).headers().items()}
     for name, tensor in model.state_dict().items():
         is_tied = name in model.all_tied_weights_keys

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import hf_compact  # noqa: F401 - registers the plugin in the fresh process
 
+from .arch import prediction_of
 from .checkpoint import hash_model
 from .errors import VerificationError
 from .products import fast_products
@@ -27,7 +28,7 @@ from .scoring import max_positions, perplexity
 
 #: Largest difference to the reloaded logits, as a fraction of the largest logit. Blocks run one by one and in one pass
 #: may take different kernels, which shows in the last digits of the dtype.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
 
 def load_model(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -66,11 +67,13 @@ def verify(
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         inputs, outputs = Path(scratch, "inputs.safetensors"), Path(scratch, "outputs.safetensors")
-        tensors = {f"probe.{name}": value.cpu().contiguous() for name, value in probe.items()}
+        # Two inputs may be one tensor, which a file may not hold twice.
+        tensors = {f"probe.{name}": value.cpu().contiguous().clone() for name, value in probe.items()}
         if held_out is not None:
             tensors["held_out"] = held_out
         save_file(tensors, inputs)
-        command = [sys.executable, "-m", "hf_compact.verify", str(folder), str(inputs), str(outputs)]
+        # -P: the folder where the user stands is not looked into for modules, it may be a downloaded model's.
+        command = [sys.executable, "-P", "-m", "hf_compact.verify", str(folder), str(inputs), str(outputs)]
         if torch.device(device).type == "cuda":
             torch.cuda.empty_cache()  # what this process keeps for later, the other one needs now
         done = subprocess.run([*command, device], capture_output=True, text=True, check=False)
@@ -110,7 +113,7 @@ def main(folder: str, inputs: str, outputs: str, device: str) -> None:
     model = load_model(folder).eval().to(device)
     probe = {name.removeprefix("probe."): value.to(device) for name, value in tensors.items() if name != "held_out"}
     with torch.no_grad():
-        logits = model(**probe)[0]
+        logits = prediction_of(model(**probe))
     save_file({"logits": logits.cpu().contiguous()}, outputs)
     score = None
     if "held_out" in tensors:

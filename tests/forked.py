@@ -16,12 +16,12 @@ class Verifications:
         self._server: subprocess.Popen | None = None
 
     def run(self, command: list[str], **kwargs) -> subprocess.CompletedProcess:
-        assert command[1:3] == ["-m", "hf_compact.verify"]
+        assert command[1:4] == ["-P", "-m", "hf_compact.verify"]
         if self._server is None:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
             self._server = subprocess.Popen([sys.executable, "-m", __name__], text=True, cwd=Path(__file__).parents[1], **pipes)
-        written = [f"{command[5]}.{kind}" for kind in ("stdout", "stderr")]
-        self._server.stdin.write(json.dumps([str(Path.cwd()), *written, command[3:]]) + "\n")
+        written = [f"{command[6]}.{kind}" for kind in ("stdout", "stderr")]
+        self._server.stdin.write(json.dumps([str(Path.cwd()), *written, command[4:]]) + "\n")
         self._server.stdin.flush()
         code = int(self._server.stdout.readline())
         return subprocess.CompletedProcess(command, code, *(Path(path).read_text() for path in written))

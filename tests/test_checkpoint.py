@@ -26,9 +26,9 @@ from hf_compact import api, checkpoint, verify
 from hf_compact.api import inspect_folder
 from hf_compact.calibration import from_batches
 from hf_compact.checkpoint import Journal, TensorSource
-from hf_compact.errors import FormatError, NumericalError, OutputError, VerificationError
+from hf_compact.errors import ConfigError, FormatError, NumericalError, OutputError, VerificationError
 from hf_compact.hf import card
-from tests.conftest import FAMILIES, as_users_run_it, tiny_inputs, tiny_model
+from tests.conftest import FAMILIES, VOCABULARY, as_users_run_it, tiny_inputs, tiny_model
 from tests.interrupted import ORIGINAL_APPEND, stop_after
 
 RECIPE = {
@@ -44,11 +44,11 @@ def in_process_verification(monkeypatch):
     """Runs that are killed are forks of this process, so that theirs cannot be another one's children."""
 
     def run(command: list[str], **kwargs) -> subprocess.CompletedProcess:
-        assert command[1:3] == ["-m", "hf_compact.verify"]
+        assert command[1:4] == ["-P", "-m", "hf_compact.verify"]
         out = io.StringIO()
         try:
             with contextlib.redirect_stdout(out):
-                verify.main(*command[3:])
+                verify.main(*command[4:])
         except Exception:
             return subprocess.CompletedProcess(command, 1, out.getvalue(), traceback.format_exc())
         return subprocess.CompletedProcess(command, 0, out.getvalue(), "")
@@ -540,6 +540,95 @@ def test_a_parent_that_cannot_be_written(dense_folder, text_file, tmp_path, monk
 def test_a_parent_that_refuses_everybody(dense_folder, text_file):
     with pytest.raises(OutputError, match=r"cannot be (written|created)"):
         compress(dense_folder, Path("/proc/self/small"), text_file)
+
+
+def test_one_process_at_a_time_writes_to_a_folder(tmp_path):
+    output, record = tmp_path / "small", {"modules": {}, "layers": [], "notes": []}
+    with Journal(output, {"recipe": 1}, num_units=1) as journal:
+        journal.append("unit", {"a": torch.zeros(2)}, record)
+        with pytest.raises(OutputError, match=r"small\.partial is being written by another process: wait for it, or choose"):
+            Journal(output, {"recipe": 1}, num_units=1)
+        journal.finish(lambda folder: None)
+        with pytest.raises(OutputError, match="small is being written by another process"):
+            Journal(output, {"recipe": 1}, num_units=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+    with pytest.raises(OutputError, match="belongs to a run with another recipe"):
+        Journal(output, {"recipe": 2}, num_units=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]  # what waits for its verification keeps its name
+    assert len(Journal(output, {"recipe": 1}, num_units=1).entries) == 1
+
+
+def test_a_unit_that_stands_twice_in_a_journal_counts_once(tmp_path):
+    output, record = tmp_path / "small", {"modules": {}, "layers": [], "notes": []}
+    with Journal(output, {"recipe": 1}, num_units=2) as journal:
+        journal.append("unit", {"a": torch.zeros(2)}, record)
+    path = partial(output) / JOURNAL
+    path.write_text(path.read_text() + path.read_text().splitlines()[1] + "\n")
+    assert len(Journal(output, {"recipe": 1}, num_units=2).entries) == 1
+
+
+def test_a_model_in_memory_leaves_nothing_of_a_folder_that_could_not_be_written(monkeypatch, tmp_path):
+    def fail(self, folder: Path, **kwargs) -> None:
+        Path(folder).mkdir()
+        Path(folder, "config.json").write_text("{}")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    model = tiny_model("llama")
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", fail)
+    with pytest.raises(OutputError, match="disk full while writing"):
+        hf_compact.compress(model, RECIPE, output=tmp_path / "small", calibration=from_batches([tiny_inputs("llama")]))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_profile_in_the_same_file_is_another_run(tmp_path):
+    path = tmp_path / "profile.json"
+    recipe = api.as_recipe({"stages": [{"method": "tensor_network", "allocation": "profile", "profile": str(path)}]})
+    hashes = []
+    for text in ("{}", "{ }", "{}"):
+        path.write_text(text)
+        hashes.append(api._hashes_of_profiles(recipe))
+    assert hashes[0] == hashes[2] != hashes[1]
+    assert api._hashes_of_profiles(api.as_recipe(RECIPE)) == {}
+
+
+# Inputs of other kinds.
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+@pytest.mark.parametrize("distillation", [None, {"num_sequences": 1}], ids=["plain", "distilled"])
+def test_rows_of_a_training_set_are_verified_by_their_logits(family, distillation, tmp_path, monkeypatch):
+    """Their labels, here the very tensor of the inputs, put a loss before the logits."""
+    shapes, of = [], verify.verify
+    monkeypatch.setattr(verify, "verify", lambda *args: shapes.append(args[2].shape) or of(*args))
+    ids = tiny_inputs(family)["input_ids"]
+    batch = {"input_ids": ids, "labels": ids} | ({"decoder_input_ids": ids} if family == "t5" else {})
+    tiny_model(family).save_pretrained(tmp_path / "dense")
+    recipe = {"stages": [{"method": "codebook", "bits": 4}], "distillation": distillation}
+    report = hf_compact.compress(tmp_path / "dense", recipe, output=tmp_path / "small", calibration=from_batches([batch]))
+    assert report.is_verified
+    assert shapes == [(1, *ids.shape[1:], VOCABULARY)]
+
+
+def test_damaged_and_unknown_checkpoints_are_named(dense_folder, text_file, tmp_path):
+    folder = Path(shutil.copytree(dense_folder, tmp_path / "dense"))
+    (folder / "tokenizer.json").write_text('{"version": "1.0", "trunc')
+    with pytest.raises(FormatError, match=r"dense has a tokenizer that cannot be read"):
+        compress(folder, tmp_path / "small", text_file)
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    for text in ("", '{"weight_map": {"model.nor', "{}", "[]"):
+        (folder / checkpoint.INDEX_NAME).write_text(text)
+        with pytest.raises(FormatError, match=r"index.json is no index of shards, or only a part of one"):
+            TensorSource.in_folder(folder)
+    save_file({"packed": torch.zeros(2, dtype=torch.uint32)}, tmp_path / "a.safetensors")
+    assert TensorSource([tmp_path / "a.safetensors"]).headers() == {"packed": ("U32", [2], 8)}
+    save_file({"scales": torch.zeros(2, dtype=torch.float8_e8m0fnu)}, tmp_path / "b.safetensors")
+    with pytest.raises(FormatError, match=r"scales in .*b.safetensors has the dtype F8_E8M0, known are BOOL"):
+        TensorSource([tmp_path / "b.safetensors"]).headers()
+
+
+def test_a_stub_needs_a_folder():
+    with pytest.raises(ConfigError, match="recipe.auto_map writes a file beside a model: give an output folder"):
+        hf_compact.compress(tiny_model("llama"), RECIPE | {"auto_map": True}, calibration=from_batches([tiny_inputs("llama")]))
 
 
 # Weights that are refused.

@@ -227,6 +227,7 @@ def test_units_written_twice_count_only_together(tmp_path):
     assert not journal.is_replaced
     journal.replace(0, {"a": torch.ones(2)}, {"distillation": None})
     assert not journal.is_replaced
+    del journal
     assert Journal(tmp_path / "out", {"recipe": 1}, num_units=2).entries == []
 
 
@@ -235,9 +236,11 @@ def test_units_written_twice_are_kept(tmp_path):
     journal = Journal(tmp_path / "out", {"recipe": 1}, num_units=1)
     journal.append("unit", {"a": torch.zeros(2)}, record)
     journal.replace(0, {"a": torch.ones(2)}, {"distillation": None})
+    entries = journal.entries
+    del journal
     again = Journal(tmp_path / "out", {"recipe": 1}, num_units=1)
     assert again.is_replaced
-    assert again.entries == journal.entries
+    assert again.entries == entries
 
 
 @pytest.mark.parametrize("family", ["bert", "vit", "t5", "gpt2"])

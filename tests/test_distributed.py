@@ -8,8 +8,10 @@ from safetensors.torch import load_file, save_file
 
 import hf_compact
 from hf_compact import distributed
+from hf_compact.arch import describe
 from hf_compact.calibration import Calibration, from_batches
 from hf_compact.errors import ConfigError
+from hf_compact.sensitivity import measure
 from tests.conftest import tiny_inputs, tiny_model
 from tests.ranks import run_ranks
 
@@ -49,6 +51,14 @@ def work(rank: int, folder: str) -> None:
     for name, (stage, num_batches) in RECIPES.items():
         tensors, _ = compress(stage, num_batches)
         save_file(tensors, Path(folder, f"{name}-{rank}.safetensors"))
+    save_file(sensitivities(), Path(folder, f"sensitivities-{rank}.safetensors"))
+
+
+def sensitivities() -> dict[str, torch.Tensor]:
+    """Of three batches, so that one of two ranks has more than the other."""
+    model = tiny_model("llama")
+    arch = describe(model)
+    return measure(model, arch, list(arch.roles), distributed.share(batches(3).batches), 10**6, 10**6).rows
 
 
 def check_collectives(rank: int, folder: str) -> None:
@@ -81,6 +91,14 @@ def two_ranks(tmp_path_factory) -> Path:
 def test_collectives(two_ranks):
     assert {path.name for path in two_ranks.glob("*.done")} == {"0.done", "1.done"}
     assert not (two_ranks / "out").exists()
+
+
+@pytest.mark.distributed
+def test_sensitivities_are_means_over_the_tokens_of_all_ranks(two_ranks):
+    first, second = (load_file(two_ranks / f"sensitivities-{rank}.safetensors") for rank in (0, 1))
+    for name, alone in sensitivities().items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], alone, rtol=1e-3, atol=0)
 
 
 @pytest.mark.distributed

@@ -96,13 +96,13 @@ def planned(folder, text, tmp_path_factory):
 @pytest.mark.parametrize(
     ("text", "size"),
     [("40MB", 40_000_000), ("38e6", 38_000_000), ("37.7 MB", 37_700_000), ("1KiB", 1024), ("2 kB", 2000), ("1.5GB", 1_500_000_000),
-     ("123", 123), (4.5e6, 4_500_000), ("7B", 7)],
+     ("123", 123), (4.5e6, 4_500_000), ("7B", 7), ("0.5GB", 500_000_000), ("0.5 KiB", 512)],
 )  # fmt: skip
 def test_sizes(text, size):
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "MB", "40 bananas", "-3MB", "4,5MB", "0", "1iB", "10%", "inf", "0.2"])
+@pytest.mark.parametrize("text", ["", "MB", "40 bananas", "-3MB", "4,5MB", "0", "1iB", "10%", "inf", "0.2", "1e400MB"])
 def test_what_is_no_size_names_the_rule(text):
     with pytest.raises(
         ConfigError, match="target_size must be a number of bytes with or without a unit, like 40MB, 38e6 or 36MiB"

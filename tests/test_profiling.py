@@ -1,5 +1,6 @@
 """The profile of a model: what it measures, that it goes on, that the allocation reads it."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -11,9 +12,13 @@ from typer.testing import CliRunner
 
 import hf_compact
 from hf_compact import cli
-from hf_compact.api import open_dense
+from hf_compact.api import as_recipe, open_dense, prepare_calibration
+from hf_compact.calibration import windows
 from hf_compact.checkpoint import write_text
+from hf_compact.distillation import divergence
 from hf_compact.errors import CalibrationError, ConfigError, OutputError
+from hf_compact.profiling import plot_profile
+from tests.conftest import tiny_model
 
 RECIPE = {
     "stages": [{"method": "tensor_network", "rank_multiple": 1, "include": ["*.mlp.*"]}],
@@ -42,9 +47,6 @@ def test_every_linear_has_a_curve_that_falls(profiled):
 
 def test_one_number_by_hand(profiled, dense_folder, text_file):
     """Replacing a Linear in the whole model gives the divergence that was measured from its block on."""
-    from hf_compact.api import as_recipe, prepare_calibration
-    from hf_compact.calibration import windows
-    from hf_compact.distillation import divergence
     from hf_compact.functional.gram import add_gram_
     from hf_compact.methods.tensor_network import TensorNetworkConfig
     from hf_compact.methods.tensor_network.apply import compress_linear
@@ -64,6 +66,41 @@ def test_one_number_by_hand(profiled, dense_folder, text_file):
         dense.model.set_submodule(name, compress_linear(linear, gram, TensorNetworkConfig(keep_ratio=0.2, rank_multiple=1)))
         lost = [divergence(dense.model(input_ids=ids).logits, target) for ids, target in zip(probes, before, strict=True)]
     assert torch.stack(lost).mean().item() == pytest.approx(profiled[1]["layers"][name]["curve"]["0.2"]["divergence"], rel=1e-3)
+
+
+def test_a_bias_answers_for_the_mean_of_the_inputs(tmp_path, tokenizer, text_file):
+    """What is measured is what a run makes of the Linear."""
+    tiny_model("opt").save_pretrained(tmp_path / "opt")
+    tokenizer.save_pretrained(tmp_path / "opt")
+    name = "model.decoder.layers.1.fc1"
+    recipe = {
+        **RECIPE,
+        "stages": [
+            {"method": "tensor_network", "rank_multiple": 1, "include": [name], "keep_ratio": 0.3, "allocation": "uniform"}
+        ],
+    }
+    found = hf_compact.profile(tmp_path / "opt", recipe, output=tmp_path / "p.json", ratios=(0.3,), calibration=[text_file])
+    dense = open_dense(tmp_path / "opt", is_whole=True).model
+    bias, made = dense.get_submodule(name).bias.clone(), copy.deepcopy(dense)
+    prepared = prepare_calibration([text_file], tokenizer, as_recipe(recipe))
+    hf_compact.compress(made, recipe, calibration=prepared)
+    with torch.no_grad():
+        probes = list(windows(prepared.held_out, 64, None))
+        lost = [divergence(made(input_ids=ids).logits, dense(input_ids=ids).logits) for ids in probes]
+    assert torch.stack(lost).mean().item() == pytest.approx(found["layers"][name]["curve"]["0.3"]["divergence"], rel=1e-3)
+    assert torch.equal(dense.get_submodule(name).bias, bias)
+    assert not torch.equal(made.get_submodule(name).bias, bias)
+
+
+def test_linears_without_roles_have_rows_of_their_own(tmp_path, monkeypatch):
+    curve = {"0.5": {"divergence": 0.1, "ranks": [2]}}
+    names = [f"model.layers.{block}.{part}" for block in (0, 1) for part in ("mlp.fc1", "mlp.fc2", "self_attn.dense")]
+    drawn = []
+    monkeypatch.setattr("hf_compact.profiling.write_plot", lambda path, figure: drawn.append(figure))
+    plot_profile({"layers": {name: {"role": "linear", "curve": curve} for name in names}}, tmp_path / "p.png")
+    axes = drawn[0].axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["mlp.fc1", "mlp.fc2", "self_attn.dense"]
+    assert not axes.images[0].get_array().mask.any()
 
 
 def test_a_stopped_profile_goes_on(profiled, dense_folder, text_file, tmp_path, monkeypatch):

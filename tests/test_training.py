@@ -2,9 +2,11 @@
 
 import copy
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
@@ -13,7 +15,7 @@ from hf_compact import DistillationCallback, TensorNetworkCallback, TernaryCallb
 from hf_compact.arch import describe
 from hf_compact.calibration import from_batches
 from hf_compact.capture import input_moments
-from hf_compact.errors import ConfigError, FormatError, NumericalError
+from hf_compact.errors import ConfigError, FormatError, NumericalError, UnsupportedModel
 from hf_compact.functional.gram import output_energy
 from hf_compact.methods.distillation import DistillationTerms
 from hf_compact.methods.tensor_network import TensorNetworkTraining, TensorTrainLinear
@@ -199,6 +201,51 @@ def test_a_checkpoint_of_another_structure_is_refused(tmp_path):
     model.set_rank(0.5)
     with pytest.raises(FormatError, match="resume with the settings it was made with"):
         check_resumed(model, tmp_path)
+
+
+def test_healing_an_adapter_goes_on(tmp_path):
+    def adapted():
+        return get_peft_model(start({"schedule": "heal"}), LoraConfig(target_modules=r".*q_proj\.core0", r=2))
+
+    whole, resumed = adapted(), adapted()
+    train(whole, TensorNetworkCallback(schedule="heal"), tmp_path)
+    train(resumed, TensorNetworkCallback(schedule="heal"), tmp_path, str(tmp_path / "checkpoint-3"))
+    for name, tensor in whole.state_dict().items():
+        torch.testing.assert_close(tensor, resumed.state_dict()[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["trp", "maestro"])
+def test_what_is_compressed_already_stays_in_the_table(schedule, tmp_path):
+    model = tiny_model("llama")
+    stage = {"method": "pruning", "include": ["model.layers.0.*"], "channel_sparsity": 0.5}
+    hf_compact.compress(model, {"stages": [stage]}, calibration=from_batches([tiny_inputs("llama", seed=1)]))
+    with pytest.raises(UnsupportedModel, match=r"mlp.(gate|up|down)_proj has lost units that the config of llama cannot say"):
+        TensorNetworkCallback(schedule=schedule).prepare(model)
+    with pytest.raises(UnsupportedModel, match="exclude it"):
+        TernaryCallback().prepare(model)
+    settings = {"interval": 1, "energy": 0.5} if schedule == "trp" else {}
+    callback = TensorNetworkCallback(schedule=schedule, include=("*self_attn*",), **settings)
+    callback.prepare(model)
+    callback.step(model, 1, 1e-3)
+    callback.finalize(model.eval()).save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(**tiny_inputs("llama")).logits, model(**tiny_inputs("llama")).logits)
+    assert {spec["layer"] for spec in again.config.quantization_config.modules.values()} == {
+        "tensor_train_linear",
+        "pruned_linear",
+    }
+
+
+def test_a_step_is_told_its_own_learning_rate(tmp_path):
+    class Noting(CompactCallback):
+        rates: ClassVar[list[float]] = []
+
+        def step(self, model, step: int, learning_rate: float) -> None:
+            self.rates.append(learning_rate)
+
+    train(tiny_model("llama"), Noting(), tmp_path, save_strategy="no")
+    assert Noting.rates == pytest.approx([1e-2 * (6 - done) / 6 for done in range(6)])
 
 
 @pytest.mark.parametrize("kind", ["fsdp", "environment", "zero3"])

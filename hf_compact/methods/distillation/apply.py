@@ -16,6 +16,7 @@ from ...arch import describe
 from ...capture import split_call, without_cache
 from ...errors import ConfigError, NumericalError
 from ...functional.divergence import lost_energy
+from ...functional.gram import without_padding
 
 
 def distill_blocks_(
@@ -33,14 +34,16 @@ def distill_blocks_(
         progress: called with finished and all blocks.
 
     Returns:
-        The loss of every step by block: the share of the outputs' energy that is lost.
+        The loss of every step by block: the share of the outputs' energy that is lost, padding left out; none of a block in which
+        nothing is trained.
 
     Raises:
         ConfigError: the models have no equal numbers of blocks, or there are no batches.
         NumericalError: a loss is not finite.
     """
-    names, theirs = describe(student).blocks, describe(teacher).blocks
-    if len(names) != len(theirs) or len(describe(teacher).stacks) != 1:
+    names, arch = describe(student).blocks, describe(teacher)
+    theirs = arch.blocks
+    if len(names) != len(theirs) or len(arch.stacks) != 1:
         raise ConfigError(
             f"block-wise distillation needs one stack of equal length in both models, got {len(names)} and {len(theirs)}"
         )
@@ -58,7 +61,8 @@ def distill_blocks_(
             block, target_block = student.eval().get_submodule(mine), teacher.get_submodule(dense)
             with torch.no_grad():
                 dense_hidden = [_run(target_block, x, calls[i][position]) for i, x in enumerate(dense_hidden)]
-            inputs = [(x, calls[i][position], dense_hidden[i]) for i, x in enumerate(hidden)]
+            masks = [batch.get(arch.mask_of(dense)) for batch in batches]
+            inputs = [(x, calls[i][position], dense_hidden[i], masks[i]) for i, x in enumerate(hidden)]
             losses[mine] = _fit_(mine, block, inputs, epochs, learning_rate)
             with torch.no_grad():
                 hidden = [_run(block, x, calls[i][position]) for i, x in enumerate(hidden)]
@@ -68,17 +72,19 @@ def distill_blocks_(
 
 
 def _fit_(
-    name: str, block: nn.Module, inputs: Sequence[tuple[Tensor, Any, Tensor]], epochs: int, learning_rate: float
+    name: str, block: nn.Module, inputs: Sequence[tuple[Tensor, Any, Tensor, Tensor | None]], epochs: int, learning_rate: float
 ) -> list[float]:
     trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
+    if not trained:
+        return []
     optimizer = torch.optim.Adam(trained, lr=learning_rate)
     total = epochs * len(inputs)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, max(total, 1))
     losses = []
     with torch.enable_grad():
         for step in range(total):
-            x, call, target = inputs[step % len(inputs)]
-            loss = lost_energy(_run(block, x, call), target).mean()
+            x, call, target, mask = inputs[step % len(inputs)]
+            loss = lost_energy(without_padding(_run(block, x, call), mask), without_padding(target, mask)).mean()
             if not loss.isfinite():
                 raise NumericalError(f"the loss of {name} is not finite in step {step}: lower the learning rate")
             loss.backward()

@@ -191,6 +191,8 @@ class DistillationCallback(TrainerCallback):
         mask = inputs.get("attention_mask")
         if has_two_inputs(model) and logits.dim() == 3:
             mask = inputs.get("decoder_attention_mask", kept)  # the other one is of the encoder's tokens
+        if self.cache is not None and mask is not None and mask.shape == kept.shape:
+            kept = kept & mask.bool()  # a cache holds nothing of padding, the pad before the first token included
         target = None
         if self.teacher is not None:
             mixed = nullcontext() if self._mixed is None else torch.autocast(logits.device.type, self._mixed)

@@ -223,9 +223,12 @@ def find_groups(arch: Architecture, names: Iterable[str], size: int) -> list[tup
 def _uniform(shapes: Mapping[str, torch.Size], least: Mapping[str, float], config: TensorNetworkConfig) -> dict[str, int]:
     """Values by Linear: the protected keep their ratio where it is more, and the others share what is left alike."""
     sizes = {name: shape.numel() for name, shape in shapes.items()}
-    above = {name for name in sizes if least[name] > config.keep_ratio}
+    above = {
+        name: min((v for _, v in _ranks(shapes[name], config) if v >= least[name] * size), default=size)
+        for name, size in sizes.items() if least[name] > config.keep_ratio
+    }  # fmt: skip
     rest = sum(size for name, size in sizes.items() if name not in above)
-    left = config.keep_ratio * sum(sizes.values()) - sum(least[name] * sizes[name] for name in above)
+    left = config.keep_ratio * sum(sizes.values()) - sum(above.values())
     smallest = sum(min((values for _, values in _ranks(shapes[name], config)), default=0) for name in sizes if name not in above)
     if left < smallest or not rest:
         protected = f"what {len(above)} protected Linears keep at protected_ratio {config.protected_ratio}, and " if above else ""
@@ -233,7 +236,7 @@ def _uniform(shapes: Mapping[str, torch.Size], least: Mapping[str, float], confi
             f"tensor_network.keep_ratio {config.keep_ratio} is less than {protected}the least ranks of "
             f"the Linears that are left (rank_multiple {config.rank_multiple})"
         )
-    return {name: int((least[name] if name in above else left / rest) * size) for name, size in sizes.items()}
+    return {name: above[name] if name in above else int(left / rest * size) for name, size in sizes.items()}
 
 
 class _Stack:
@@ -250,7 +253,7 @@ class _Stack:
         """Every rank that takes fewer values than the dense matrices."""
         rows, columns = [linear.out_features for linear in self.linears], self.linears[0].in_features
         lost = _lost(energies(self._rows(), self.right))
-        ranks = range(self.config.rank_multiple, len(lost), self.config.rank_multiple)
+        ranks = range(self.config.rank_multiple, min(len(lost), min(rows) + 1), self.config.rank_multiple)  # each member has it
         sized = [(rank, tuple(rank * (out + (columns if k == 0 else 0)) for k, out in enumerate(rows))) for rank in ranks]
         most = _most(sum(rows) * columns, self.config)
         return [_Option(Choice(sum(v), lost[rank]), v, rank) for rank, v in sized if sum(v) <= most]
@@ -263,6 +266,7 @@ class _Stack:
         parts = []
         for linear, outputs in zip(self.linears, self.outputs, strict=True):
             weight, left = linear.weight.detach().double().cpu(), metrics(None, outputs, self.config)[1]
+            weight = weight if outputs.diagonal().any() else torch.zeros_like(weight)  # costs nothing
             parts.append(weight if left is None else left.T @ weight)
         return torch.cat(parts)
 
@@ -273,7 +277,12 @@ def _lost(energy: Tensor) -> list[float]:
 
 
 def _sensitive_energies(weight: Tensor, gram: Tensor, outputs: Tensor, config: TensorNetworkConfig) -> Tensor:
-    """What the loss feels of every singular triplet; plain SVD weighs no direction, so its Linears count by mean sensitivities."""
+    """What the loss feels of every singular triplet; plain SVD weighs no direction, so its Linears count by mean sensitivities.
+
+    A Linear that is never reached, by inputs or by gradients, has no metric and costs nothing.
+    """
+    if not (gram.diagonal().any() and outputs.diagonal().any()):
+        return torch.zeros(min(weight.shape), dtype=torch.float64)
     energy = energies(weight, *metrics(gram, outputs, config))
     return energy * gram.diagonal().mean() * outputs.diagonal().mean() if config.solver == "svd" else energy
 

@@ -22,7 +22,7 @@ from ...capture import input_moments
 from ...errors import ConfigError
 from ...functional.factor import spectrum, whitening_factor
 from ...select import replace_modules, select_names
-from ...training import CompactCallback, refuse_adapters
+from ...training import CompactCallback, refuse_adapters, refuse_cut
 from .config import TensorNetworkTraining
 from .functional import balance, suffix_norms, truncate_energy
 from .layer import TensorTrainLinear
@@ -94,6 +94,7 @@ class TensorNetworkCallback(CompactCallback):
         refuse_adapters(model)
         roles = describe(model).roles
         self.names = self._trained(model, select_names(roles, self.training.include, self.training.exclude))
+        refuse_cut(model, self.names)
         for name, (gram, _) in input_moments(model, self.names, self.batches).items():
             if (scale := gram.diagonal().mean()) > 0:  # in a metric of mean 1, so that the nuclear weight means the same
                 self.rights[name] = whitening_factor(gram / scale, _DAMP)

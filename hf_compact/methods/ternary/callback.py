@@ -23,7 +23,7 @@ from ...arch import Architecture, describe
 from ...capture import compress_outside_, mean_input_squares
 from ...errors import ConfigError
 from ...select import replace_modules, select_names
-from ...training import CompactCallback
+from ...training import CompactCallback, refuse_cut
 from .apply import METHOD
 from .config import TernaryConfig, TernaryTraining
 from .layer import LatentLinear
@@ -62,9 +62,11 @@ class TernaryCallback(CompactCallback):
 
         Raises:
             NothingMatched: a glob matches no Linear.
+            UnsupportedModel: one has widths that the config cannot say.
         """
         self.arch = describe(model)
         self.names = select_names(self.arch.roles, self.config.include, self.config.exclude)
+        refuse_cut(model, self.names)
         normed = {name for name in self.names if self.training.is_sub_norm and self.arch.roles[name] in ("o", "down")}
         inputs = {name: model.get_submodule(name) for name in sorted(normed)}
         squares = mean_input_squares(model, inputs.values(), self.calibration) if self.calibration and normed else {}

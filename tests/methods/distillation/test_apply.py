@@ -43,6 +43,23 @@ def test_a_model_that_is_its_teacher_has_nothing_to_learn():
     assert max(max(curve) for curve in distill_blocks_(model, tiny_model("llama"), BATCHES[:1]).values()) < 1e-9
 
 
+def test_padding_is_left_out():
+    losses = []
+    for filler in (3, 7):
+        batch = tiny_inputs("llama", 2, 16)
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        batch["attention_mask"][:, -6:] = 0
+        batch["input_ids"][:, -6:] = filler
+        losses.append(distill_blocks_(latent(), tiny_model("llama"), [batch]))
+    assert losses[0] == {name: pytest.approx(curve) for name, curve in losses[1].items()}
+
+
+def test_a_block_that_is_frozen_has_no_losses():
+    model = latent()
+    model.model.layers[1].requires_grad_(False)
+    assert [len(curve) for curve in distill_blocks_(model, tiny_model("llama"), BATCHES[:2]).values()] == [2, 0, 2]
+
+
 def test_what_cannot_be_distilled_says_so():
     with pytest.raises(ConfigError, match="one stack of equal length in both models, got 2 and 3"):
         distill_blocks_(tiny_model("llama", num_hidden_layers=2), tiny_model("llama"), BATCHES)

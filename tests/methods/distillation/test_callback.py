@@ -207,6 +207,19 @@ def test_padding_does_not_hide_a_sequence(tmp_path, tokenizer):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["left", "labelled pads"])
+def test_what_a_cache_lacks_is_not_compared(kind, tmp_path, tokenizer):
+    """The pad before the first token has a label, that token, and so have pads that nobody masked; the teacher was never asked there."""
+    model = tiny_model("llama").train()
+    own = DistillationCallback(cache=cached(tmp_path, tokenizer, count=VOCABULARY))
+    own.attach_(model)
+    widths = (3, 0) if kind == "left" else (0, 3)
+    ids, mask = (torch.nn.functional.pad(rows, widths) for rows in (ROWS, torch.ones_like(ROWS)))
+    labels = ids.masked_fill(mask == 0, -100) if kind == "left" else ids
+    position = (mask.cumsum(1) - 1).clamp_min(0)
+    assert model(input_ids=ids, attention_mask=mask, position_ids=position, labels=labels).loss.item() < 1e-3
+
+
 def test_a_cache_of_something_else_is_refused(tmp_path, tokenizer):
     cache = cached(tmp_path, tokenizer)
     for wrong, match in (

@@ -3,9 +3,11 @@
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import hf_compact
@@ -289,6 +291,28 @@ def test_a_plan_knows_the_sizes(dense_folder):
     sizes = {layer["role"]: layer["compressed_bytes"] / layer["dense_bytes"] for layer in found["layers"]}
     assert sizes["down"] == sizes["up"] == pytest.approx(48 / 72)
     assert sizes["q"] == 1
+
+
+def test_a_plan_counts_the_blocks_that_go(dense_folder, text_file, tmp_path):
+    recipe = {"stages": [{"method": "pruning", "channel_sparsity": 0.0, "num_layers": 2}], "calibration": {"num_sequences": 2}}
+    found = api.plan(dense_folder, recipe)
+    assert found["skipped"][-1] == {"name": "2 blocks", "reason": "taken out, the calibration says which"}
+    hf_compact.compress(dense_folder, recipe, output=tmp_path / "out", calibration=[text_file])
+    tensors = [load_file(path) for path in (tmp_path / "out").glob("*.safetensors")]
+    assert found["bytes_after"] == sum(tensor.nbytes for part in tensors for tensor in part.values())
+    with pytest.raises(UnsupportedModel, match="num_layers must be at most 2 for this llama model, got 3"):
+        api.plan(dense_folder, {"stages": [{"method": "pruning", "num_layers": 3}]})
+
+
+@pytest.mark.parametrize("chosen", [{"include": ["*.layers.1.*"]}, {"exclude": ["model.layers.0.mlp.*"]}])
+def test_blocks_have_no_numbers_where_some_go(chosen, dense_folder, text_file, tmp_path):
+    stages = [{"method": "pruning", "channel_sparsity": 0.0, "num_layers": 1}, {"method": "codebook", "bits": 4} | chosen]
+    for call in (api.plan, partial(hf_compact.compress, output=tmp_path / "out", calibration=[text_file])):
+        with pytest.raises(
+            ConfigError, match=r"recipe.stages\[1\] selects model.layers.1.* and not the same Linear of every block"
+        ):
+            call(dense_folder, {"stages": stages})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_cannot_work_is_named():

@@ -454,7 +454,7 @@ def test_protected_linears_take_their_share_from_the_others(kept):
             dense[name] = module.weight.numel()
             values[name] = made.num_values if isinstance(made, TensorTrainLinear) else dense[name]
     assert kept - 0.05 < sum(values.values()) / sum(dense.values()) <= kept
-    assert all(values[name] > 0.8 * dense[name] for name in values if "layers.0." in name)
+    assert all(values[name] >= 0.9 * dense[name] for name in values if "layers.0." in name)
 
 
 @pytest.mark.parametrize(("protected", "number"), [("*", 21), ("model.layers.[01].*", 0), ("*.mlp.*", 9)])
@@ -465,6 +465,17 @@ def test_a_budget_below_the_protected_is_an_error(protected, number):
     message = rf"keep_ratio {kept} is less than what {number} protected Linears keep at protected_ratio 0.9, and the least ranks"
     with pytest.raises(ConfigError, match=message):
         compressed("llama", stage)
+
+
+@pytest.mark.parametrize("solver", ["whitened", "svd"])
+def test_what_does_nothing_gets_nothing(solver):
+    """Gradients do not pass a zero matrix, so what stands before it has no metric."""
+    model = tiny_model("llama")
+    nn.init.zeros_(model.model.layers[1].mlp.down_proj.weight)
+    stage = {"method": "tensor_network", "keep_ratio": 0.6, "rank_multiple": 1, "solver": solver}
+    hf_compact.compress(model, {"stages": [stage]}, calibration=from_batches(batches()))
+    ranks = [model.model.layers[1].get_submodule(f"mlp.{name}_proj").ranks[0] for name in ("gate", "up")]
+    assert ranks == [1, 1]
 
 
 def test_plain_svd_deals_out_ranks_by_sensitivity():

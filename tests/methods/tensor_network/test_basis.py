@@ -1,5 +1,6 @@
 """Bases that adjacent blocks share: where they are worth it, one tensor in the file, one parameter in training."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -118,6 +119,20 @@ def test_unlike_blocks_share_nothing():
         weight, half = model.get_submodule(name).weight.data, 16 * ("layers.1" in name)
         weight[:, half : half + 16] *= 1e-3
     assert prepare(model, arch, names, batches(), config).bases == {}
+
+
+def test_a_shared_rank_is_one_that_every_member_can_have():
+    """Together, the values of four blocks have more directions than the rows of one."""
+    model = tiny_model("llama", num_hidden_layers=4, num_key_value_heads=1)
+    space = torch.randn(12, 32, generator=torch.Generator().manual_seed(3))
+    for number, block in enumerate(model.model.layers):
+        mixed = torch.randn(8, 12, generator=torch.Generator().manual_seed(number))
+        block.self_attn.v_proj.weight.data = mixed @ space / 12
+    for kept in (0.9, 0.7, 0.5):
+        stage = {**SHARED, "basis_group": 4, "rank_multiple": 1, "keep_ratio": kept}
+        made = copy.deepcopy(model)
+        hf_compact.compress(made, {"stages": [stage]}, calibration=from_batches(batches()))
+        assert all(module.ranks[0] <= module.out_features for module in made.modules() if isinstance(module, TensorTrainLinear))
 
 
 def test_only_the_left_factor_is_solved_for():
