@@ -627,7 +627,7 @@ def test_damaged_and_unknown_checkpoints_are_named(dense_folder, text_file, tmp_
 
 
 def test_a_stub_needs_a_folder():
-    with pytest.raises(ConfigError, match="recipe.auto_map writes a file beside a model: give an output folder"):
+    with pytest.raises(ConfigError, match=r"recipe\.auto_map writes a file beside a model: give an output folder"):
         hf_compact.compress(tiny_model("llama"), RECIPE | {"auto_map": True}, calibration=from_batches([tiny_inputs("llama")]))
 
 
