@@ -450,6 +450,8 @@ def _locked(folder: Path) -> int:
     except BlockingIOError:
         os.close(descriptor)
         raise OutputError(f"{folder} is being written by another process: wait for it, or choose another --output") from None
+    except OSError as error:  # as on NFS, which does not lock folders
+        logger.warning("%s cannot be locked (%s): see to it that no other process writes to it", folder, error.strerror)
     return descriptor
 
 

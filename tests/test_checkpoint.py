@@ -558,6 +558,16 @@ def test_one_process_at_a_time_writes_to_a_folder(tmp_path):
     assert len(Journal(output, {"recipe": 1}, num_units=1).entries) == 1
 
 
+def test_a_disk_without_locks_is_written_to(tmp_path, monkeypatch, caplog):
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr(checkpoint.fcntl, "flock", refuse)
+    with Journal(tmp_path / "small", {"recipe": 1}, num_units=1) as journal:
+        assert journal.entries == []
+    assert "small.partial cannot be locked (Bad file descriptor): see to it that no other process" in caplog.text
+
+
 def test_a_unit_that_stands_twice_in_a_journal_counts_once(tmp_path):
     output, record = tmp_path / "small", {"modules": {}, "layers": [], "notes": []}
     with Journal(output, {"recipe": 1}, num_units=2) as journal:
