@@ -170,7 +170,9 @@ def offline_configs(names: Sequence[str], task_data: Path) -> dict[str, dict[str
         files = {scored: str(path.absolute())}
         shown = splits["fewshot_split"] or splits["training_split"]
         train = task_data / f"{name}.train.jsonl"
-        if train.is_file() and shown and shown != scored:
+        if train.is_file():
+            if not shown or shown == scored:  # the stock task has none to show
+                shown = splits["training_split"] = splits["fewshot_split"] = "train"
             files[shown] = str(train.absolute())
         kept = {key: split if split in files else None for key, split in splits.items()}
         configs[name] = {

@@ -154,12 +154,13 @@ def refuse_cut(model: PreTrainedModel, names: Iterable[str]) -> None:
 
 
 def refuse_sharding(args: TrainingArguments, name: str) -> None:
-    """Raise ConfigError under FSDP and DeepSpeed ZeRO-3, where no rank holds a whole parameter."""
-    zero = getattr(args, "hf_deepspeed_config", None)
+    """Raise ConfigError under FSDP, where no rank holds a whole parameter, and under DeepSpeed, whose optimizer holds flat copies."""
     is_fsdp = bool(getattr(args, "fsdp", None)) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
-    kind = "FSDP" if is_fsdp else "DeepSpeed ZeRO-3" if zero is not None and zero.is_zero3() else None
+    kind = "FSDP" if is_fsdp else "DeepSpeed" if getattr(args, "hf_deepspeed_config", None) is not None else None
     if kind:
-        raise ConfigError(f"{name} needs whole parameters on every rank and does not work under {kind}: use DDP or ZeRO-1/2")
+        raise ConfigError(
+            f"{name} needs whole parameters on every rank, also in the optimizer, and does not work under {kind}: use DDP"
+        )
 
 
 def refuse_adapters(model: nn.Module) -> None:

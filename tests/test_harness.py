@@ -141,6 +141,16 @@ def test_examples_are_shown_from_the_train_file(task_data, tmp_path, tokenizer):
     assert tasks["arc_easy"].instances[0].args[0].count("Shown") == 2
 
 
+def test_a_task_without_rows_to_show_takes_those_of_the_train_file(tmp_path, tokenizer):
+    pytest.importorskip("lm_eval")
+    name = "lambada_openai"
+    write_tasks(tmp_path)
+    (tmp_path / f"{name}.train.jsonl").write_text("".join(json.dumps({"text": f"Shown {i} ends here"}) + "\n" for i in range(4)))
+    tasks = harness.load_tasks([name], tmp_path)
+    assert harness.run_tasks(tiny_model("llama"), tokenizer, tasks, num_fewshot=2, limit=2)[name]["num_fewshot"] == 2
+    assert tasks[name].instances[0].args[0].count("Shown") == 2
+
+
 def test_scored_rows_are_not_shown(tmp_path, tokenizer):
     """GSM8K shows five rows by itself; MMLU takes them from a split that is not called train."""
     pytest.importorskip("lm_eval")

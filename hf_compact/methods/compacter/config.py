@@ -73,9 +73,15 @@ class CompacterConfig(PeftConfig):
             raise ConfigError(f"compacter.rank must be at least 1 or null, got {self.rank}")
         if self.rank is None and self.kind == "low_rank":
             raise ConfigError("compacter.rank must be given for kind low_rank, got null")
-        if self.activation not in ACT2FN:
-            raise ConfigError(f"compacter.activation must be a name in transformers' ACT2FN, got {self.activation!r}")
+        _check_activation(self.activation)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; the type says what to import."""
         return {**super().to_dict(), "peft_type": STORED_TYPE}
+
+
+def _check_activation(name: str) -> None:
+    if name not in ACT2FN:
+        raise ConfigError(f"compacter.activation must be a name in transformers' ACT2FN, got {name!r}")
+    if any(True for _ in ACT2FN[name].parameters()):  # PEFT finds an adapter's own parameters only, which lie flat in it
+        raise ConfigError(f"compacter.activation must have no parameters of its own, got {name!r}")

@@ -100,7 +100,7 @@ class CompacterAdapter(nn.Module):
         s, t, bias = (getattr(self, f"{name}_{part}") for part in ("s", "t", "bias"))
         bias = bias.to(x.dtype)
         if self._dense is not None and not torch.is_grad_enabled():
-            return F.linear(x, self._dense[name == "up"].to(x.dtype), bias)
+            return F.linear(x, self._dense[name == "up"].to(x.device, x.dtype), bias)
         s, t = s.to(x.dtype), t if t is None else t.to(x.dtype)
         if self.kind == "low_rank":
             return low_rank_linear(x, s, t, bias)

@@ -93,6 +93,7 @@ class OneBitAdam(torch.optim.AdamW):
         self._step_supports_amp_scaling = False
         self.config = config or OneBitAdamConfig()
         self.total_steps, self.warmup_steps = total_steps, warmup_steps
+        self._order: dict[Tensor, int] = {}
         self._check()
         self.report = CommReport(sum(p.numel() for _, p in self._trained()), world_size())
         self._names: dict[Tensor, str] = {}
@@ -388,7 +389,9 @@ class OneBitAdam(torch.optim.AdamW):
         return self.param_groups[0][PROGRESS]
 
     def _trained(self) -> list[tuple[dict[str, Any], nn.Parameter]]:
-        return [(group, p) for group in self.param_groups for p in group["params"] if p.requires_grad]
+        """In the order in which a checkpoint counts them: whoever is in other groups for a step keeps its number."""
+        entries = [(group, p) for group in self.param_groups for p in group["params"] if p.requires_grad]
+        return sorted(entries, key=lambda entry: self._order.get(entry[1], len(self._order)))
 
     def _name(self, parameter: Tensor) -> str:
         return self._names.get(parameter, f"a parameter of shape {list(parameter.shape)}")
@@ -416,6 +419,7 @@ class OneBitAdam(torch.optim.AdamW):
 
     def _restore(self) -> None:
         """Take up the phase that the groups and the state say."""
+        self._order = {p: number for number, p in enumerate(p for group in self.param_groups for p in group["params"])}
         steps = max((int(state["step"]) for state in self.state.values() if "step" in state), default=0)
         fresh: dict[str, Any] = {"steps": steps, "frozen_at": None, "variance_norm": None, "compressed": [], "bits": []}
         self.param_groups[0].setdefault(PROGRESS, fresh)
@@ -558,8 +562,10 @@ class OneBitAdam(torch.optim.AdamW):
 
     def _replan(self, mean: CompressedMean) -> None:
         width = self.config.adaptive_bits
-        if width is None or (self.num_steps - self._progress["frozen_at"] - 1) % self.config.replan_every:
+        planned_at = self._progress.get("planned_at")  # steps without an exchange plan nothing, so none may be waited for
+        if width is None or (planned_at is not None and self.num_steps - planned_at < self.config.replan_every):
             return
+        self._progress["planned_at"] = self.num_steps
         self._progress["bits"] = mean.choose_bits(width)
         mean.set_bits(self._progress["bits"])
 

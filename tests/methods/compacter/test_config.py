@@ -26,6 +26,7 @@ from hf_compact.errors import ConfigError
         ({"activation": ["gelu"]}, r"compacter.activation must be a string, got \['gelu'\]"),
         ({"modules_to_save": "lm_head"}, "compacter.modules_to_save must be a list of names, got 'lm_head'"),
         ({"activation": "gelatine"}, "compacter.activation must be a name in transformers' ACT2FN, got 'gelatine'"),
+        ({"activation": "prelu"}, "compacter.activation must have no parameters of its own, got 'prelu'"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

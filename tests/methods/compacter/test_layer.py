@@ -79,6 +79,13 @@ def test_cache_gives_the_same_and_ends_with_training(settings):
     assert adapter._dense is None
 
 
+def test_the_cache_is_used_where_the_input_is():
+    adapter, h = build({}), hidden()
+    adapter.merge_cache_(torch.float32)
+    with torch.no_grad():
+        assert adapter.to("meta")(h.to("meta")).device.type == "meta"
+
+
 def test_cache_ends_with_other_weights():
     adapter, h = build({}), hidden()
     weights = {name: -parameter for name, parameter in adapter.state_dict().items()}

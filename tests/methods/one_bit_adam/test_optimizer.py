@@ -24,6 +24,16 @@ def model_and_data() -> tuple[nn.Module, torch.Tensor]:
     return nn.Sequential(nn.Linear(64, 80), nn.Tanh(), nn.Linear(80, 8)), torch.randn(32, 64)
 
 
+def test_parameters_keep_their_numbers_in_other_groups():
+    """As those without weight decay are for one update; a checkpoint counts by the groups of the Trainer."""
+    parameters = [nn.Parameter(torch.zeros(size)) for size in (3, 4, 5)]
+    optimizer = OneBitAdam(parameters, config=OneBitAdamConfig(freeze=3))
+    group = optimizer.param_groups[0]
+    group["params"] = [parameters[0], parameters[2]]
+    optimizer.param_groups.append(group | {"params": [parameters[1]]})
+    assert [len(p) for _, p in optimizer._trained()] == [3, 4, 5]
+
+
 @pytest.mark.parametrize(
     "settings", [{}, {"foreach": True}, {"fused": True}, {"weight_decay": 0.1, "betas": (0.8, 0.95)}], ids=str
 )

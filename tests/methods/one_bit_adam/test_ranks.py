@@ -28,6 +28,7 @@ SETTINGS = {
     "dense": {"dense": ("0.*",)},
     "adaptive": {"adaptive_bits": 4, "replan_every": 10},
     "local": {"local_steps": 4, "local_steps_double_every": 8, "check_every": 5},
+    "adaptive_local": {"local_steps": 4, "local_steps_double_every": 1, "adaptive_bits": 4, "replan_every": 10},
 }
 
 
@@ -264,9 +265,10 @@ def test_values_without_a_variance_stay_as_they_are(ranks):
 
 
 @pytest.mark.distributed
-def test_widths_of_lgreco_are_allowed_ones(ranks):
+@pytest.mark.parametrize("name", ["adaptive", "adaptive_local"])
+def test_widths_of_lgreco_are_allowed_ones(ranks, name):
     _, folder = ranks
-    bits = rows(folder, "adaptive")["bits"]
+    bits = rows(folder, name)["bits"]
     assert len(bits) == 2
     assert set(bits) <= {1, 2, 4, 8, 16}
     assert bits != [1, 1]
