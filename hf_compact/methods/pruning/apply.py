@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ... import sensitivity
 from ...arch import Architecture, as_linear, dense_shape
 from ...errors import ConfigError, NumericalError, UnsupportedModel
-from ...functional.gram import centered, output_energy
+from ...functional.gram import centered, output_energy, without_padding
 from ...groups import GroupSet, block_groups, drop_layers_
 from .config import PruningConfig
 from .functional import loss_increase, lowest, refit_columns, select_by_residual, unit_energy
@@ -93,11 +93,13 @@ def shorten(
     most = len(offered) - (len(offered) == len(arch.blocks))
     if config.num_layers > most:
         raise UnsupportedModel(f"pruning.num_layers must be at most {most} for this {arch.family} model, got {config.num_layers}")
-    sums = dict.fromkeys(offered, 0.0)
+    sums, current = dict.fromkeys(offered, 0.0), dict[str, Tensor]()
 
     def note(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         before, after = args[0] if args else kwargs["hidden_states"], output[0] if isinstance(output, tuple) else output
-        sums[name] += float(nn.functional.cosine_similarity(before.float(), after.float(), dim=-1).mean())
+        mask = current.get(arch.mask_of(name))
+        before, after = without_padding(before.float(), mask), without_padding(after.float(), mask)
+        sums[name] += float(nn.functional.cosine_similarity(before, after, dim=-1).sum())
 
     hooks = [
         model.get_submodule(name).register_forward_hook(
@@ -108,6 +110,8 @@ def shorten(
     try:
         with torch.no_grad():
             for batch in batches:
+                current.clear()
+                current.update(batch)
                 model(**batch)
     finally:
         for hook in hooks:
@@ -179,9 +183,9 @@ def _cut_solved(
     dense, index = as_linear(reader).weight.detach().cpu().double(), group_set.slices[-1].index
     has_bias = reader.bias is not None or config.compensation == "bias"
     spread = centered(gram, total) if has_bias and config.compensation != "none" else gram
-    removed = _chosen(
-        name, group_set, dense, index, count, config, centered(gram, total) if config.score == "flap" else spread, outputs
-    )
+    # Two scores say by themselves whether a mean counts, the others go by what the compensation leaves.
+    metric = gram if config.score == "wanda_sp" else centered(gram, total) if config.score == "flap" else spread
+    removed = _chosen(name, group_set, dense, index, count, config, metric, outputs)
     is_kept = torch.ones(group_set.num_groups, dtype=torch.bool)
     is_kept[removed] = False
     kept = index[is_kept].flatten().sort().values

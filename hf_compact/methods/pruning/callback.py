@@ -142,7 +142,7 @@ class HessoCallback(CompactCallback):
 
         Raises:
             ConfigError: training ends before all groups are zero, another callback has taken the Linears away, or gradients
-                are clipped while CRIC measures with them.
+                are clipped or scaled while CRIC measures with them.
             FormatError: the checkpoint that is resumed lacks the cycle of CRIC that it is in, or was written by another schedule.
         """
         super().on_train_begin(args, state, control, **kwargs)
@@ -151,6 +151,10 @@ class HessoCallback(CompactCallback):
             raise ConfigError(
                 "max_grad_norm must be 0 with hesso.cric, which adds up gradients as the growth of the loss: clipping makes the "
                 f"steps in which it grows most count least, got {args.max_grad_norm}"
+            )
+        if self.config.cric and args.fp16:
+            raise ConfigError(
+                "fp16 must be false with hesso.cric, which adds up gradients, and fp16 scales them from step to step: use bf16"
             )
         held = set(kwargs["model"].modules())
         lost = [s.block or s.kind for s in self.sets if any(part.module not in held for part in s.slices)]
@@ -222,6 +226,9 @@ class HessoCallback(CompactCallback):
 
     def restore_(self, model: PreTrainedModel) -> None:
         """Cut out what is zero; the model stays of its class. One that is not at its target is told about."""
+        if self.correction is not None:  # training has ended in a cycle, whose groups are on their way
+            self.correction.put_back_(model)
+            self.correction = None
         due, found = sum(self.counts[s.kind] for s in self.sets), sum(len(s.zero_groups()) for s in self.sets)
         if found < due:
             logger.warning(
@@ -388,10 +395,10 @@ class HessoCallback(CompactCallback):
         if number > 0:
             reader, index = group_set.slices[-1].module, group_set.slices[-1].index[is_kept]
             spread = gram if reader.bias is None else centered(gram, total)
+            left = index.flatten().sort().values  # what is gone can take nothing over, though heads at zero still read
+            weight, places = as_linear(reader).weight.cpu()[:, left], torch.searchsorted(left, index)
             try:
-                order, costs = select_by_residual(
-                    as_linear(reader).weight.cpu(), spread, index, number, per_pool, self.config.damp
-                )
+                order, costs = select_by_residual(weight, spread[left][:, left], places, number, per_pool, self.config.damp)
             except ValueError as error:
                 raise NumericalError(f"{group_set.kind} of {group_set.block}: {error}") from error
             # The next one costs more but for rounding; where it does not, it must still not come before.

@@ -84,6 +84,11 @@ class Correction:
         self.gains = torch.where(is_new, self.cycle_gains / num_steps, self.gains)
         self.cycle_gains.zero_()
         self.is_tried |= self.is_trial
+        self.put_back_(model)
+
+    @torch.no_grad()
+    def put_back_(self, model: PreTrainedModel) -> None:
+        """The weights are what they were before the cycle."""
         for name, parameter in model.named_parameters():
             if name in self.reference:
                 parameter.copy_(self.reference[name])

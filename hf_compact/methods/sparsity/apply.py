@@ -37,7 +37,7 @@ def compress_linear(linear: nn.Linear, gram: Tensor | None, config: SparsityConf
         elif is_wanda:
             kept = rows * (columns - int(config.sparsity * columns + 1e-9))
         else:
-            kept = rows * columns - int(config.sparsity * rows * columns + 1e-9)
+            kept = rows * columns - int(config.sparsity * (rows * columns) + 1e-9)  # rounded as `lowest_mask` does
         return SparseLinear.empty_like(linear, num_values=kept)
     scores = linear.weight.detach().abs().float()
     if is_wanda:

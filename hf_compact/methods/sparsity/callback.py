@@ -166,6 +166,10 @@ class MaskCallback(CompactCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Check the optimizer, take over the number of steps, and the masks of a checkpoint."""
         self.num_steps = state.max_steps
+        if args.fp16 and not args.max_grad_norm and self.config.n_m is not None and self.training.decay:
+            raise ConfigError(
+                "max_grad_norm must be above 0 with fp16 and training.decay, which is added to gradients that only clipping unscales"
+            )
         self.masks = {}
         super().on_train_begin(args, state, control, **kwargs)
 

@@ -17,6 +17,7 @@ from hf_compact.calibration import from_batches
 from hf_compact.errors import ConfigError, NothingMatched, UnsupportedModel
 from hf_compact.functional.gram import output_energy
 from hf_compact.methods.pruning import functional
+from hf_compact.methods.pruning.apply import shorten
 from hf_compact.methods.pruning.config import SCORES
 from hf_compact.methods.pruning.functional import lowest, refit_columns, select_by_residual, unit_energy
 from tests.conftest import FAMILIES, tiny_inputs, tiny_model
@@ -272,6 +273,34 @@ def test_the_layers_that_do_least_go_first():
     assert report.is_plain
     with pytest.raises(UnsupportedModel, match="num_layers must be at most 2 for this llama model, got 3"):
         prune(tiny_model("llama"), num_layers=3)
+
+
+def test_padding_says_nothing_of_layers():
+    ids = tiny_inputs("llama", 4, 4, 6)["input_ids"]
+    dropped = []
+    for number in (0, 44):
+        pad = partial(torch.nn.functional.pad, pad=(0, number))
+        model = tiny_model("llama_untied", num_hidden_layers=5)
+        inputs = {"input_ids": pad(ids, value=2), "attention_mask": pad(torch.ones_like(ids))}
+        dropped.append(shorten(model, describe(model), [inputs], PruningConfig(num_layers=1, channel_sparsity=0.0)))
+    assert dropped[0] == dropped[1]
+
+
+@pytest.mark.parametrize("compensation", ["none", "bias", "refit"])
+def test_energies_are_not_spreads(compensation):
+    """What wanda_sp and flap choose does not depend on who takes the mean over."""
+    chosen = {}
+    for score in ("wanda_sp", "flap"):
+        for way in ("none", compensation):
+            model = tiny_model("gpt2")
+            for block in model.transformer.h:
+                torch.nn.init.normal_(block.mlp.c_fc.bias, std=3)
+            before = model.transformer.h[0].mlp.c_fc.weight.clone()
+            prune(model, "gpt2", score=score, compensation=way, channel_sparsity=0.25, channel_multiple=1)
+            columns = model.transformer.h[0].mlp.c_fc.weight.T
+            chosen[score, way] = [(column == before.T).all(1).nonzero().item() for column in columns]
+        assert chosen[score, "none"] == chosen[score, compensation]
+    assert chosen["wanda_sp", "none"] != chosen["flap", "none"]
 
 
 def test_inspection_counts_the_dense_parameters_as_the_report_does(dense_folder, tmp_path, text_file):

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import TrainerControl, TrainerState
 
 from evaluation import planted
 from evaluation.planted import DIED, PLANTED, SETTINGS, SURVIVED, errors, rows, train
@@ -13,7 +14,7 @@ from hf_compact.errors import ConfigError, FormatError
 from hf_compact.groups import find_groups
 from hf_compact.methods.pruning.callback import KEPT, SHRINKING
 from hf_compact.methods.pruning.cric import FILE_NAME, Correction
-from tests.conftest import tiny_model
+from tests.conftest import tiny_inputs, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +117,37 @@ def test_settings(tmp_path):
     data = [{"input_ids": row, "labels": row} for row in rows(4)]
     with pytest.raises(ConfigError, match=r"cric_cycles \* cric_steps must be at most the 5 steps of the run, got 17"):
         Trainer(model, args, train_dataset=data, callbacks=[HessoCallback(**SETTINGS | {"cric": True})]).train()
+
+
+@pytest.mark.parametrize("stop", [2, 9])
+def test_a_training_that_ends_in_a_cycle_leaves_nothing_on_its_way(stop, tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs) -> None:
+            control.should_training_stop = state.global_step == stop
+
+    model = tiny_model("llama")
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    callback = HessoCallback(target=0.5, cric=True, cric_steps=10, cric_cycles=2, pruning_steps=10)
+    data = [{"input_ids": row, "labels": row} for row in tiny_inputs("llama", 8, 16)["input_ids"]]
+    args = TrainingArguments(
+        str(tmp_path), max_steps=40, learning_rate=1e-9, max_grad_norm=0, report_to=[], save_strategy="no", disable_tqdm=True,
+        use_cpu=True,
+    )  # fmt: skip
+    Trainer(model, args, train_dataset=data, callbacks=[callback, Stop()]).train()
+    assert callback.correction is None
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, before[name], rtol=0, atol=1e-6)
+
+
+def test_scaled_gradients_are_refused(tmp_path):
+    args = TrainingArguments(str(tmp_path), max_steps=60, report_to=[], max_grad_norm=0, use_cpu=True)
+    args.fp16 = True  # which needs an accelerator
+    model = tiny_model("llama")
+    callback = HessoCallback(**SETTINGS | {"cric": True})
+    callback.prepare(model)
+    optimizer = torch.optim.SGD(model.parameters())
+    with pytest.raises(ConfigError, match=r"fp16 must be false with hesso\.cric"):
+        callback.on_train_begin(args, TrainerState(), TrainerControl(), model=model, optimizer=optimizer)
 
 
 def test_clipped_gradients_are_refused(tmp_path):

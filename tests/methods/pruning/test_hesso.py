@@ -30,7 +30,7 @@ from hf_compact.functional.gram import centered, output_energy
 from hf_compact.groups import cut_zeros_, find_groups
 from hf_compact.methods.pruning import callback as callback_module
 from hf_compact.methods.pruning.callback import KEPT, PRUNED, SHRINKING
-from hf_compact.methods.pruning.functional import lowest, unit_energy
+from hf_compact.methods.pruning.functional import lowest, refit_columns, unit_energy
 from hf_compact.methods.sparsity import MaskTraining
 from tests.conftest import tiny_inputs, tiny_model
 from tests.ranks import run_ranks
@@ -508,6 +508,45 @@ def test_settings_beside_a_config_count():
     assert HessoCallback(kinds=["hidden"]).config == HessoConfig(kinds=("hidden",))
     both = SortedNetCallback(SortedNetConfig(seed=3), delay=0.1)
     assert both.config == SortedNetConfig(seed=3, delay=0.1)
+
+
+def test_a_refit_goes_by_what_is_left():
+    """Heads at zero still read something, and have nothing to say: they cannot make up for others."""
+    model = tiny_model("llama_untied", num_attention_heads=8, num_key_value_heads=2, head_dim=8)
+    batches = [tiny_inputs("llama", 8, 24, seed) for seed in range(8)]
+    callback = HessoCallback(
+        kinds=("query_heads",),
+        compensation="refit",
+        batches=batches,
+        target=0.5,
+        periods=2,
+        pruning_steps=4,
+        min_kept=0.1,
+        damp=0.0,
+    )
+    callback.prepare(model)
+    name = "model.layers.1.self_attn.o_proj"
+    (heads,) = (group_set for group_set in callback.sets if group_set.block == "model.layers.1")
+    gone = torch.tensor([0, 4])
+    with torch.no_grad():
+        heads.scale_(gone, 0)
+        callback.states(heads)[gone] = PRUNED
+    gram, total = input_moments(model, [name], batches)[name]
+    assert (gram.diagonal().view(8, 8).sum(1)[gone] > 0).all()
+    found = callback._residuals(heads, gram, total, {"query_heads": 4})
+    weight, index = model.get_submodule(name).weight.detach().double(), heads.slices[-1].index
+
+    def cost(head: int) -> float:
+        kept = index[[other for other in range(8) if other not in (0, 4, head)]].flatten()
+        lost = weight.clone()
+        lost[:, kept] -= refit_columns(weight, gram, kept, 0.0)
+        return output_energy(lost, gram)
+
+    for pool in ((1, 2, 3), (5, 6, 7)):
+        costs = {head: cost(head) for head in pool}
+        cheapest = min(costs, key=costs.get)
+        assert found[cheapest].item() == pytest.approx(costs[cheapest], rel=1e-3)
+        assert found[cheapest] == found[list(pool)].min()
 
 
 @pytest.mark.parametrize(("kind", "unit"), [("kv_heads", "parameters"), ("query_heads", "macs"), ("query_heads", "bytes")])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers.trainer_callback import TrainerControl, TrainerState
 
 import hf_compact
 from hf_compact import HessoCallback, MaskCallback, SparsityConfig
@@ -140,6 +141,15 @@ def test_what_cannot_work_is_named():
     model = callback.prepare(tiny_model("llama"))
     with pytest.raises(ConfigError, match=r"training\.num_steps must be given in a loop of your own"):
         callback.step(model, 1, 0.0)
+
+
+def test_a_decay_that_would_be_scaled_is_refused(tmp_path):
+    model, callback = tiny_model("llama"), MaskCallback(SparsityConfig(pattern="2:4"), decay=2e-4)
+    args = TrainingArguments(str(tmp_path), max_steps=4, report_to=[], max_grad_norm=0, use_cpu=True)
+    args.fp16 = True  # which needs an accelerator
+    callback.prepare(model)
+    with pytest.raises(ConfigError, match=r"max_grad_norm must be above 0 with fp16 and training\.decay"):
+        callback.on_train_begin(args, TrainerState(), TrainerControl(), model=model)
 
 
 def test_a_run_that_ends_early_is_told_about(tmp_path, caplog):

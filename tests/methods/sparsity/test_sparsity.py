@@ -15,6 +15,7 @@ from hf_compact.arch import describe
 from hf_compact.calibration import from_batches
 from hf_compact.errors import ConfigError, UnsupportedModel
 from hf_compact.methods.sparsity import MaskTraining, SparseLinear
+from hf_compact.methods.sparsity.apply import compress_linear
 from hf_compact.methods.sparsity.functional import TwoMasks, lowest_mask, n_m_mask, scheduled_sparsity
 from hf_compact.methods.sparsity.layer import MaskedLinear
 from tests.conftest import tiny_inputs, tiny_model
@@ -146,6 +147,14 @@ def test_a_recipe_makes_a_folder_of_the_planned_size(family, settings, tmp_path)
     again = type(model).from_pretrained(tmp_path).eval()
     with torch.no_grad():
         assert torch.equal(again(**tiny_inputs(family))[0], model(**tiny_inputs(family))[0])
+
+
+@pytest.mark.parametrize(("rows", "columns", "sparsity"), [(2560, 10240, 0.94), (64, 48, 0.3)])
+def test_a_plan_rounds_as_the_solver_does(rows, columns, sparsity):
+    config = SparsityConfig(sparsity=sparsity, score="magnitude")
+    made = compress_linear(nn.Linear(columns, rows, bias=False, device="meta"), None, config, solve=False)
+    mask = lowest_mask(torch.arange(rows * columns, dtype=torch.float32)[None], sparsity)
+    assert made.num_values == int(mask.sum())
 
 
 def test_wanda_keeps_more_of_the_outputs_than_magnitude():
