@@ -544,11 +544,10 @@ def test_a_refit_goes_by_what_is_left():
         lost[:, kept] -= refit_columns(weight, gram, kept, 0.0)
         return output_energy(lost, gram)
 
-    for pool in ((1, 2, 3), (5, 6, 7)):
-        costs = {head: cost(head) for head in pool}
-        cheapest = min(costs, key=costs.get)
-        assert found[cheapest].item() == pytest.approx(costs[cheapest], rel=1e-3)
-        assert found[cheapest] == found[list(pool)].min()
+    costs = {head: cost(head) for head in range(8) if head not in (0, 4)}
+    first = min(costs, key=costs.get)  # the others cost more once it is gone
+    assert found.argmin() == first
+    assert found[first].item() == pytest.approx(costs[first], rel=1e-3)
 
 
 @pytest.mark.parametrize(("kind", "unit"), [("kv_heads", "parameters"), ("query_heads", "macs"), ("query_heads", "bytes")])
