@@ -858,7 +858,8 @@ def check_nesting(arch: Architecture, recipe: Recipe) -> list[set[str]]:
 
     Raises:
         ConfigError: a stage leaves a Linear to a later one that there is not, or comes third: what is taken apart twice is
-            not looked into. Or it goes by the numbers of blocks, which another stage changes.
+            not looked into. Or it goes by the numbers of blocks, which another stage changes, or by
+            inputs of the dense model where another one cuts.
     """
     chosen = select_stages(arch.roles, recipe.stages)
     built = dict.fromkeys(arch.roles, 0)
@@ -873,12 +874,31 @@ def check_nesting(arch: Architecture, recipe: Recipe) -> list[set[str]]:
             )
         for name in names if method.cut_block is None else ():
             built[name] += 1
+        if stage.needs_dense_inputs and (name := _in_cut_block(arch, names, recipe.stages[:position], chosen)):
+            raise ConfigError(
+                f"recipe.stages[{position}] compares {name} with the dense model, from which an earlier stage has cut units of that "
+                "block: set its solver to whitened, or exclude it in one"
+            )
         if any(getattr(other, "num_layers", 0) for other in recipe.stages) and (name := _chosen_by_number(arch, names)):
             raise ConfigError(
                 f"recipe.stages[{position}] selects {name} and not the same Linear of every block, but num_layers takes blocks out and "
                 "numbers the others anew: prune first, then compress what is left"
             )
     return chosen
+
+
+def _in_cut_block(
+    arch: Architecture, names: Collection[str], earlier: Sequence[MethodConfig], chosen: Sequence[Collection[str]]
+) -> str | None:
+    """One of the Linears whose block loses units in an earlier stage."""
+    cut = [
+        name
+        for stage, picked in zip(earlier, chosen, strict=False)
+        if getattr(stage, "channel_sparsity", 0) or getattr(stage, "head_sparsity", 0)
+        for name in picked
+    ]
+    blocks = [block for block in arch.blocks if any(name.startswith(f"{block}.") for name in cut)]
+    return next((name for name in sorted(names) if any(name.startswith(f"{block}.") for block in blocks)), None)
 
 
 def _chosen_by_number(arch: Architecture, names: Collection[str]) -> str | None:

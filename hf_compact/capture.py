@@ -720,6 +720,8 @@ def arrange_(
 ) -> list[set[str]]:  # fmt: skip
     """Put rows in order, for all stages at once: only what is dense can be permuted.
 
+    Nothing is where another stage has measured the dense model, of which it knows the old order.
+
     Args:
         model: the blocks are dense.
         arch: its roles.
@@ -732,7 +734,7 @@ def arrange_(
         By stage, names of the Linears whose rows are in order.
     """
     found: list[set[str]] = [set() for _ in stages]
-    for block in blocks:
+    for block in () if any(config.needs_whole_model for _, config in stages) else blocks:
         taken: set[str] = set()
         for arranged, (method, config), names in zip(found, stages, targets, strict=True):
             here = [name for name in arch.targets(block) if name in names and name not in taken]

@@ -14,6 +14,8 @@ from hf_compact.config import DistillationConfig, Recipe
 from hf_compact.distillation import distill_, divergence
 from hf_compact.errors import ConfigError, NumericalError
 from hf_compact.fitting import fit_
+from hf_compact.methods.codebook import CodebookConfig
+from hf_compact.methods.codebook.apply import compress_linear
 from tests.conftest import FAMILIES, tiny_inputs, tiny_model
 
 STAGE = {"method": "entropy", "bits": 2.0, "sensitivity": "none"}
@@ -55,6 +57,16 @@ def test_a_model_that_is_its_teacher_stays_where_it_is(pair):
     assert losses[0] < 1e-4
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor.float(), before[name].float(), rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{"bits": 8}, {"bits": 4}, {"bits": 8, "group_size": None, "scale_bits": None}], ids=str)
+def test_the_scaled_forward_fits_into_float16(settings):
+    """Sums of whole numbers would not, where the outputs are in the tens."""
+    linear = torch.nn.Linear(512, 64, bias=False)
+    torch.nn.init.normal_(linear.weight, std=0.02, generator=torch.Generator().manual_seed(0))
+    module = compress_linear(linear.half(), None, CodebookConfig(rounding="nearest", **settings))
+    x = (20 * torch.randn(8, 512, generator=torch.Generator().manual_seed(1))).half()
+    torch.testing.assert_close(module.scaled_forward(x), module(x), rtol=1e-2, atol=0.1)
 
 
 def test_the_scaled_forward_is_the_forward(pair):

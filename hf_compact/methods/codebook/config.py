@@ -34,7 +34,8 @@ class CodebookConfig(MethodConfig):
     """Learned grid only: rows that share a table of levels."""
     row_order: Literal["given", "similar"] = "given"
     """Learned grid only: `similar` lets rows of like distribution share a table. Channels of an MLP, value dimensions
-    inside a head and key-value heads are reordered in the model, which costs nothing; other rows store their table."""
+    inside a head and key-value heads are reordered in the model, which costs nothing; other rows store their table, as all do beside
+    a stage that measures the dense model."""
     learning: Literal["none", "proximal", "soft"] = "none"
     """GPTQ only: move codes to neighbouring levels by gradient on the layer's output error, after the refits."""
     learning_steps: int = 60

@@ -112,6 +112,7 @@ class CodebookModule(StoredModule):
             scale = scale * take(self.row_scale).to(dtype) if has_row_scale else scale
         elif not has_row_scale:
             scale = torch.ones_like(scale)
+        scale = scale if has_row_scale else scale * 0.5**self._shift
         packed = take(self.weight)[:, 0].view(torch.uint8)
         if self.grid == "uniform":
             lowest = lowest_level(self.bits, self.symmetric)
@@ -120,6 +121,11 @@ class CodebookModule(StoredModule):
             values = look_up_bits(packed, self.code_bits, self.in_features, *self._levels(dtype, take))
         zero = unpack_bits(take(self.zero)[:, 0], self.bits, groups).to(dtype) if "zero" in self._buffers else None
         return scale_groups_(values, scale.to(dtype), zero, self.group_size)
+
+    @property
+    def _shift(self) -> int:
+        """Powers of two that the row's factor takes over: without it the values are whole numbers, whose sums float16 cannot hold."""
+        return (self.bits if self.grid == "uniform" else 0) + (self.scale_bits or 0)
 
     def _levels(self, dtype: torch.dtype, take: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor | None]:
         """All tables, and which of them each of the rows has that are taken; None where they have the only one."""
@@ -163,7 +169,7 @@ class CodebookLinear(CodebookModule, ScaledModule, StoredLinear):
         factor = self.get_buffer(self.trained_scales[0])
         if factor.shape[1] > 1:  # a float per group is no factor of an output
             return F.linear(x, self.to_dense(x.dtype), self.bias)
-        y = F.linear(x, self._dense(x.dtype, None, has_row_scale=False)) * factor[:, 0].to(x.dtype)
+        y = F.linear(x, self._dense(x.dtype, None, has_row_scale=False)) * (factor[:, 0] * 2.0**self._shift).to(x.dtype)
         return y if self.bias is None else y + self.bias
 
 

@@ -141,6 +141,33 @@ def test_a_forecast_knows_which_rows_are_put_in_order(family, stages, tmp_path):
     assert not any(name.endswith(("up_proj", "gate_proj", "v_proj", "c_fc", "fc1")) for name in labelled)
 
 
+ON_VALUES = {"method": "codebook", "grid": "learned", "bits": 4, "include": ["*v_proj"], "embedding_bits": None}
+FACTORED = {"method": "tensor_network", "include": ["*gate_proj"], "keep_ratio": 0.6}
+REGRESSION = {"solver": "regression", "allocation": "uniform", "include": ["*down_proj"], "keep_ratio": 0.9}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"method": "entropy", "bits": 2.0, "include": ["*gate_proj"], "embedding_bits": None}, FACTORED, FACTORED | REGRESSION],
+    ids=["entropy", "fisher", "regression"],
+)
+def test_rows_stay_where_another_stage_has_measured_the_dense_model(other):
+    """Its steps and metrics are in the order of the dense rows."""
+    errors, inputs = {}, tiny_inputs("llama")
+    for order in ("given", "similar"):
+        model = tiny_model("llama")
+        with torch.no_grad():
+            for layer in model.model.layers:  # channels that matter unequally, as in trained models
+                layer.mlp.down_proj.weight.mul_(torch.exp(1.5 * torch.randn(72, generator=torch.Generator().manual_seed(1))))
+            target = model(**inputs).logits
+            hf_compact.compress(
+                model, {"stages": [other, ON_VALUES | {"row_order": order}]},
+                calibration=from_batches([tiny_inputs("llama", seed=seed) for seed in range(4)]),
+            )  # fmt: skip
+            errors[order] = ((model(**inputs).logits - target).square().mean() / target.square().mean()).item()
+    assert errors["similar"] < 1.2 * errors["given"]
+
+
 def test_the_planner_counts_tables_of_rows_that_stay():
     model = tiny_model("llama")
     arch = describe(model)

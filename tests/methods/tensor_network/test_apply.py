@@ -340,6 +340,14 @@ def test_a_killed_run_ends_with_the_same_bytes(dense_folder, text_file, tmp_path
     ends_with_the_same_bytes(dense_folder, recipe, text_file, tmp_path, monkeypatch)
 
 
+def test_a_cut_block_has_no_dense_inputs():
+    pruning = {"method": "pruning", "channel_sparsity": 0.25, "score": "magnitude", "compensation": "none"}
+    with pytest.raises(
+        ConfigError, match=r"recipe.stages\[1\] compares model.layers.0.mlp.down_proj with the dense model, from which"
+    ):
+        compressed("llama", pruning, UNIFORM | {"solver": "regression"})
+
+
 def test_regression_needs_the_dense_inputs_and_uses_them():
     plain, _ = compressed("llama", UNIFORM | {"keep_ratio": 0.3})
     fitted, _ = compressed("llama", UNIFORM | {"keep_ratio": 0.3, "solver": "regression", "blend": 1.0})
