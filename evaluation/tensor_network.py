@@ -49,7 +49,7 @@ TOKENS, LENGTH, BATCH = 500_000, 512, 2
 #: Logit of what own text was not allowed to be; finite, as a divergence takes it times a probability of zero.
 NEVER = -1e4
 #: Of all weights of the dense model, and of healing.
-DENSE_RATES, RATES = (3e-5, 1e-4, 3e-4), (3e-5, 6e-5, 1e-4, 3e-4, 1e-3)
+DENSE_RATES, RATES = (3e-5, 1e-4, 3e-4), (3e-5, 1e-4, 3e-4, 1e-3)
 #: What is trained of a decomposed model, and by what: whether the rest beside the factors, whether the dense model teaches.
 HEALING = {
     "": (False, False), "-all": (True, False), "-distilled": (False, True), "-all-distilled": (True, True), "-own-distilled": (False, True),

@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .errors import UnsupportedModel
 
@@ -35,11 +36,18 @@ class StoredModule(nn.Module, ABC):
         """The settings that rebuild the empty module, as stored in the modules table."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """Move to a device but keep every stored dtype: a cast sees bytes, which no float cast touches."""
+        """Move to a device but keep every stored dtype: a cast sees bytes, which no float cast touches.
+
+        What a tied head shares with the embedding it still shares afterwards.
+        """
         buffers, self._buffers = self._buffers, {}
         super()._apply(fn, recurse)
-        stored = {name: buffer for name, buffer in buffers.items() if buffer is not None}
-        self._buffers = {name: fn(buffer.view(torch.uint8)).view(buffer.dtype) for name, buffer in stored.items()}
+        moved = getattr(fn, "__dict__", {}).setdefault("_moved", WeakIdKeyDictionary())  # there while the whole model is moved
+        for name, buffer in buffers.items():
+            if buffer is not None:
+                if buffer not in moved:
+                    moved[buffer] = fn(buffer.view(torch.uint8)).view(buffer.dtype)
+                self._buffers[name] = moved[buffer]
         return self
 
     def extra_repr(self) -> str:

@@ -212,6 +212,21 @@ def test_sharded(family, saved, tmp_path):
     assert torch.equal(logits(load(auto_class(family), tmp_path), family), expected)
 
 
+@pytest.mark.parametrize("method", ["codebook", "nested", "entropy"])
+def test_a_tied_head_is_stored_once_wherever_the_model_goes(method, tmp_path):
+    model = tiny_model("llama")
+    bits = {"bits": 4.0} if method == "entropy" else {}
+    hf_compact.compress(model, {"stages": [{"method": method, **bits}]}, calibration=from_batches([tiny_inputs("llama")]))
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    for made in (model, again):
+        made._apply(lambda tensor: tensor.clone())  # as a move to another device
+        embedding, head = made.get_input_embeddings(), made.get_output_embeddings()
+        shared = [name for name in head._buffers if name in embedding._buffers]
+        assert shared
+        assert all(head._buffers[name].data_ptr() == embedding._buffers[name].data_ptr() for name in shared)
+
+
 @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}], ids=str)
 @pytest.mark.parametrize("family", ["llama", "llama_untied", "gpt2", "gemma3"])
 def test_device_map(family, device_map, saved):
