@@ -257,7 +257,8 @@ def ending_of(name: str, trained: Iterable[str]) -> str | None:
 class TrainingWindows(Dataset):
     """As many windows of `length` tokens as asked for, spread evenly over the texts; every row of a comparison trains on them.
 
-    `held_out` are up to `HELD_OUT` of the windows between them, one behind the other, or None: settings are chosen by these.
+    `held_out` are up to `HELD_OUT` of the windows between them, one behind the other, or None: settings are chosen by these. `spare`
+    are the others between them.
     """
 
     def __init__(self, texts: list[str], tokenizer: Any, length: int, number: int) -> None:
@@ -267,7 +268,9 @@ class TrainingWindows(Dataset):
         used = {i * len(rows) // number for i in range(number)}
         self.rows = [rows[i * len(rows) // number][0] for i in range(number)]
         rest = [row[0] for i, row in enumerate(rows) if i not in used]
-        self.held_out = torch.cat(rest[:: max(1, len(rest) // HELD_OUT)][:HELD_OUT]) if rest else None
+        held_out = range(0, len(rest), max(1, len(rest) // HELD_OUT))[:HELD_OUT]
+        self.held_out = torch.cat([rest[i] for i in held_out]) if rest else None
+        self.spare = [row for i, row in enumerate(rest) if i not in held_out]
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -50,6 +50,9 @@ TOKENS, LENGTH, BATCH = 500_000, 512, 2
 NEVER = -1e4
 #: Of all weights of the dense model, and of healing.
 DENSE_RATES, RATES = (3e-5, 1e-4, 3e-4), (3e-5, 1e-4, 3e-4, 1e-3)
+#: How the names of rows end, before their rate, that go on with the norms alone, at a rate of their own, on so many more windows;
+#: with `--own-text` only.
+NORMS, NORM_RATE, NORM_WINDOWS = "-norms", 1e-3, 32
 #: What is trained of a decomposed model, and by what: whether the rest beside the factors, whether the dense model teaches.
 HEALING = {
     "": (False, False), "-all": (True, False), "-distilled": (False, True), "-all-distilled": (True, True), "-own-distilled": (False, True),
@@ -128,7 +131,6 @@ def healed(options: argparse.Namespace, percent: str | None, kind: str, rate: fl
     name = healed_name(percent, kind, rate, variant(options))
     opened = api.open_dense(options.model, "float32", is_whole=True)
     model, tokenizer = opened.model, opened.load_tokenizer()
-    folder = options.work / name
     if percent is not None:
         trains_rest, is_distilled = HEALING[kind]
         if is_distilled:
@@ -142,9 +144,40 @@ def healed(options: argparse.Namespace, percent: str | None, kind: str, rate: fl
         start = f"tensor-network-{percent}{OWN if kind.startswith(OWN) else ''}"
         stepwise.done(steps(options), options.work, start, options.device)
         model = verify.load_model(options.work / start, dtype=torch.float32)
-    started = time.perf_counter()
     texts = [*own_texts(options)] if options.own_text else options.calibration
     data = stepwise.TrainingWindows(texts, tokenizer, LENGTH, num_windows(options))
+    row = trained(options, name, model, tokenizer, data, callbacks, rate)
+    return row | {"num_tokens": len(data) * LENGTH * options.epochs}
+
+
+def polished(options: argparse.Namespace, percent: str | None, kind: str, rate: float) -> dict[str, Any]:
+    """Go on from a healed model, or from its control, with the norms alone, on windows that neither has trained on."""
+    before = healed_name(percent, kind, rate, variant(options))
+    earlier = stepwise.done(steps(options), options.work, before, options.device)
+    model, tokenizer = (
+        verify.load_model(options.work / before, dtype=torch.float32),
+        api.open_dense(options.model).load_tokenizer(),
+    )
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_("norm" in key)
+    data = stepwise.TrainingWindows([*own_texts(options)], tokenizer, LENGTH, num_windows(options))
+    data.rows = data.spare[:NORM_WINDOWS]
+    callbacks: list[TrainerCallback] = []
+    if percent is not None:
+        teacher = api.open_dense(options.model, "float32", is_whole=True).model
+        teacher.register_forward_hook(never_ending)
+        callbacks.append(DistillationCallback(teacher))
+    name = healed_name(percent, kind + NORMS, rate, variant(options))
+    row = trained(options, name, model, tokenizer, data, callbacks, NORM_RATE)
+    return row | {"num_tokens": earlier["num_tokens"] + len(data) * LENGTH}
+
+
+def trained(
+    options: argparse.Namespace, name: str, model: PreTrainedModel, tokenizer: Any, data: stepwise.TrainingWindows,
+    callbacks: list[TrainerCallback], rate: float,
+) -> dict[str, Any]:  # fmt: skip
+    """Train what has gradients, save, score."""
+    started, folder = time.perf_counter(), options.work / name
     num_updates = options.epochs * len(data) // BATCH
     arguments = TrainingArguments(
         str(options.work / f"{name}-trainer"), per_device_train_batch_size=BATCH, num_train_epochs=options.epochs,
@@ -158,7 +191,6 @@ def healed(options: argparse.Namespace, percent: str | None, kind: str, rate: fl
     model.save_pretrained(folder)  # in float32; scoring takes bfloat16
     tokenizer.save_pretrained(folder)
     row = {
-        "num_tokens": len(data) * LENGTH * options.epochs,
         "learning_rate": rate,
         "batch_tokens": BATCH * LENGTH,
         "command_seconds": time.perf_counter() - started,
@@ -289,6 +321,10 @@ def steps(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]
             found[healed_name(percent, kind, rate, variant(options))] = lambda percent=percent, kind=kind, rate=rate: healed(
                 options, percent, kind, rate
             )
+            if options.own_text and kind in ("", f"{OWN}-distilled"):
+                found[healed_name(percent, kind + NORMS, rate, variant(options))] = lambda percent=percent, kind=kind, rate=rate: (
+                    polished(options, percent, kind, rate)
+                )
     return found
 
 
