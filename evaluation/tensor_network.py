@@ -9,7 +9,8 @@ and, as the control, all weights of the dense one, on the same tokens in the sam
 the dense model as it is. Rows of another number of tokens or of
 own text say it in their names, as do those that train on fewer tokens several times over. Each is trained at several learning rates, and the best one on windows that no row trains on, of
 the same texts, counts; the teacher of distilled rows is the dense model so trained, or, on own text, as it is but for its end of a
-text. Rows with `-own` behind the percentage begin with a model that was calibrated on own text as well.
+text. Rows with `-own` behind the percentage begin with a model that was calibrated on own text as well, those with `-norms` go on
+from the row without it, the norms alone being trained on further windows.
 Several processes may be at it at once.
 Results go to `evaluation/results/03-tensor-network.json` and `.md`.
 """
@@ -391,6 +392,12 @@ def relative_bars(found: dict[str, Any], add: Add) -> None:
             (f"healed-{name}{kind}{words}", chosen(found, name, kind, ending), "healed-dense", dense, limit)
             for name, limit in HEALED.items() for kind in HEALING
         ]  # fmt: skip
+        kind = f"{OWN}-distilled{NORMS}"
+        controls_of_norms = {"healed-dense": dense, f"healed-dense{NORMS}": chosen(found, None, NORMS, ending)}
+        pairs += [
+            (f"healed-{name}{kind}{words}", chosen(found, name, kind, ending), control, other, limit)
+            for name, limit in HEALED.items() for control, other in controls_of_norms.items()
+        ]  # fmt: skip
     pairs += [
         (name, found.get(name), f"{name}-control", found.get(f"{name}-control"), 1.0) for name in ("correction", "compactifai-93")
     ]
@@ -402,7 +409,7 @@ def relative_bars(found: dict[str, Any], add: Add) -> None:
     for name, row, control, other, limit in pairs:
         for text in row["perplexity"] if row and other else ():
             against, of_dense = control, stepwise.ratio(other, text, base)
-            if control == "healed-dense" and of_dense > 1:  # what training has made worse is no control
+            if control.startswith("healed-dense") and of_dense > 1:  # what training has made worse is no control
                 against, of_dense = "dense", 1.0
             ratio = stepwise.ratio(row, text, base) / of_dense
             add(f"{name}: perplexity on {text}, times {against}", f"<= {limit}", ratio, ratio <= limit, row)
