@@ -79,6 +79,16 @@ def test_whole_parts_of_own_text_serve_any_number(tmp_path, monkeypatch):
     assert calls[3:] == [(0, 2, 8, True), (1, 1, 8, True)]
 
 
+def test_windows_are_for_one_purpose_each(tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text("".join(map(chr, range(1000, 1400))))
+    data = steps.TrainingWindows([str(text)], lambda text, **_: {"input_ids": [ord(letter) for letter in text]}, 4, 20)
+    found = [data.rows, data.held_out.split(4), data.spare]
+    starts = sorted(int(row[0]) for part in found for row in part)
+    assert starts == list(range(1000, 1400, 4))
+    assert [len(part) for part in found] == [20, 32, 48]
+
+
 def test_prompts_are_pieces_of_the_texts_by_turns(tmp_path):
     texts = [tmp_path / "a.txt", tmp_path / "b.txt"]
     for text in texts:

@@ -35,6 +35,14 @@ def test_healed_rows_are_held_against_the_dense_model_of_the_same_tokens():
     ]  # fmt: skip
 
 
+def test_rows_that_go_on_with_the_norms_are_held_against_both_controls():
+    names = ["healed-dense-3e-05", "healed-dense-norms-3e-05", "healed-20-own-distilled-norms-3e-05"]
+    rows = {"dense": row(20.0, 30.0)} | dict(zip(names, (row(19.0, 30.0), row(18.0, 31.0), row(20.9, 33.0)), strict=True))
+    bars = [(bar["claim"].split(", times ")[1], bar["measured"], bar["held"]) for bar in tensor_network.bars(rows)]
+    worse = [("dense", 1.1, True)]  # what norms have made of the control on the second text
+    assert bars == [("healed-dense", 1.1, True), ("healed-dense", 1.1, True), ("healed-dense-norms", 1.1611, False), *worse]
+
+
 def test_a_control_that_training_made_worse_is_none():
     rows = {"dense": row(20.0, 30.0), "healed-dense-3e-05": row(22.0, 27.0), "healed-20-distilled-3e-05": row(24.0, 32.4)}
     bars = [(bar["claim"].split(", times ")[1], bar["measured"], bar["held"]) for bar in tensor_network.bars(rows)]
