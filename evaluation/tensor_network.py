@@ -135,9 +135,8 @@ def healed(options: argparse.Namespace, percent: str | None, kind: str, rate: fl
     if percent is not None:
         trains_rest, is_distilled = HEALING[kind]
         if is_distilled:
-            if options.own_text:  # which the dense model wrote itself
-                teacher = api.open_dense(options.model, "float32", is_whole=True).model
-                teacher.register_forward_hook(never_ending)
+            if options.own_text:
+                teacher = own_teacher(options)
             else:
                 teacher = verify.load_model(options.work / best(options, None, ""), dtype=torch.float32)
             callbacks.append(DistillationCallback(teacher))
@@ -155,22 +154,16 @@ def polished(options: argparse.Namespace, percent: str | None, kind: str, rate: 
     """Go on from a healed model, or from its control, with the norms alone, on windows that neither has trained on."""
     before = healed_name(percent, kind, rate, variant(options))
     earlier = stepwise.done(steps(options), options.work, before, options.device)
-    model, tokenizer = (
-        verify.load_model(options.work / before, dtype=torch.float32),
-        api.open_dense(options.model).load_tokenizer(),
-    )
+    model = verify.load_model(options.work / before, dtype=torch.float32)
+    tokenizer = api.open_dense(options.model).load_tokenizer()
     for key, parameter in model.named_parameters():
         parameter.requires_grad_("norm" in key)
     data = stepwise.TrainingWindows([*own_texts(options)], tokenizer, LENGTH, num_windows(options))
     data.rows = data.spare[:NORM_WINDOWS]
-    callbacks: list[TrainerCallback] = []
-    if percent is not None:
-        teacher = api.open_dense(options.model, "float32", is_whole=True).model
-        teacher.register_forward_hook(never_ending)
-        callbacks.append(DistillationCallback(teacher))
+    callbacks: list[TrainerCallback] = [] if percent is None else [DistillationCallback(own_teacher(options))]
     name = healed_name(percent, kind + NORMS, rate, variant(options))
     row = trained(options, name, model, tokenizer, data, callbacks, NORM_RATE)
-    return row | {"num_tokens": earlier["num_tokens"] + len(data) * LENGTH}
+    return row | {"num_tokens": earlier["num_tokens"] + len(data) * LENGTH * options.epochs}
 
 
 def trained(
@@ -198,6 +191,13 @@ def trained(
     }
     held_out = None if data.held_out is None else perplexity(model.eval(), data.held_out, LENGTH, None)["perplexity"]
     return row | {"held_out": held_out, "perplexity": scored(str(folder), options, name)}
+
+
+def own_teacher(options: argparse.Namespace) -> PreTrainedModel:
+    """The dense model as it wrote own text."""
+    teacher = api.open_dense(options.model, "float32", is_whole=True).model
+    teacher.register_forward_hook(never_ending)
+    return teacher
 
 
 def never_ending(model: PreTrainedModel, args: Any, output: Any) -> None:

@@ -209,9 +209,9 @@ def plan(model: str | Path, recipe: Recipe | Mapping[str, Any] | str | Path, see
     num_parameters = count_parameters(dense.model)
     memory, minutes = peak_memory_estimate(dense, arch, recipe), minutes_estimate(dense.model, arch, recipe)
     stages = [(METHODS[stage.method], stage) for stage in recipe.stages]
-    check_nesting(arch, recipe)
-    arch, dropped = _shorten(dense.model, arch, recipe, (), [])  # without inputs the first ones go: all are of one size
     chosen = check_nesting(arch, recipe)
+    arch, dropped = _shorten(dense.model, arch, recipe, (), [])  # without inputs the first ones go: all are of one size
+    chosen = select_stages(arch.roles, recipe.stages) if dropped else chosen
     num_left = count_parameters(dense.model)
     parameters = [name for name, _ in dense.model.named_parameters()]
     made, _ = compress_outside_(dense.model, arch, stages, LAYERS, solve=False)

@@ -22,7 +22,7 @@ from ...arch import as_linear, dense_shape, describe
 from ...errors import ConfigError
 from ...functional.packing import pack_bits, unpack_bits
 from ...select import replace_modules, select_names
-from ...training import CompactCallback, check_same_on_all_ranks, refuse_adapters
+from ...training import CompactCallback, check_same_on_all_ranks, refuse_adapters, table_of
 from .apply import METHOD, check_pattern
 from .config import MaskTraining, SparsityConfig
 from .functional import lowest_mask, scheduled_sparsity
@@ -146,7 +146,7 @@ class MaskCallback(CompactCallback):
         if self.config.n_m is None:
             self._check_sparsity()
         is_dense = self.training.storage == "dense"
-        cut = getattr(getattr(model.config, "quantization_config", None), "modules", {})
+        cut = table_of(model).get("modules", {})
         stuck = [name for name in self.dense if name in cut]
         if stuck and not is_dense:
             logger.warning(
@@ -155,8 +155,7 @@ class MaskCallback(CompactCallback):
         new = {name: m if is_dense or name in cut else self._packed(name) for name, m in self.dense.items()}
         replace_modules(model, list(self.dense), lambda name, _: new[name])
         if not is_dense:
-            packed = {name: METHOD.table_entry(module) for name, module in new.items() if name not in cut}
-            self.table = {**cut, **packed}
+            self.table = {name: METHOD.table_entry(module) for name, module in new.items() if name not in cut}
         self.masks = {}
 
     def modules(self, model: PreTrainedModel) -> dict[str, dict[str, Any]]:
